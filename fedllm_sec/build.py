@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fedllm_sec.federation import Federation
 from fedllm_sec.history import RoundRecord
 from fedllm_sec.models.lora import save_adapter
 from fedllm_sec.parts import Parts
-from fedllm_sec.protocols import Algorithm, Client, LocalTraining, RoundContext
+from fedllm_sec.protocols import Algorithm, Client, LocalRule, LocalTraining, RoundContext
 from fedllm_sec.recipe import Recipe
 from fedllm_sec.resolve import Menu, check_settings, find, resolve
 from fedllm_sec.seeds import generator_for, seed_for
@@ -53,11 +53,18 @@ DATA_ATTACKS: dict[str, tuple[str, ...]] = {
 }
 
 
+# task of the recipe -> kinds of client-side defenses that can act in it, where it is not only "client"
+CLIENT_DEFENSES: dict[str, tuple[str, ...]] = {"classify": ("client", "client_image")}
+
 def places(task: Any) -> dict[str, tuple[Menu, tuple[str, ...]]]:
     """PLACES for one task of the recipe."""
     if task not in DATA_ATTACKS:
         return PLACES
-    found = {**PLACES, "attack.data": (attacks.MENU, DATA_ATTACKS[task])}
+    found = {
+        **PLACES,
+        "attack.data": (attacks.MENU, DATA_ATTACKS[task]),
+        "defense.client": (defenses.CLIENT_MENU, CLIENT_DEFENSES.get(task, ("client",))),
+    }
     return found if task == "causal_lm" else {"model": (models.MENU, (task,)), **found}
 
 
@@ -117,6 +124,20 @@ def make_defense(recipe: Recipe) -> Pipeline:
 
 
 def rehearse(recipe: Recipe) -> None:
+def make_guards(recipe: Recipe, task: Any, steps: Sequence[int]) -> tuple[LocalRule, ...]:
+    """The rules by which clients defend themselves; one that cannot act on this model or these steps says so."""
+    guards = _guards(recipe)
+    for guard in guards:
+        if hasattr(guard, "prepare"):
+            guard.prepare(task, steps)
+    return guards
+
+
+def _guards(recipe: Recipe) -> tuple[LocalRule, ...]:
+    blocks = recipe.defense.client if recipe.enable_defense and recipe.defense is not None else []
+    return tuple(_make(b, defenses.CLIENT_MENU, f"defense.client.{i}") for i, b in enumerate(blocks))
+
+
     """Try the defense, the FL method and the attack's knowledge before anything is loaded."""
     problems = algorithm_problems(recipe)
     n = recipe.clients.per_round or recipe.clients.total
@@ -132,6 +153,7 @@ def rehearse(recipe: Recipe) -> None:
             root_update=rows[0] if recipe.defense is not None and recipe.defense.root_rows else None,
         )
         make_defense(recipe).decide(UpdateMatrix.of(rows, ids=client_ids(recipe)[:n]), context)
+        _guards(recipe)
     except DefenseError as error:
         # a rule that reads parameter names cannot be rehearsed on an unnamed vector
         if "layer" not in str(error) and "layout" not in str(error):
@@ -222,13 +244,17 @@ def build(recipe: Recipe, machine: Machine, task: Any = None) -> Federation | Di
         threat.poisoned = dict(parts.poisoned)
     return Federation(
         task=parts.task,
+    training = local_training(recipe)
+    sizes = [parts.task.size(shard) for shard in parts.shards.values()]
+    steps = [algorithm.prepare(training, sizes).steps_of(size) for size in sizes]
         clients=[Client(id, shard) for id, shard in parts.shards.items()],
-        training=local_training(recipe),
+        training=training,
         machine=machine,
         algorithm=algorithm,
         defense=make_defense(recipe),
         threat=threat,
         evaluation=parts.evaluation,
+        guards=make_guards(recipe, parts.task, steps),
         vector=parts.task.initial.clone(),
         seed=recipe.seed,
         per_round=recipe.clients.per_round,

@@ -27,6 +27,7 @@ from fedllm_sec.protocols import (
     LocalResult,
     LocalTraining,
     RoundContext,
+    LocalRule,
     ServerContext,
     Task,
 )
@@ -56,6 +57,7 @@ class Federation:
     vector: Tensor  # (d,) the global vector
     seed: int = 0
     per_round: int | None = None
+    guards: Sequence[LocalRule] = ()  # what clients that do not attack run in their own training
     evaluate_every: int = 1
     chunk_mb: float | None = None
     root: Client | None = None  # clean data the server holds, for rules that need a root update
@@ -107,8 +109,10 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     cohort = sample(federation.clients, federation.per_round, generator_for(federation.seed, r, "cohort"))
     mine = machine.mine([threat.dress(c, r) if threat else c for c in cohort])
 
-    def train(client: Client) -> LocalResult:
-        attacks = threat.rules(client, r) if threat else ()
+    def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
+        attacks: Sequence[LocalRule] = ()
+        if threat is not None and threat.active(r) and client.id in threat.malicious:
+            attacks, guards = threat.rules(client, r), ()  # nobody defends a federation against himself
         return train_locally(
             task,
             client,
@@ -116,7 +120,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
             optimizer=optimizer,
             stepper=machine,
             training=federation.training,
-            rules=(*algorithm.local, *attacks),
+            rules=(*algorithm.local, *guards, *attacks),
             round=r,
             rounds=rounds,
             seed=federation.seed,
@@ -128,13 +132,13 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         if algorithm.remember is not None and bool(delta.isfinite().all()):
             client.memory.update(algorithm.remember(client.memory, delta, steps=steps, lr=lr, control=control))
 
-    results = (train(client) for client in federation.progress(mine))
+    results = (train(client, federation.guards) for client in federation.progress(mine))
     collected = machine.collect(
         results, len(cohort), task.layout.size, lambda place, delta, steps: remember(cohort[place], delta, steps)
     )
     root = None
     if federation.root is not None:
-        root = train(federation.root)
+        root = train(federation.root, ())
         remember(federation.root, root.delta, root.steps)
     seconds["train"] = clock.lap()
 

@@ -18,6 +18,7 @@ from fedllm_sec.resolve import Menu, did_you_mean, settings_of
 # Where the names come from, and where they stand in a recipe.
 MENUS: dict[str, Menu] = {
     "defense": defenses.MENU,
+    "defense.client": defenses.CLIENT_MENU,
     "attack": attacks.MENU,
     "algorithm": algorithms.MENU,
     "clients.partition": partition.MENU,

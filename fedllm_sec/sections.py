@@ -95,6 +95,7 @@ class Attack(Section):
 
 
 class DefenseBlock(Section):
+    client: list[dict[str, Any]] = []  # what clients that do not attack run in their own training
     before: list[dict[str, Any]] = []
     rule: dict[str, Any] = {"name": "mean"}
     after: list[dict[str, Any]] = []

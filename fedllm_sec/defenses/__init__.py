@@ -1,11 +1,13 @@
 """Defenses: what the server does with a round's update matrix. `MENU` lists every name a recipe can use.
 
 A name's kind says where it stands in a recipe: `before` (rows to rows), `rule` (rows to one update) or
-`after` (the new global vector to the one that is kept).
+`after` (the new global vector to the one that is kept). `CLIENT_MENU` lists what clients run on themselves, `client`
+for any task and `client_image` for classifiers of images.
 """
 
 from fedllm_sec.defenses.after import crfl, weak_dp
 from fedllm_sec.defenses.before import arc, bucketing, nnm, norm_clipping, weak_dp_client
+from fedllm_sec.defenses.client_side import Soteria, WhiteBloodCells
 from fedllm_sec.defenses.cluster import flame, freqfed, signguard
 from fedllm_sec.defenses.columns import mean, median, robust_learning_rate, slsgd, trimmed_mean
 from fedllm_sec.defenses.deepsight import deepsight
@@ -57,5 +59,10 @@ MENU: dict[str, Entry] = {
     "lasa": Entry(lasa, "Xu et al. 2025", "rule"),
     "crfl": Entry(crfl, "Xie et al. 2021", "after"),
     "weak_dp": Entry(weak_dp, "Sun et al. 2019", "after"),
+}
+
+CLIENT_MENU: dict[str, Entry] = {
+    "wbc": Entry(WhiteBloodCells, "Sun et al. 2021 (FL-WBC)", "client"),
+    "soteria": Entry(Soteria, "Sun et al. 2021", "client_image"),
 }
 # fmt: on

@@ -1,13 +1,21 @@
-"""Defenses that a client runs on itself: FL-WBC against planted backdoors, Soteria against gradient leakage."""
+"""Defenses that a client runs on itself: FL-WBC against planted backdoors, Soteria against gradient leakage.
+
+Each is a local rule. `prepare` is told the task and every client's local steps, and says before training where the
+rule could not act.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedllm_sec.defenses.checks import need
+from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import LocalContext
-from fedllm_sec.resolve import Entry
+from fedllm_sec.resolve import did_you_mean
 from fedllm_sec.seeds import generator_for
 
 
@@ -38,6 +46,14 @@ class WhiteBloodCells:
         self.before: Tensor | None = None  # (d,) parameters as the last step found them
         self.last_change: Tensor | None = None
 
+    def prepare(self, task: Any, steps: Sequence[int]) -> None:
+        """It compares two steps, so somebody must take two."""
+        if max(steps) < 2:
+            raise RecipeError(
+                "wbc: compares the changes of two local steps, and no client takes more than one. Raise "
+                "clients.local_steps, lower clients.batch_size, or drop wbc."
+            )
+
     def before_step(self, parameters: torch.nn.Parameter, step: int, ctx: LocalContext) -> None:
         self.before = parameters.detach().clone()
         if step == 0:
@@ -56,16 +72,17 @@ class WhiteBloodCells:
 
 
 def leakage(inputs: Tensor, features: Tensor) -> Tensor:
-    """||d r_j / d X|| / |r_j| for each feature, summed over the batch: (features,).
+    """||d r_j / d X|| / |r_j| for each feature, the mean over the inputs that excite it: (features,).
 
     `inputs` (batch, ...) are images or token embeddings with requires_grad, `features` (batch, k) what the
-    representation layer makes of them, with their graph. A feature that is 0 leaks nothing.
+    representation layer makes of them, with their graph. A feature that is 0 everywhere leaks nothing: 0.
     """
     scores = []
     for j in range(features.shape[1]):
         slope = torch.autograd.grad(features[:, j].sum(), inputs, retain_graph=True)[0].flatten(1).norm(dim=1)
         size = features[:, j].detach().abs()
-        scores.append(torch.where(size > 0, slope / size.clamp_min(1e-30), torch.zeros_like(slope)).sum())
+        live = size > 0
+        scores.append((slope[live] / size[live].clamp_min(1e-30)).mean() if bool(live.any()) else slope.new_zeros(()))
     return torch.stack(scores)
 
 
@@ -74,21 +91,21 @@ def soteria_mask(leaks: Tensor, share: float) -> Tensor:
 
     Sun et al. 2021 (CVPR), sec. 4.2: a feature of small slope and large value can be changed most in the
     representation at least cost in the input, so that a reconstruction from what is left lands far from the
-    input. At least one is masked, and one is kept.
+    input. At least one is masked, and one is kept. Features that are 0 have no gradient to mask and do not count.
     """
     need(0 < share < 1, "soteria", "0 < share < 1", "Change it.", share=share)
-    need(len(leaks) >= 2, "soteria", "two features or more", "Choose a wider layer.", features=len(leaks))
-    count = min(len(leaks) - 1, max(1, round(share * len(leaks))))
+    live = int((leaks > 0).sum())
+    need(live >= 2, "soteria", "two features or more that are not 0", "Choose a wider layer.", features=live)
+    count = min(live - 1, max(1, round(share * live)))
     sent = torch.ones(len(leaks), dtype=torch.bool, device=leaks.device)
-    sent[leaks.argsort(stable=True)[:count]] = False
+    sent[leaks.where(leaks > 0, torch.inf).argsort(stable=True)[:count]] = False
     return sent
 
 
-def soteria(gradient: Tensor, inputs: Tensor, features: Tensor, *, share: float = 0.1) -> Tensor:
+def soteria_gradient(gradient: Tensor, inputs: Tensor, features: Tensor, *, share: float = 0.1) -> Tensor:
     """The gradient (outputs, k) of the layer behind the representation, masked columns set to 0.
 
-    A pure function, for the client that computes its gradient by hand: a LocalRule sees neither inputs nor
-    features, and over several local steps there is no single representation to protect.
+    The paper's own setting, one gradient of one batch, for whoever computes it by hand.
     """
     fits = gradient.ndim == 2 and features.ndim == 2 and gradient.shape[1] == features.shape[1]
     shapes = {"gradient": tuple(gradient.shape), "features": tuple(features.shape)}
@@ -96,4 +113,61 @@ def soteria(gradient: Tensor, inputs: Tensor, features: Tensor, *, share: float 
     return gradient * soteria_mask(leakage(inputs, features), share).to(gradient)
 
 
-CLIENT_MENU: dict[str, Entry] = {"wbc": Entry(WhiteBloodCells, "Sun et al. 2021", "client")}
+class Soteria:
+    """A local rule: what a client sends says nothing of the features whose gradients give its images away most.
+
+    The features are what the linear layer `layer` (default: the model's last) is fed. Which are masked is measured in
+    the client's first step, at the received model, on the first `rows` images of its shard; that layer's weights for
+    them then stay as received, in all local steps (Sun et al. 2021, CVPR). Deviations: the paper masks the gradient of
+    one batch, and over several steps a mask for each batch would leave no column of the delta at 0; `share` counts
+    features that are not 0, and their score is the mean over the images that excite them.
+    """
+
+    def __init__(self, *, layer: str | None = None, share: float = 0.1, rows: int = 8) -> None:
+        need(0 < share < 1, "soteria", "0 < share < 1", "Change it.", share=share)
+        need(rows >= 1, "soteria", "rows >= 1", "Raise it.", rows=rows)
+        self.layer, self.share, self.rows = layer, share, rows
+        self.task: Any = None
+        self.masked: Tensor | None = None  # (d,) bool, what stays as received
+
+    def prepare(self, task: Any, steps: Sequence[int]) -> None:
+        """Find the layer; there must be something trained before it, else it is fed the image itself."""
+        linear = {n: p for n, p in task.model.named_modules() if isinstance(p, torch.nn.Linear)}
+        name = self.layer if self.layer is not None else next(reversed(linear), "")
+        if name not in linear:
+            raise RecipeError(f'soteria.layer: the model has no linear layer "{name}".{did_you_mean(name, linear)}')
+        if f"{name}.weight" in task.layout.names[:1]:
+            raise RecipeError(
+                f'soteria.layer: "{name}" is the first layer of the model, so it is fed the image and there is no '
+                "representation to protect. Choose a later layer, or a model that has one."
+            )
+        self.task, self.layer = task, name
+
+    def before_step(self, parameters: torch.nn.Parameter, step: int, ctx: LocalContext) -> None:
+        if step == 0:
+            sent = soteria_mask(leakage(*self.representation(ctx.client.shard)), self.share)
+            self.masked = torch.zeros(ctx.layout.size, dtype=torch.bool, device=parameters.device)
+            ctx.layout.split(self.masked)[f"{self.layer}.weight"][:, ~sent] = True
+        assert self.masked is not None
+        if parameters.grad is not None:
+            parameters.grad.masked_fill_(self.masked, 0.0)
+
+    @torch.no_grad()
+    def after_step(self, parameters: torch.nn.Parameter, step: int, ctx: LocalContext) -> None:
+        """Undo what weight decay and other rules moved."""
+        assert self.masked is not None
+        parameters.copy_(torch.where(self.masked, ctx.start, parameters))
+
+    def representation(self, shard: Any) -> tuple[Tensor, Tensor]:
+        """The first images of a shard as the model gets them, and what `layer` is fed for them: (b, ...), (b, k)."""
+        inputs = ((shard.x[: self.rows] - self.task.mean) / self.task.std).requires_grad_()
+        fed: list[Tensor] = []
+        hook = self.task.model.get_submodule(self.layer).register_forward_pre_hook(
+            lambda _, given: fed.append(given[0])
+        )
+        try:
+            with torch.enable_grad():
+                self.task.model(inputs)
+        finally:
+            hook.remove()
+        return inputs, fed[0].flatten(1)

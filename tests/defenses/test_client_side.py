@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedllm_sec.defenses.client_side import WhiteBloodCells, leakage, perturbation, soteria, soteria_mask
+from fedllm_sec.defenses.client_side import WhiteBloodCells, leakage, perturbation, soteria_gradient, soteria_mask
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.protocols import Client, LocalContext
 from fedllm_sec.seeds import generator_for
@@ -71,6 +71,17 @@ def test_leakage_by_hand():
     assert leakage(inputs, features).tolist() == pytest.approx([1.0, 2**0.5 / 4, 0.0])
 
 
+def test_leakage_is_the_mean_over_the_inputs_that_excite_a_feature():
+    inputs = torch.tensor([[1.0], [4.0], [-5.0]], requires_grad=True)
+    assert leakage(inputs, inputs.relu()).tolist() == pytest.approx([(1 / 1 + 1 / 4) / 2])
+
+
+def test_a_feature_that_is_0_has_nothing_to_mask_and_is_not_chosen():
+    assert soteria_mask(torch.tensor([0.0, 0.3, 0.2, 0.0]), 0.5).tolist() == [True, True, False, True]
+    with pytest.raises(DefenseError, match="two features or more that are not 0, got features=1"):
+        soteria_mask(torch.tensor([0.0, 0.3, 0.0]), 0.5)
+
+
 def test_soteria_masks_the_smallest_leakage_and_keeps_the_rest():
     assert soteria_mask(torch.tensor([1.0, 0.2, 0.5, 0.9]), 0.5).tolist() == [True, False, False, True]
     assert soteria_mask(torch.tensor([1.0, 0.2]), 0.01).tolist() == [True, False]
@@ -78,7 +89,7 @@ def test_soteria_masks_the_smallest_leakage_and_keeps_the_rest():
     inputs = torch.tensor([[1.0, 3.0]], requires_grad=True)
     features = inputs @ torch.tensor([[2.0, 1.0], [0.0, 1.0]])
     gradient = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert soteria(gradient, inputs, features, share=0.5).tolist() == [[1.0, 0.0], [3.0, 0.0]]
+    assert soteria_gradient(gradient, inputs, features, share=0.5).tolist() == [[1.0, 0.0], [3.0, 0.0]]
     assert gradient.tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
@@ -88,4 +99,4 @@ def test_senseless_settings_are_refused():
     with pytest.raises(DefenseError, match="0 < share < 1"):
         soteria_mask(torch.ones(3), 1.0)
     with pytest.raises(DefenseError, match="gradient=\\(2, 3\\), features=\\(1, 2\\)"):
-        soteria(torch.zeros(2, 3), torch.zeros(1, 1), torch.zeros(1, 2))
+        soteria_gradient(torch.zeros(2, 3), torch.zeros(1, 1), torch.zeros(1, 2))
