@@ -20,10 +20,11 @@ from fedllm_sec.build_transfer import distillation, transfer_problems
 from fedllm_sec.compute import Machine
 from fedllm_sec.data import partition
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.distillation import Distillation, Pupil, distil
+from fedllm_sec.distillation import Distillation, distil
 from fedllm_sec.errors import DefenseError, RecipeError
 from fedllm_sec.federation import Federation
 from fedllm_sec.history import RoundRecord
+from fedllm_sec.loaded import Loaded
 from fedllm_sec.models.lora import save_adapter
 from fedllm_sec.parts import Parts
 from fedllm_sec.protocols import Algorithm, Client, LocalRule, LocalTraining, RoundContext
@@ -52,9 +53,9 @@ DATA_ATTACKS: dict[str, tuple[str, ...]] = {
     "gan": (),
 }
 
-
 # task of the recipe -> kinds of client-side defenses that can act in it, where it is not only "client"
 CLIENT_DEFENSES: dict[str, tuple[str, ...]] = {"classify": ("client", "client_image")}
+
 
 def places(task: Any) -> dict[str, tuple[Menu, tuple[str, ...]]]:
     """PLACES for one task of the recipe."""
@@ -123,7 +124,6 @@ def make_defense(recipe: Recipe) -> Pipeline:
     )
 
 
-def rehearse(recipe: Recipe) -> None:
 def make_guards(recipe: Recipe, task: Any, steps: Sequence[int]) -> tuple[LocalRule, ...]:
     """The rules by which clients defend themselves; one that cannot act on this model or these steps says so."""
     guards = _guards(recipe)
@@ -138,6 +138,7 @@ def _guards(recipe: Recipe) -> tuple[LocalRule, ...]:
     return tuple(_make(b, defenses.CLIENT_MENU, f"defense.client.{i}") for i, b in enumerate(blocks))
 
 
+def rehearse(recipe: Recipe) -> None:
     """Try the defense, the FL method and the attack's knowledge before anything is loaded."""
     problems = algorithm_problems(recipe)
     n = recipe.clients.per_round or recipe.clients.total
@@ -152,8 +153,8 @@ def _guards(recipe: Recipe) -> tuple[LocalRule, ...]:
             rounds=recipe.rounds,
             root_update=rows[0] if recipe.defense is not None and recipe.defense.root_rows else None,
         )
-        make_defense(recipe).decide(UpdateMatrix.of(rows, ids=client_ids(recipe)[:n]), context)
         _guards(recipe)
+        make_defense(recipe).decide(UpdateMatrix.of(rows, ids=client_ids(recipe)[:n]), context)
     except DefenseError as error:
         # a rule that reads parameter names cannot be rehearsed on an unnamed vector
         if "layer" not in str(error) and "layout" not in str(error):
@@ -233,28 +234,29 @@ def run(parts: Federation | Distillation, rounds: int) -> Iterator[RoundRecord]:
     return distil(parts, rounds) if isinstance(parts, Distillation) else federation.run(parts, rounds)
 
 
-def build(recipe: Recipe, machine: Machine, task: Any = None) -> Federation | Distillation:
-    """All parts of a run. `task` is a model loaded before for the same recipe, to be used again."""
+def build(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) -> Federation | Distillation:
+    """All parts of a run; models and data that `loaded` holds from earlier runs are used again."""
     rehearse(recipe)
-    threat, algorithm, split = make_threat(recipe), _algorithm(recipe), functools.partial(split_rows, recipe)
+    loaded = loaded if loaded is not None else Loaded()
+    threat, algorithm, split = make_threat(recipe), make_algorithm(recipe), functools.partial(split_rows, recipe)
     if isinstance(algorithm, KnowledgeTransfer):
-        return distillation(recipe, machine, algorithm, threat, split, local_training(recipe))
-    parts = KINDS[recipe.task](recipe, machine, threat, split, None if isinstance(task, Pupil) else task)
+        return distillation(recipe, machine, algorithm, threat, split, local_training(recipe), loaded)
+    parts = KINDS[recipe.task](recipe, machine, threat, split, loaded)
     if threat is not None:
         threat.poisoned = dict(parts.poisoned)
-    return Federation(
-        task=parts.task,
     training = local_training(recipe)
     sizes = [parts.task.size(shard) for shard in parts.shards.values()]
     steps = [algorithm.prepare(training, sizes).steps_of(size) for size in sizes]
+    return Federation(
+        task=parts.task,
         clients=[Client(id, shard) for id, shard in parts.shards.items()],
         training=training,
         machine=machine,
         algorithm=algorithm,
         defense=make_defense(recipe),
+        guards=make_guards(recipe, parts.task, steps),
         threat=threat,
         evaluation=parts.evaluation,
-        guards=make_guards(recipe, parts.task, steps),
         vector=parts.task.initial.clone(),
         seed=recipe.seed,
         per_round=recipe.clients.per_round,
@@ -300,7 +302,7 @@ def local_training(recipe: Recipe) -> LocalTraining:
 def algorithm_problems(recipe: Recipe) -> list[str]:
     """Why the FL method cannot work with this task or this local training, as far as can be said without data."""
     try:
-        algorithm = _algorithm(recipe)
+        algorithm = make_algorithm(recipe)
         if algorithm.task not in (None, recipe.task):
             name = recipe.algorithm["name"]
             return [
@@ -312,6 +314,7 @@ def algorithm_problems(recipe: Recipe) -> list[str]:
     return transfer_problems(recipe) if isinstance(algorithm, KnowledgeTransfer) else []
 
 
-def _algorithm(recipe: Recipe) -> Algorithm | KnowledgeTransfer:
+def make_algorithm(recipe: Recipe) -> Algorithm | KnowledgeTransfer:
+    """The FL method of the recipe."""
     made: Algorithm | KnowledgeTransfer = _make(recipe.algorithm, algorithms.MENU, "algorithm")()
     return made

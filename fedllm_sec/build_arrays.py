@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.evaluation.arrays import ArrayEvaluation
 from fedllm_sec.evaluation.samples import Features, SampleEvaluation
 from fedllm_sec.history import write_atomic, write_json
+from fedllm_sec.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.models.darts import genotype
 from fedllm_sec.parts import Parts, Split, make_model, poison
 from fedllm_sec.protocols import Labelled
@@ -30,24 +32,34 @@ from fedllm_sec.tasks.nas import Nas
 GRID = 8  # generated images in a row and in a column of samples.png
 
 
-def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, task: Any = None) -> Parts:
-    """Data are read, split and poisoned before the model is made; `task` is one made before, if any."""
-    train, test = load_rows(recipe)
-    root, shares = split(train.y.numpy())
-    shards = {id: arrays.subset(train, rows) for id, rows in shares.items()}
-    poisoned = poison(recipe.seed, threat, shards)
+def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, loaded: Loaded) -> Parts:
+    """Data are read, split and poisoned before the model is made; what `loaded` holds already is used again."""
+    train, test = loaded.get("rows", data_key(recipe), lambda: load_rows(recipe))
+
+    def deal() -> tuple[Labelled, dict[str, Labelled]]:
+        root, shares = split(train.y.numpy())
+        return arrays.subset(train, root), {id: arrays.subset(train, rows) for id, rows in shares.items()}
+
+    def moved(rows: Mapping[str, Labelled]) -> dict[str, Labelled]:
+        return {id: arrays.to_device(part, machine.device) for id, part in rows.items()}
+
+    root, shards = loaded.get("split", split_key(recipe), deal)
+    poisoned = loaded.get("poisoned shard", poison_key(recipe), lambda: moved(poison(recipe.seed, threat, shards)))
+    task_key = recipe.model_dump_json(include={"task", "model", "data", "seed"})
     evaluation: Any
     if recipe.task == "gan":
-        task = task if task is not None else gan_task(recipe, machine, train)
+        task = loaded.get("task", task_key, lambda: gan_task(recipe, machine, train))
         evaluation = sample_evaluation(recipe, task, train, test)
     else:
-        task = task if task is not None else classify_task(recipe, machine, train)
-        evaluation = make_evaluation(recipe, test, threat, machine.device)
+        task = loaded.get("task", task_key, lambda: classify_task(recipe, machine, train))
+        evaluation = loaded.get(
+            "evaluation", probe_key(recipe), lambda: make_evaluation(recipe, test, threat, machine.device)
+        )
     return Parts(
         task=task,
-        shards={id: arrays.to_device(rows, machine.device) for id, rows in shards.items()},
-        poisoned={id: arrays.to_device(rows, machine.device) for id, rows in poisoned.items()},
-        root=arrays.to_device(arrays.subset(train, root), machine.device) if len(root) else None,
+        shards=loaded.get("shard", split_key(recipe), lambda: moved(shards)),
+        poisoned=poisoned,
+        root=arrays.to_device(root, machine.device) if len(root.y) else None,
         evaluation=evaluation,
     )
 

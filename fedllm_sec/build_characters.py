@@ -15,6 +15,7 @@ from fedllm_sec.compute import Machine
 from fedllm_sec.data import arrays, characters
 from fedllm_sec.errors import AttackError
 from fedllm_sec.evaluation.characters import CharEvaluation
+from fedllm_sec.loaded import Loaded, data_key
 from fedllm_sec.parts import Parts, Split, make_model, poison
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.resolve import did_you_mean
@@ -47,37 +48,44 @@ class CharacterFlip:
         return replace(shard, y=changed.y.view(shard.y.shape), poisoned=marks)
 
 
-def character_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, task: Any = None) -> Parts:
+def character_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, loaded: Loaded) -> Parts:
     """The text is cut, split and poisoned before the model is made."""
+    text = loaded.get("rows", data_key(recipe), lambda: load_text(recipe))
+    flips: list[Any] = []
+    if threat is not None and threat.data:
+        flips = [CharacterFlip(flip, text.alphabet) for flip in threat.data]  # type: ignore[arg-type]
+        threat.data = flips
+    root, shares = split(text.speakers)
+    shards = {id: arrays.subset(text.train, rows) for id, rows in shares.items()}
+    poisoned = poison(recipe.seed, threat, shards)
+    rng = np.random.default_rng(seed_for(recipe.seed, "evaluation"))
+    task = loaded.get(
+        "task",
+        recipe.model_dump_json(include={"task", "model", "data", "seed"}),
+        lambda: NextChar(make_model(recipe, (recipe.data.length,), len(text.alphabet)), machine.device),
+    )
+    move: Callable[[Labelled], Labelled] = lambda rows: arrays.to_device(rows, machine.device)  # noqa: E731
+    return Parts(
+        task=task,
+        shards={id: move(rows) for id, rows in shards.items()},
+        poisoned={id: move(rows) for id, rows in poisoned.items()},
+        root=move(arrays.subset(text.train, root)) if len(root) else None,
+        evaluation=CharEvaluation(
+            test=move(arrays.sample(text.test, recipe.evaluate.rows, rng)),
+            batch_size=recipe.evaluate.batch_size,
+            attacked=move(arrays.sample(text.test, recipe.evaluate.attack_rows, rng)) if flips else None,
+            wanted=flips[0].wanted if flips else None,
+        ),
+    )
+
+
+def load_text(recipe: Recipe) -> characters.Text:
+    """The clean text in sequences, as many of them as the recipe wants."""
     data: CharData = recipe.data
     text = characters.load(data.name, data.length, data.test_share, data.by_speaker)
     keep = np.arange(len(text.train.y))
     if data.train_rows is not None and data.train_rows < len(keep):
         drawn = np.random.default_rng(seed_for(recipe.seed, "rows", "train")).permutation(len(keep))
         keep = np.sort(drawn[: data.train_rows])
-    train, speakers = arrays.subset(text.train, keep), text.speakers[keep]
     test = arrays.sample(text.test, data.test_rows, np.random.default_rng(seed_for(recipe.seed, "rows", "test")))
-    flips: list[Any] = []
-    if threat is not None and threat.data:
-        flips = [CharacterFlip(flip, text.alphabet) for flip in threat.data]  # type: ignore[arg-type]
-        threat.data = flips
-    root, shares = split(speakers)
-    shards = {id: arrays.subset(train, rows) for id, rows in shares.items()}
-    poisoned = poison(recipe.seed, threat, shards)
-    rng = np.random.default_rng(seed_for(recipe.seed, "evaluation"))
-    made = (
-        task if task is not None else NextChar(make_model(recipe, (data.length,), len(text.alphabet)), machine.device)
-    )
-    move: Callable[[Labelled], Labelled] = lambda rows: arrays.to_device(rows, machine.device)  # noqa: E731
-    return Parts(
-        task=made,
-        shards={id: move(rows) for id, rows in shards.items()},
-        poisoned={id: move(rows) for id, rows in poisoned.items()},
-        root=move(arrays.subset(train, root)) if len(root) else None,
-        evaluation=CharEvaluation(
-            test=move(arrays.sample(test, recipe.evaluate.rows, rng)),
-            batch_size=recipe.evaluate.batch_size,
-            attacked=move(arrays.sample(test, recipe.evaluate.attack_rows, rng)) if flips else None,
-            wanted=flips[0].wanted if flips else None,
-        ),
-    )
+    return replace(text, train=arrays.subset(text.train, keep), speakers=text.speakers[keep], test=test)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from fedllm_sec.compute import Machine
 from fedllm_sec.data import text
 from fedllm_sec.errors import AttackError
 from fedllm_sec.evaluation.text import TextEvaluation
+from fedllm_sec.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.models.lora import add_adapter, load_base
 from fedllm_sec.parts import Parts, Split, poison
 from fedllm_sec.recipe import Recipe
@@ -21,23 +24,41 @@ from fedllm_sec.tasks.causal_lm import CausalLM, Encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import PeftModel
+
+    from fedllm_sec.sections import Model
 
 MOST_LABELS = 100  # a label column with more values than this does not hold classes
 
 
-def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, task: Any = None) -> Parts:
-    """Data are read, split and poisoned before the model is loaded; `task` is one loaded before, if any."""
-    train, test = load_rows(recipe)
-    root, shares = split(class_numbers(train))
-    shards = {id: train.select(rows) for id, rows in shares.items()}
-    poisoned = poison(recipe.seed, threat, shards)
-    task = task if task is not None else load_task(recipe, machine)
+def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, loaded: Loaded) -> Parts:
+    """Data are read, split and poisoned before the model is loaded; what `loaded` holds already is used again."""
+    train, test = loaded.get("rows", data_key(recipe), lambda: load_rows(recipe))
+
+    def deal() -> tuple[Dataset, dict[str, Dataset]]:
+        root, shares = split(class_numbers(train))
+        return train.select(root), {id: train.select(rows) for id, rows in shares.items()}
+
+    root, shards = loaded.get("split", split_key(recipe), deal)
+    poisoned = loaded.get("poisoned rows", poison_key(recipe), lambda: poison(recipe.seed, threat, shards))
+    task = load_task(recipe, machine, loaded)
+
+    def encoded(place: str, key: str, rows: dict[str, Dataset]) -> dict[str, Encoded]:
+        key += json.dumps(recipe.model.name)  # whose tokenizer
+        return loaded.get(
+            place, key, lambda: {id: task.encode(rows, f"{place} of client {id}") for id, rows in rows.items()}
+        )
+
     return Parts(
         task=task,
-        shards={id: task.encode(rows, f"shard of client {id}") for id, rows in shards.items()},
-        poisoned={id: task.encode(rows, f"poisoned shard of client {id}") for id, rows in poisoned.items()},
-        root=task.encode(train.select(root), "root rows") if len(root) else None,
-        evaluation=make_evaluation(recipe, task, test, threat),
+        shards=encoded("shard", split_key(recipe), shards),
+        poisoned=encoded("poisoned shard", poison_key(recipe), poisoned),
+        root=task.encode(root, "root rows") if len(root) else None,
+        evaluation=loaded.get(
+            "evaluation",
+            probe_key(recipe) + json.dumps(recipe.model.name),
+            lambda: make_evaluation(recipe, task, test, threat),
+        ),
     )
 
 
@@ -69,13 +90,38 @@ def load_rows(recipe: Recipe) -> tuple[Dataset, Dataset]:
     )
 
 
-def load_task(recipe: Recipe, machine: Machine) -> CausalLM:
-    """The base model with a fresh adapter; variants of one recipe can share it."""
-    base, tokenizer = load_base(recipe.model, machine.device)
-    adapted = add_adapter(machine.shard(base), recipe.model, seed_for(recipe.seed, "adapter") % 2**31)
-    if not recipe.model.load_in_4bit:
-        adapted = adapted.to(machine.device)
-    return CausalLM(adapted, tokenizer, recipe.data, machine.device)
+@dataclass
+class Base:
+    """A frozen base model, read once; it carries one adapter at a time."""
+
+    model: Any
+    tokenizer: Any
+    adapted: PeftModel | None = None
+
+    def adapt(self, settings: Model, seed: int) -> PeftModel:
+        """The model with a fresh adapter; the adapter it had is taken off, and with it the task that used it."""
+        if self.adapted is not None:
+            self.model, self.adapted = self.adapted.unload(), None
+        self.adapted = add_adapter(self.model, settings, seed)
+        return self.adapted
+
+
+def load_task(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) -> CausalLM:
+    """The base model with a fresh adapter, whose weights depend on the seed; runs of equal settings share it."""
+    loaded = loaded if loaded is not None else Loaded()
+
+    def read() -> Base:
+        base, tokenizer = load_base(recipe.model, machine.device)
+        return Base(machine.shard(base), tokenizer)
+
+    def adapt() -> CausalLM:
+        base = loaded.get("base", recipe.model.model_dump_json(exclude={"lora"}), read, keep=1)
+        adapted: Any = base.adapt(recipe.model, seed_for(recipe.seed, "adapter") % 2**31)
+        if not recipe.model.load_in_4bit:
+            adapted = adapted.to(machine.device)
+        return CausalLM(adapted, base.tokenizer, recipe.data, machine.device)
+
+    return loaded.get("task", recipe.model_dump_json(include={"task", "model", "data", "seed"}), adapt, keep=1)
 
 
 def make_evaluation(recipe: Recipe, task: CausalLM, test: Dataset, threat: Threat | None) -> TextEvaluation:

@@ -10,6 +10,7 @@ from fedllm_sec.build_arrays import array_parts, make_model
 from fedllm_sec.compute import Machine
 from fedllm_sec.distillation import Distillation, Pupil, edge_pupil
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.loaded import Loaded
 from fedllm_sec.parts import Split
 from fedllm_sec.protocols import Client, LocalTraining
 from fedllm_sec.recipe import Recipe
@@ -58,13 +59,14 @@ def distillation(
     threat: Threat | None,
     split: Split,
     training: LocalTraining,
+    loaded: Loaded,
 ) -> Distillation:
     """All parts of a FedGKT run: `model` of the recipe is the server's net, on the features of the clients'."""
     if machine.world > 1:
         raise RecipeError(
             f"algorithm: fedgkt runs in one process, and {machine.world} were launched. Use --num_processes 1."
         )
-    parts = array_parts(recipe, machine, threat, split)
+    parts = array_parts(recipe, machine, threat, split, loaded)
     if threat is not None:
         threat.poisoned = dict(parts.poisoned)
     first = next(iter(parts.shards.values()))

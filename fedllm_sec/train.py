@@ -6,6 +6,7 @@ Started again with the same recipe it goes on where it was stopped; a finished r
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import shlex
 import subprocess
@@ -100,6 +101,7 @@ def run_all(variants: dict[str, Recipe], command: str) -> Path:
     from accelerate import Accelerator
 
     from fedllm_sec.compute import Machine
+    from fedllm_sec.loaded import Loaded
 
     _quiet()
     first = next(iter(variants.values()))
@@ -113,11 +115,11 @@ def run_all(variants: dict[str, Recipe], command: str) -> Path:
         options |= {"log_with": first.output.tracker, "project_dir": str(folder)}
     accelerator = Accelerator(**options)
     machine = Machine(accelerator, first.compute.placement)
-    tasks: dict[str, Any] = {}
+    loaded = Loaded()
     for name, recipe in variants.items():
         if machine.main and name:
             print(f"\n{name}: {recipe.output.folder}", flush=True)
-        run_one(recipe, machine, command, tasks)
+        run_one(recipe, machine, command, loaded)
     if machine.main:
         from fedllm_sec.report.page import terminal_summary, write_report
 
@@ -129,25 +131,28 @@ def run_all(variants: dict[str, Recipe], command: str) -> Path:
     return folder
 
 
-def run_one(recipe: Recipe, machine: Any, command: str, tasks: dict[str, Any]) -> None:
-    """One run from where its folder stands to its last round, with the final adapter or model and summary.json."""
+def run_one(recipe: Recipe, machine: Any, command: str, loaded: Any, say: Callable[[str], None] | None = None) -> None:
+    """One run from where its folder stands to its last round, with the final adapter or model and summary.json.
+
+    `loaded` is what the process keeps between runs; `say` gets a line a round instead of the terminal.
+    """
     import torch
 
     from fedllm_sec.build import build, run, save
 
+    on_terminal, say = say is None, say or functools.partial(print, flush=True)
     folder, text = RunFolder(Path(recipe.output.folder)), recipes.dump(recipe)
     state = folder.resume(text)
     if state is not None and state["round"] >= recipe.rounds and (folder.path / "summary.json").exists():
         if machine.main:
-            print(f"already done: {folder.path} ({state['round']} rounds). Remove the folder to run it again.")
+            say(f"already done: {folder.path} ({state['round']} rounds). Remove the folder to run it again.")
         return
-    key = recipe.model_dump_json(include={"task", "model", "data", "seed"})
-    federation = build(recipe, machine, tasks.get(key))
-    task = tasks[key] = federation.task
+    federation = build(recipe, machine, loaded)
+    task = federation.task
     if state is not None:
         federation.load_state_dict(_to(state, machine.device))
         if machine.main:
-            print(f"going on after round {federation.round} of {folder.path}")
+            say(f"going on after round {federation.round} of {folder.path}")
     if machine.main:
         folder.begin(text, environment(command, machine), state)
     if recipe.output.tracker is not None:
@@ -160,11 +165,11 @@ def run_one(recipe: Recipe, machine: Any, command: str, tasks: dict[str, Any]) -
 
     kind = "adapter" if recipe.task == "causal_lm" else "model"
 
-    federation.progress = _progress(machine.main, lambda: federation.round + 1, recipe.rounds)
+    federation.progress = _progress(machine.main and on_terminal, lambda: federation.round + 1, recipe.rounds)
     for record in run(federation, recipe.rounds):
         if machine.main:
             folder.append(record, federation.state_dict())
-            print(round_line(record, recipe.rounds), flush=True)
+            say(round_line(record, recipe.rounds))
             every = recipe.output.adapter_every
             if every is not None and record.round % every == 0:
                 keep_model(f"{kind}-round-{record.round}")

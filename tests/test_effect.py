@@ -13,9 +13,10 @@ from fedllm_sec.build import build, menu_problems
 from fedllm_sec.compute import Machine
 from fedllm_sec.federation import run
 from fedllm_sec.history import RoundRecord
+from fedllm_sec.loaded import Loaded
 from tests.conftest import ROOT
 
-TASKS: dict[str, Any] = {}
+LOADED = Loaded()  # one base model for all runs of this file
 
 
 def last_round(**changes: Any) -> RoundRecord:
@@ -25,8 +26,7 @@ def last_round(**changes: Any) -> RoundRecord:
     raw = recipes.merge(raw, {"evaluate": {"every": 99}, "compute": {"threads": 1}, **changes})
     recipe = recipes.check(raw, menu_problems)
     torch.set_num_threads(1)
-    federation = build(recipe, Machine(Accelerator(cpu=True)), TASKS.get("tiny"))
-    TASKS["tiny"] = federation.task
+    federation = build(recipe, Machine(Accelerator(cpu=True)), LOADED)
     *_, last = run(federation, recipe.rounds)
     return last
 

@@ -22,15 +22,16 @@ from fedllm_sec.build import menu_problems
 from fedllm_sec.compute import Machine
 from fedllm_sec.errors import ResumeError
 from fedllm_sec.history import RunFolder
+from fedllm_sec.loaded import Loaded
 from fedllm_sec.train import run_one
 
-TASKS: dict[str, Any] = {}  # one base model for all runs of this file
+LOADED = Loaded()  # one base model for all runs of this file
 
 
 def run(raw: dict[str, Any], folder: Path) -> Path:
     torch.set_num_threads(1)
     recipe = recipes.check({**raw, "output": {"folder": str(folder)}}, menu_problems)
-    run_one(recipe, Machine(Accelerator(cpu=True), recipe.compute.placement), "test", TASKS)
+    run_one(recipe, Machine(Accelerator(cpu=True), recipe.compute.placement), "test", LOADED)
     return folder
 
 

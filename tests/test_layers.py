@@ -15,7 +15,7 @@ PACKAGE = Path(fedllm_sec.__file__).parent
 
 # part -> layer; a module may import its own part and parts of lower layers. Parts of layer 3 do not import each other.
 LAYERS = {
-    "errors": 0, "seeds": 0, "resolve": 1, "history": 1, "rowfile": 1, "fetching": 1, "sections": 2, "updates": 2,
+    "errors": 0, "seeds": 0, "resolve": 1, "history": 1, "rowfile": 1, "fetching": 1, "sections": 2, "updates": 2, "loaded": 3,
     "recipe": 3, "kernels": 3, "protocols": 4,
     "tasks": 5, "models": 5, "data": 5, "attacks": 5, "defenses": 5, "algorithms": 5, "evaluation": 5,
     "api": 6, "client": 6, "compute": 6, "parts": 6, "testing": 8, "testing_attacks": 7, "federation": 7,
