@@ -18,7 +18,9 @@ from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.defenses.screen import screen
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.evaluation.detection import detection
+from fedllm_sec.evaluation.robustness import measure_rows
 from fedllm_sec.history import RoundRecord
+from fedllm_sec.memory import watch
 from fedllm_sec.models.lora import product_gap
 from fedllm_sec.protocols import (
     Algorithm,
@@ -153,7 +155,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     quality = attack = None
     if federation.evaluation is not None and (r % federation.evaluate_every == 0 or r == rounds):
         quality, attack = evaluate(federation)
-        seconds["evaluate"] = clock.lap()
+        seconds["evaluate"] = round(seconds.get("evaluate", 0.0) + clock.lap(), 4)
     return RoundRecord(
         round=r,
         cohort=[c.id for c in cohort],
@@ -189,7 +191,7 @@ class _Decided:
     record: dict[str, Any] = field(
         default_factory=lambda: {
             "losses": {}, "norms": {}, "quarantined": {}, "weights": None, "kept": None, "scores": None, "notes": {},
-            "skipped": None, "lora_gap": None, "detection": None,
+            "skipped": None, "lora_gap": None, "detection": None, "robustness": None, "stealth": None, "memory_mb": {},
         }
     )  # fmt: skip
 
@@ -247,6 +249,7 @@ def _decide(
     record = decided.record
     record["losses"] = dict(zip(ids, claims[:, 2].tolist(), strict=True))
     record["norms"] = dict(zip(ids, kernels.row_norms(updates).tolist(), strict=True))
+    memory = watch(rows.device)
     try:
         clean, record["quarantined"] = screen(updates)
         clean = rescaled(clean)
@@ -264,9 +267,13 @@ def _decide(
     except DefenseError as error:
         if not record["quarantined"] and torch.isfinite(rows).all():
             raise  # not the clients' doing: the recipe asks for what cannot be
-        record["skipped"] = str(error)
+        record["skipped"], record["memory_mb"] = str(error), memory()
         seconds["defense"] = clock.lap()
         return decided
+    record["memory_mb"] = memory()
+    seconds["defense"] = clock.lap()
+
+    # from here on evaluation, which alone may know who is malicious
     _note_decision(record, decision, clean)
     weights = decision.weights if decision.weights is not None else torch.full((clean.n,), 1.0 / clean.n)
     record["lora_gap"] = product_gap(clean, weights, start)
@@ -274,7 +281,8 @@ def _decide(
         record["detection"] = detection(
             kept=record["kept"], scores=record["scores"], ids=list(clean.ids), malicious=sorted(threat.malicious)
         )
-    seconds["defense"] = clock.lap()
+        record |= measure_rows(clean, decision.update, threat.malicious)
+    seconds["evaluate"] = clock.lap()
     return decided
 
 

@@ -44,7 +44,14 @@ class RoundRecord:
     detection: dict[str, float | None] | None  # tpr, fpr, auc
     quality: dict[str, Any] | None  # measures on clean held-out data; rates as {value, low, high, n}
     attack: dict[str, Any] | None  # asr, false_trigger as {value, low, high, n}
-    seconds: dict[str, float] = field(default_factory=dict)  # goes to timings.jsonl
+    # Older run folders lack what follows. `robustness`: ||update - honest mean||^2 / honest variance; `stealth`: norm
+    # and cosine rank of the malicious rows among the honest ones, each 0..1.
+    robustness: float | None = None
+    stealth: dict[str, float | None] | None = None
+    # The rest is not reproducible and goes to timings.jsonl. `memory_mb`: MiB that the "defense" took at its peak, and
+    # the peak of the whole "process" up to then.
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory_mb: dict[str, float] = field(default_factory=dict)
 
 
 def _plain(value: Any) -> Any:
@@ -79,20 +86,24 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomic(path, (json.dumps(_plain(value), indent=2, allow_nan=False) + "\n").encode())
 
 
+PEAK = "_peak_mb"
+
+
 def record_line(record: RoundRecord) -> str:
     """The line of history.jsonl for one record (without its timings)."""
     fields = asdict(record)
-    del fields["seconds"]
+    del fields["seconds"], fields["memory_mb"]
     return json.dumps(_plain(fields), allow_nan=False) + "\n"
 
 
 def timing_line(record: RoundRecord) -> str:
-    """The line of timings.jsonl for one record."""
-    return json.dumps({"round": record.round, **_plain(record.seconds)}) + "\n"
+    """The line of timings.jsonl for one record: seconds by name, and memory as NAME_peak_mb."""
+    memory = {f"{name}{PEAK}": value for name, value in record.memory_mb.items()}
+    return json.dumps({"round": record.round, **_plain(record.seconds), **memory}) + "\n"
 
 
 def read_history(folder: Path) -> list[RoundRecord]:
-    """The records of a run folder, with their timings where there are any."""
+    """The records of a run folder, with their timings where there are any; what an older folder lacks is None."""
     path = folder / "history.jsonl"
     if not path.is_file():
         raise ResumeError(f"{path}: no such file. Is {folder} a run folder?")
@@ -105,7 +116,10 @@ def read_history(folder: Path) -> list[RoundRecord]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            records.append(RoundRecord(**row, seconds=timings.get(row["round"], {})))
+            timing = timings.get(row["round"], {})
+            seconds = {name: value for name, value in timing.items() if not name.endswith(PEAK)}
+            memory = {name.removesuffix(PEAK): value for name, value in timing.items() if name.endswith(PEAK)}
+            records.append(RoundRecord(**row, seconds=seconds, memory_mb=memory))
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ResumeError(f"{path}, line {number}: not a round record ({error}).") from error
     return records

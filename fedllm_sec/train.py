@@ -19,6 +19,7 @@ from typing import Any
 from fedllm_sec import recipe as recipes
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.history import RoundRecord, RunFolder, read_history, write_json
+from fedllm_sec.outcomes import lifespan
 from fedllm_sec.recipe import Recipe
 from fedllm_sec.resolve import did_you_mean
 
@@ -177,7 +178,8 @@ def run_one(recipe: Recipe, machine: Any, command: str, loaded: Any, say: Callab
             machine.accelerator.log(_scalars(record), step=record.round)
     if machine.main:
         keep_model(kind)
-        write_json(folder.path / "summary.json", summary(folder.path, command))
+        stop = recipe.attack.stop if recipe.enable_attack and recipe.attack is not None else None
+        write_json(folder.path / "summary.json", summary(folder.path, command, stop))
     machine.accelerator.wait_for_everyone()
 
 
@@ -232,7 +234,9 @@ def round_line(record: RoundRecord, rounds: int) -> str:
 def _scalars(record: RoundRecord) -> dict[str, float]:
     """The numbers of a round for a tracker."""
     flat: dict[str, float] = {"update_norm": record.update_norm}
-    for group in ("quality", "attack", "detection"):
+    if record.robustness is not None:
+        flat["robustness"] = record.robustness
+    for group in ("quality", "attack", "detection", "stealth"):
         for name, value in (getattr(record, group) or {}).items():
             number = value["value"] if isinstance(value, dict) else value
             if number is not None:
@@ -240,8 +244,8 @@ def _scalars(record: RoundRecord) -> dict[str, float]:
     return flat
 
 
-def summary(folder: Path, command: str) -> dict[str, Any]:
-    """The last measured round and the totals."""
+def summary(folder: Path, command: str, stop: int | None = None) -> dict[str, Any]:
+    """The last measured round, the totals, and how long the attack outlived its last round `stop`."""
     records = read_history(folder)
     measured = [r for r in records if r.quality is not None]
     last = measured[-1] if measured else None
@@ -257,6 +261,9 @@ def summary(folder: Path, command: str) -> dict[str, Any]:
         "command": command,
     }
 
+        "robustness": last.robustness if last else None,
+        "stealth": last.stealth if last else None,
+        "lifespan": lifespan(records, stop),
 
 def environment(command: str, machine: Any) -> dict[str, Any]:
     """Where and with what the run was made."""

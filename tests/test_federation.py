@@ -84,6 +84,24 @@ def test_a_defense_that_selects_is_scored_against_the_truth():
     assert fed.vector.item() == pytest.approx(3.0125)
 
 
+def test_a_round_under_attack_says_how_far_off_the_update_was_and_how_much_the_attacker_stood_out():
+    # honest 1 and 3: mean 2, variance 1; the attacker sends -0.5, so the mean of all is 7/6: (2 - 7/6)^2
+    fed = federation([[0.5], [1.0], [3.0]], threat=threat((flip,)))
+    (record,) = run(fed, 1)
+    assert record.robustness == pytest.approx((5 / 6) ** 2)
+    assert record.stealth == {"norm_rank": 0.0, "cosine_rank": 0.0}
+    (record,) = run(federation([[6.0], [1.0], [3.0]]), 1)
+    assert record.robustness is None
+    assert record.stealth is None
+
+
+def test_a_round_that_was_skipped_has_no_robustness():
+    fed = federation([[float(i)] for i in range(5)], "krum", threat((nan,)), f=1)
+    (record,) = run(fed, 1)
+    assert record.skipped is not None
+    assert record.robustness is None
+
+
 def test_attackers_rest_outside_their_rounds():
     plan = threat((flip,), start=2, stop=5, every=2)
     fed = federation([[3.0], [3.0], [3.0]], threat=plan)
