@@ -57,9 +57,9 @@ class Run:
 
     @property
     def defended(self) -> bool:
-        """Whether anything but a plain mean stands between the clients and the model."""
+        """Whether there is anything but plain training and a plain mean between the clients and the model."""
         rule = _block(self.defense, "rule").get("name", "mean")
-        return bool(self.defense.get("before") or self.defense.get("after") or rule != "mean")
+        return any(self.defense.get(kind) for kind in ("client", "before", "after")) or rule != "mean"
 
 
 def _block(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -251,10 +251,11 @@ def attack_card(run: Run) -> list[tuple[str, list[str]]]:
 
 
 def defense_steps(run: Run) -> list[str]:
-    """What the server does with the updates, in order."""
+    """What clients do for their defense and the server with the updates, in order."""
     stages = [
         f"{title}: {name_of(entry)}{_settings(entry)}"
         for kind, title in (
+            ("client", "each client that does not attack"),
             ("before", "changes the rows"),
             ("rule", "aggregates"),
             ("after", "changes the model"),
