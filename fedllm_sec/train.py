@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's")
     parser.add_argument("--only", metavar="VARIANT", help="run this one of the recipe's variants")
     parser.add_argument("--check", action="store_true", help="check the recipe and stop")
+    parser.add_argument("--explain", action="store_true", help="say what it would do and cost, and stop")
     options = parser.parse_intermixed_args(argv)
     try:
         variants = load(options.recipe, options.overrides)
@@ -45,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             variants = {"": variants[options.only]}
         if options.check:
             print(f"{options.recipe}: fine ({len(variants)} run{'s' if len(variants) > 1 else ''}).")
+            return 0
+        if options.explain:
+            from fedllm_sec.explain import explain
+
+            print(explain(variants))
             return 0
         run_all(variants, _command(options))
     except FedError as error:

@@ -137,9 +137,9 @@ def _hub_table(name: str, hub: str, config: str | None, split: str) -> Dataset:
         return load_dataset(hub, config, split=split)
     except Exception as error:  # the hub client raises many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        way_out = " Give a local .npz." if name in HUB else did_you_mean(name, ["digits", *HUB])
         raise DataError(
-            f'data.name: "{name}" is neither digits, a local .npz nor a set the hub gave ({reason}).'
-            f"{did_you_mean(name, ['digits', *HUB])}"
+            f'data.name: "{name}" is neither digits, a local .npz nor a set the hub gave ({reason}).{way_out}'
         ) from error
 
 

@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from fedllm_sec.sections import Model
 
 
+def source_of(name: str) -> str:
+    """Where a model of this name lies: the package for "tiny", a local folder, or the hub."""
+    if name == "tiny":
+        return str(Path(__file__).parent / "tiny")
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise RecipeError(f"model.name: {name}: no such folder. Give an existing folder, a hub name or tiny.")
+    return name
+
+
 def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen base model and its tokenizer, from "tiny", a local folder or the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    if model.name == "tiny":
-        source = str(Path(__file__).parent / "tiny")
-    else:
-        source = model.name
-        if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-            raise RecipeError(f"model.name: {source}: no such folder. Give an existing folder, a hub name or tiny.")
+    source = source_of(model.name)
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
     if model.load_in_4bit:
         try:
