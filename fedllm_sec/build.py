@@ -12,10 +12,10 @@ import torch
 
 from fedllm_sec import algorithms, attacks, defenses, federation, models
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
-from fedllm_sec.attacks.threat import Threat, choose_malicious
 from fedllm_sec.build_arrays import array_parts, save_model
 from fedllm_sec.build_characters import character_parts
 from fedllm_sec.build_text import text_parts
+from fedllm_sec.build_threat import attack_problems, client_ids, make_threat
 from fedllm_sec.build_transfer import distillation, transfer_problems
 from fedllm_sec.compute import Machine
 from fedllm_sec.data import partition
@@ -159,56 +159,12 @@ def rehearse(recipe: Recipe) -> None:
         # a rule that reads parameter names cannot be rehearsed on an unnamed vector
         if "layer" not in str(error) and "layout" not in str(error):
             problems.append(f"defense: {error}")
-    if recipe.enable_attack and recipe.attack is not None:
-        levels = ("own", "cohort", "cohort+defense")
-        for i, block in enumerate(recipe.attack.update):
-            needed = attacks.needs(block["name"], block)
-            if levels.index(needed) > levels.index(recipe.attack.knowledge):
-                problems.append(
-                    f"attack.knowledge: {recipe.attack.knowledge!r}: attack.update.{i} ({block['name']}) "
-                    f"needs {needed!r}. "
-                    "Grant it or choose another attack."
-                )
+    problems += attack_problems(recipe)
     if problems:
         raise RecipeError(problems)
 
 
 # ---------------------------------------------------------------- parts
-
-
-def client_ids(recipe: Recipe) -> list[str]:
-    """c00, c01, ..."""
-    width = max(2, len(str(recipe.clients.total - 1)))
-    return [f"c{i:0{width}d}" for i in range(recipe.clients.total)]
-
-
-def make_threat(recipe: Recipe) -> Threat | None:
-    """The attackers, without their poisoned data yet.
-
-    With the attack switched off there is nobody malicious, but how often the clean model gives the attacker's
-    answer is still measured: the base rate that an attack must beat.
-    """
-    block = recipe.attack
-    if block is None:
-        return None
-    ids, who = client_ids(recipe), block.malicious
-    if not recipe.enable_attack:
-        malicious: frozenset[str] = frozenset()
-    elif who.ids is not None:
-        malicious = frozenset(ids[i] for i in who.ids)
-    else:
-        malicious = choose_malicious(who.count or round((who.share or 0) * len(ids)), ids, recipe.seed)
-    return Threat(
-        malicious=malicious,
-        seed=recipe.seed,
-        start=block.start,
-        stop=block.stop,
-        every=block.every,
-        knowledge=block.knowledge,
-        data=[_make(b, attacks.MENU, f"attack.data.{i}") for i, b in enumerate(block.data)],
-        local=[_make(b, attacks.MENU, f"attack.local.{i}") for i, b in enumerate(block.local)],
-        update=[_make(b, attacks.MENU, f"attack.update.{i}") for i, b in enumerate(block.update)],
-    )
 
 
 # task of the recipe -> what makes its parts

@@ -143,7 +143,7 @@ def play_round(run: Distillation, r: int, rounds: int) -> RoundRecord:
     return RoundRecord(
         round=r,
         cohort=[c.id for c in cohort],
-        malicious=[c.id for c in cohort if threat is not None and c.id in threat.malicious],
+        malicious=[c.id for c in cohort if threat is not None and c.id in threat.who(r)],
         attacking=threat is not None and threat.active(r),
         losses={id: m.loss for id, m in messages.items()},
         norms={id: float(m.features.norm()) for id, m in messages.items()},
@@ -212,7 +212,7 @@ def learn(
 def poisoned(run: Distillation, id: str, message: Message, r: int) -> Message:
     """The message with its features forged, row by row, where an active attacker has update attacks."""
     threat = run.threat
-    if threat is None or id not in threat.malicious or not threat.active(r) or not threat.update:
+    if threat is None or id not in threat.attackers(r) or not threat.update:
         return message
     rows = message.features.flatten(1)  # (n_k, features)
     for number, attack in enumerate(threat.update):
@@ -248,7 +248,7 @@ class Judge:
     """
 
     def __init__(self, run: Distillation, *, own: bool) -> None:
-        bad = run.threat.malicious if run.threat is not None else frozenset()
+        bad = run.threat.who(run.round) if run.threat is not None else frozenset()
         self.run, self.own = run, own
         self.nets = [c.memory["net"] for c in run.clients if c.id not in bad and "net" in c.memory]
         run.task.load(run.vector)

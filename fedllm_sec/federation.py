@@ -113,7 +113,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
 
     def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
         attacks: Sequence[LocalRule] = ()
-        if threat is not None and threat.active(r) and client.id in threat.malicious:
+        if threat is not None and client.id in threat.attackers(r):
             attacks, guards = threat.rules(client, r), ()  # nobody defends a federation against himself
         return train_locally(
             task,
@@ -159,7 +159,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     return RoundRecord(
         round=r,
         cohort=[c.id for c in cohort],
-        malicious=[c.id for c in cohort if threat is not None and c.id in threat.malicious],
+        malicious=[c.id for c in cohort if threat is not None and c.id in threat.who(r)],
         attacking=threat is not None and threat.active(r),
         update_norm=float(step.norm()),
         quality=quality,
@@ -278,10 +278,9 @@ def _decide(
     weights = decision.weights if decision.weights is not None else torch.full((clean.n,), 1.0 / clean.n)
     record["lora_gap"] = product_gap(clean, weights, start)
     if threat is not None:
-        record["detection"] = detection(
-            kept=record["kept"], scores=record["scores"], ids=list(clean.ids), malicious=sorted(threat.malicious)
-        )
-        record |= measure_rows(clean, decision.update, threat.malicious)
+        bad = threat.who(r)
+        record["detection"] = detection(record["kept"], record["scores"], clean.ids, bad)
+        record |= measure_rows(clean, decision.update, bad)
     seconds["evaluate"] = clock.lap()
     return decided
 

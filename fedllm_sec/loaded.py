@@ -49,7 +49,12 @@ def split_key(recipe: Recipe) -> str:
 def poison_key(recipe: Recipe) -> str:
     """Settings on which the poisoned shards depend."""
     attack = recipe.attack if recipe.enable_attack else None
-    who = attack.model_dump_json(include={"malicious", "data"}) if attack is not None else ""
+    if attack is None:
+        return split_key(recipe)
+    who = attack.model_dump_json(include={"malicious", "data"})
+    if attack.malicious.redraw:  # then only those are poisoned who attack in some round
+        who += attack.model_dump_json(include={"start", "stop", "every", "probability"})
+        who += json.dumps([recipe.rounds, recipe.clients.per_round])
     return split_key(recipe) + who
 
 

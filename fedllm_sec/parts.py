@@ -52,7 +52,8 @@ def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any]) -> dict[
     if threat is None or not threat.data or not threat.malicious:
         return {}
     poisoned, untouched = {}, []
-    for id in sorted(threat.malicious):
+    attackers = sorted(threat.malicious if threat.ever is None else threat.ever)
+    for id in attackers:
         rows, rng = shards[id], generator_for(seed, "poison", id)
         for attack in threat.data:
             rows = attack.poison(rows, rng)
@@ -67,7 +68,7 @@ def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any]) -> dict[
         )
     if untouched:
         warnings.warn(
-            f"attack.data: {len(untouched)} of {len(threat.malicious)} malicious clients hold no row the attack "
+            f"attack.data: {len(untouched)} of {len(attackers)} malicious clients hold no row the attack "
             f"acts on and train on clean data: {', '.join(untouched)}.",
             stacklevel=2,
         )

@@ -178,6 +178,10 @@ def _template_problems(data: Data) -> list[str]:
         if text is None:
             continue
         used = set(re.findall(r"{(\w*)}", text))
+        if who.redraw and who.ids is not None:
+            found.append(
+                "attack.malicious: ids names the attackers, redraw draws them. Give count or share, or no redraw."
+            )
         allowed = {"response"} if name == "answer" else {"text", "context"}
         if not used <= allowed:
             found.append(f"data.{name}: uses {sorted(used - allowed)}; it may use {sorted(allowed)}.")

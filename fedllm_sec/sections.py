@@ -81,6 +81,7 @@ class Malicious(Section):
     count: PositiveInt | None = None
     share: float | None = Field(None, gt=0.0, lt=1.0)
     ids: list[int] | None = None
+    redraw: bool = False  # draw so many anew for each round; else the same clients for the whole run
 
 
 class Attack(Section):
@@ -88,6 +89,8 @@ class Attack(Section):
     start: PositiveInt = 1  # first round of the attack
     stop: PositiveInt | None = None  # last round of the attack
     every: PositiveInt = 1  # attack in every k-th round from `start`
+    probability: float = Field(1.0, gt=0.0, le=1.0)  # of attacking in such a round; drawn by the seed, for all at once
+    collude: bool = True  # false: each attacker forges alone, from its own row
     knowledge: Literal["own", "cohort", "cohort+defense"] = "own"
     data: list[dict[str, Any]] = []
     local: list[dict[str, Any]] = []
