@@ -173,7 +173,7 @@ class RunFolder:
 
         recipe = self.path / "recipe.yaml"
         if recipe.exists():
-            changed = _changes(recipe.read_text(encoding="utf-8"), recipe_text)
+            changed = changes(recipe.read_text(encoding="utf-8"), recipe_text)
             if changed:
                 raise ResumeError(
                     f"{self.path}: was made with another recipe: {'; '.join(changed[:5])}. "
@@ -238,7 +238,7 @@ class RunFolder:
         write_atomic(self.checkpoint, save(tensors, metadata={"state": json.dumps(described)}))
 
 
-def _changes(old_text: str, new_text: str) -> list[str]:
+def changes(old_text: str, new_text: str) -> list[str]:
     """The recipe keys whose values differ, as "clients.lr: 0.001 -> 0.01"."""
     import yaml
 

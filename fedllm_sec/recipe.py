@@ -7,6 +7,7 @@ model is loaded. `fedllm_sec.build` adds what only the menus know (names and set
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -72,7 +73,11 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise RecipeError(f'override "{assignment}": write key.sub=value, e.g. clients.lr=1e-3.')
-    value = parse_yaml(text, f"override {key}")
+    assign(raw, key, parse_yaml(text, f"override {key}"))
+
+
+def assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set the place `key.sub` of the raw recipe; a number in the key picks from a list."""
     parts = key.split(".")
     here: Any = raw
     for depth, part in enumerate(parts):
@@ -93,6 +98,21 @@ def override(raw: dict[str, Any], assignment: str) -> None:
                 here = here[part]
         else:
             raise RecipeError(f'override {key}: "{".".join(parts[:depth])}" is {here!r}, which has no parts.')
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of `raw` with `value` at the place `key.sub`; a block is merged with the one that stands there."""
+    made = copy.deepcopy(raw)
+    here: Any = made
+    for part in key.split("."):
+        if isinstance(here, dict):
+            here = here.get(part)
+        elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+            here = here[int(part)]
+        else:
+            here = None
+    assign(made, key, merge({"": here}, {"": copy.deepcopy(value)})[""])
+    return made
 
 
 def merge(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

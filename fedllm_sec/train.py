@@ -104,24 +104,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
 
 def run_all(variants: dict[str, Recipe], command: str) -> Path:
     """Run every variant, then write one report over them; gives the folder."""
-    import torch
-    from accelerate import Accelerator
-
-    from fedllm_sec.compute import Machine
     from fedllm_sec.loaded import Loaded
 
-    _quiet()
+    quiet()
     first = next(iter(variants.values()))
-    if first.compute.threads is not None:
-        torch.set_num_threads(first.compute.threads)
     folder = Path(first.output.folder).parent if "" not in variants else Path(first.output.folder)
-    options: dict[str, Any] = {"mixed_precision": first.compute.mixed_precision}
-    if first.compute.gradient_accumulation is not None:
-        options["gradient_accumulation_steps"] = first.compute.gradient_accumulation
-    if first.output.tracker is not None:
-        options |= {"log_with": first.output.tracker, "project_dir": str(folder)}
-    accelerator = Accelerator(**options)
-    machine = Machine(accelerator, first.compute.placement)
+    machine = make_machine(first, folder)
     loaded = Loaded()
     for name, recipe in variants.items():
         if machine.main and name:
@@ -134,8 +122,26 @@ def run_all(variants: dict[str, Recipe], command: str) -> Path:
             write_json(folder / "comparison.json", {"variants": list(variants), "command": command})
         print("\n" + terminal_summary(folder))
         print(f"\nreport: {write_report(folder)}")
-    accelerator.end_training()
+    machine.accelerator.end_training()
     return folder
+
+
+def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) -> Any:
+    """Device, precision, threads and processes as the recipe wants them; trackers write into `folder`."""
+    import torch
+    from accelerate import Accelerator
+
+    from fedllm_sec.compute import Machine
+
+    threads = [n for n in (recipe.compute.threads, most_threads) if n is not None]
+    if threads:
+        torch.set_num_threads(min(threads))
+    options: dict[str, Any] = {"mixed_precision": recipe.compute.mixed_precision}
+    if recipe.compute.gradient_accumulation is not None:
+        options["gradient_accumulation_steps"] = recipe.compute.gradient_accumulation
+    if recipe.output.tracker is not None:
+        options |= {"log_with": recipe.output.tracker, "project_dir": str(folder)}
+    return Machine(Accelerator(**options), recipe.compute.placement)
 
 
 def run_one(recipe: Recipe, machine: Any, command: str, loaded: Any, say: Callable[[str], None] | None = None) -> None:
@@ -261,15 +267,15 @@ def summary(folder: Path, command: str, stop: int | None = None) -> dict[str, An
         "quality": last.quality if last else None,
         "attack": last.attack if last else None,
         "detection": last.detection if last else None,
+        "robustness": last.robustness if last else None,
+        "stealth": last.stealth if last else None,
+        "lifespan": lifespan(records, stop),
         "skipped_rounds": sum(r.skipped is not None for r in records),
         "quarantined": sum(len(r.quarantined) for r in records),
         "seconds": {name: round(sum(r.seconds.get(name, 0.0) for r in records), 3) for name in names},
         "command": command,
     }
 
-        "robustness": last.robustness if last else None,
-        "stealth": last.stealth if last else None,
-        "lifespan": lifespan(records, stop),
 
 def environment(command: str, machine: Any) -> dict[str, Any]:
     """Where and with what the run was made."""
@@ -315,7 +321,7 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """One line a round is what people should see: no bars over maps and weight loading, no notes between libraries."""
     import datasets
     import transformers

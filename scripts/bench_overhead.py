@@ -24,7 +24,7 @@ from fedllm_sec.build_text import load_task
 from fedllm_sec.client import endless, make_optimizer, train_locally
 from fedllm_sec.compute import Machine
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.train import _quiet, load
+from fedllm_sec.train import quiet, load
 
 
 def bare_round(task, clients, training, r: int, seed: int) -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--pairs", type=int, default=4, help="rounds of each kind")
     options = parser.parse_args()
-    _quiet()
+    quiet()
     recipe = next(iter(load(options.recipe, [*options.overrides, "enable_attack=false"]).values()))
     machine = Machine(Accelerator(), recipe.compute.placement)
     federation = build(recipe, machine)

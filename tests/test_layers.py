@@ -22,7 +22,8 @@ LAYERS = {
     "api": 6, "client": 6, "compute": 6, "memory": 6, "parts": 6, "testing": 8, "testing_attacks": 7, "federation": 7,
     "build_text": 8, "build_arrays": 8, "build_characters": 8, "build_threat": 8, "distillation": 8,
     "build_transfer": 9, "build": 10, "menu": 11, "cost": 11, "explain": 12, "train": 13,
-    "report": 2, "__init__": 20,
+    "axes": 4, "grid": 11, "cells": 14, "workers": 15, "results": 15, "benchmark": 16,
+    "report": 3, "__init__": 20,
 }  # fmt: skip
 
 

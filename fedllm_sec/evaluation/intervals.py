@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import NormalDist
+
+import numpy as np
 
 from fedllm_sec.errors import FedError
 
@@ -33,3 +36,24 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> dict[str, float]
         "high": min(1.0, max(middle + half, p)),
         "n": n,
     }
+
+
+def bootstrap(values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of independent values, such as one for each seed.
+
+    The quantiles (1 -+ confidence) / 2 of the means of `resamples` draws with replacement, from a fixed seed.
+    Two values give nothing but their range; few values give an interval that is too short. A value that is not finite
+    makes the limits NaN.
+
+    Efron and Tibshirani 1993, "An Introduction to the Bootstrap", ch. 13.
+    """
+    if len(values) == 0:
+        raise FedError("bootstrap: needs at least one value, got none.")
+    if not 0.0 < confidence < 1.0:
+        raise FedError(f"bootstrap: confidence must lie between 0 and 1, got {confidence}. Use 0.95 for 95 %.")
+    given = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(given).all():
+        return float("nan"), float("nan")
+    means = given[np.random.default_rng(0).integers(len(given), size=(resamples, len(given)))].mean(axis=1)
+    low, high = np.quantile(means, [(1.0 - confidence) / 2.0, (1.0 + confidence) / 2.0])
+    return float(low), float(high)
