@@ -249,6 +249,7 @@ def local_training(recipe: Recipe) -> LocalTraining:
         epochs=clients.local_epochs,
         optimizer=clients.optimizer,
         lr=clients.lr,
+        betas=clients.betas or (0.9, 0.999),
         lr_schedule=clients.lr_schedule,
         weight_decay=clients.weight_decay,
         max_grad_norm=clients.max_grad_norm,

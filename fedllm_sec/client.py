@@ -24,7 +24,9 @@ def make_optimizer(task: Task, training: LocalTraining) -> torch.optim.Optimizer
     """One optimizer for all clients: its state is cleared, not rebuilt, between them."""
     if training.optimizer == "sgd":
         return torch.optim.SGD([task.parameters], lr=training.lr, weight_decay=training.weight_decay)
-    return torch.optim.AdamW([task.parameters], lr=training.lr, weight_decay=training.weight_decay, foreach=False)
+    return torch.optim.AdamW(
+        [task.parameters], lr=training.lr, betas=training.betas, weight_decay=training.weight_decay, foreach=False
+    )
 
 
 def endless(task: Task, shard: Any, size: int, rng: torch.Generator) -> Iterator[Any]:

@@ -51,6 +51,7 @@ class LocalTraining:
     epochs: int | None = None
     optimizer: str = "adamw"
     lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)  # of adamw
     lr_schedule: str = "constant"
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0

@@ -160,6 +160,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append(f"clients.per_round: {clients.per_round} is more than clients.total={clients.total}. Lower it.")
     if (clients.local_steps is None) == (clients.local_epochs is None):
         found.append("clients: give either local_steps or local_epochs, and only one of them.")
+    if clients.betas is not None and clients.optimizer != "adamw":
+        found.append(f"clients.betas: {clients.optimizer} has none. Drop them, or set clients.optimizer: adamw.")
     if recipe.enable_attack and attack is None:
         found.append("enable_attack: true, but there is no attack block. Add one or set it to false.")
     if recipe.enable_defense and recipe.defense is None:

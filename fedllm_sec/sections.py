@@ -6,9 +6,11 @@ Blocks that name a method (partition, algorithm, attacks, defenses, small models
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -69,6 +71,7 @@ class Clients(Section):
     batch_size: PositiveInt = 16
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
+    betas: tuple[BelowOne, BelowOne] | None = None  # adamw's decay of first and second moments; None: 0.9, 0.999
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the rounds, down to a tenth
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: PositiveFloat | None = 1.0

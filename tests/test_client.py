@@ -43,6 +43,17 @@ def test_the_gradient_is_clipped_to_its_joint_norm():
     assert result.delta.norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
+def test_the_betas_are_those_of_adamw():
+    training = LocalTraining(batch_size=1, steps=3, optimizer="adamw", lr=0.1, betas=(0.5, 0.9), max_grad_norm=None)
+    w = torch.nn.Parameter(torch.zeros(2))
+    plain = torch.optim.AdamW([w], lr=0.1, betas=(0.5, 0.9), weight_decay=0.0)
+    for _ in range(3):
+        plain.zero_grad()
+        (0.5 * (w - TARGET[0]).square().sum()).backward()
+        plain.step()
+    torch.testing.assert_close(train(training).delta, w.detach())
+
+
 def test_epochs_count_whole_passes_with_the_last_short_batch():
     shard = torch.zeros(7, 2)
     assert train(LocalTraining(batch_size=3, epochs=2, optimizer="sgd"), shard=shard).steps == 6

@@ -76,6 +76,8 @@ def test_a_method_of_the_wrong_kind_cannot_stand_in_a_place():
         ({"clients": {"total": 4, "per_round": 5, "local_steps": 1}}, "clients.per_round: 5"),
         ({"clients": {}}, "either local_steps or local_epochs"),
         ({"clients": {"local_steps": 1, "local_epochs": 1}}, "either local_steps or local_epochs"),
+        ({"clients": {"local_steps": 1, "optimizer": "sgd", "betas": [0.5, 0.9]}}, "clients.betas: sgd has none"),
+        ({"clients": {"local_steps": 1, "betas": [0.5, 1.0]}}, "clients.betas.1: 1.0"),
         ({"enable_attack": True}, "no attack block"),
         ({"enable_defense": True}, "no defense block"),
         ({"enable_attack": True, "attack": {"malicious": {"count": 10}, "update": [{"name": "byzantine_flip"}]}},
