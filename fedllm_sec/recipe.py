@@ -180,6 +180,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         for number in who.ids or []:
             if not 0 <= number < clients.total:
                 found.append(f"attack.malicious.ids: {number} is not one of the clients 0 to {clients.total - 1}.")
+        if who.redraw and who.ids is not None:
+            found.append(
+                "attack.malicious: ids names the attackers, redraw draws them. Give count or share, or no redraw."
+            )
         if not (attack.data or attack.local or attack.update):
             found.append("attack: names no method under data, local or update, so it could not act. Add one.")
         if attack.start > recipe.rounds:
@@ -200,10 +204,6 @@ def _template_problems(data: Data) -> list[str]:
         if text is None:
             continue
         used = set(re.findall(r"{(\w*)}", text))
-        if who.redraw and who.ids is not None:
-            found.append(
-                "attack.malicious: ids names the attackers, redraw draws them. Give count or share, or no redraw."
-            )
         allowed = {"response"} if name == "answer" else {"text", "context"}
         if not used <= allowed:
             found.append(f"data.{name}: uses {sorted(used - allowed)}; it may use {sorted(allowed)}.")
@@ -273,3 +273,11 @@ def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from fedllm_sec.fedml.command import main
+
+    sys.exit(main())

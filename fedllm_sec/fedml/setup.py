@@ -1,0 +1,191 @@
+"""Everything but attack and defense: data, model, clients, FL method, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedllm_sec.fedml.notes import Note, Part, differs, ignored, missing, number, same
+
+Values = Mapping[str, Any]
+
+BATCH_NORM = "FedML's has BatchNorm, whose statistics it averages; ours has GroupNorm"
+
+# FedML's name -> task, our model, how it differs
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "lr": ("classify", {"name": "logistic"}, ""),
+    "lenet": ("classify", {"name": "lenet"}, ""),
+    "cnn": ("classify", {"name": "cnn"}, "FedML's has 3x3 kernels and dropout; ours is the FedAvg paper's"),
+    "cnn_web": ("classify", {"name": "lenet"}, ""),
+    "resnet20": ("classify", {"name": "resnet", "depth": 20}, BATCH_NORM),
+    "resnet56": ("classify", {"name": "resnet", "depth": 56}, BATCH_NORM),
+    "resnet18_gn": ("classify", {"name": "resnet18"}, ""),
+    "rnn": (
+        "next_char",
+        {"name": "lstm"},
+        "FedML's for shakespeare predicts one character after 80; ours each of them",
+    ),
+    "GAN": ("gan", {"name": "mlp_gan"}, "layers and noise are our own"),
+    "darts": ("nas", {"name": "darts"}, "ours is a smaller search space"),
+}
+
+FROM_LEAF = "FedML reads LEAF's files, whose writers or speakers are the clients; partition_method does nothing there"
+
+# FedML's name -> our data.name, how it differs
+DATA: dict[str, tuple[str, str]] = {
+    "mnist": ("mnist", FROM_LEAF),
+    "femnist": ("femnist", FROM_LEAF),
+    "cifar10": ("cifar10", ""),
+    "cifar100": ("cifar100", ""),
+    "fed_cifar100": ("cifar100", "FedML takes TensorFlow Federated's split by client"),
+}
+TEXTS = ("shakespeare", "fed_shakespeare")
+
+ALGORITHMS = {
+    "FedAvg": "fedavg", "FedAvg_seq": "fedavg", "FedSGD": "fedsgd", "FedProx": "fedprox", "FedOpt": "fedopt",
+    "FedOpt_seq": "fedopt", "FedNova": "fednova", "SCAFFOLD": "scaffold", "FedDyn": "feddyn", "FedGAN": "fedgan",
+    "FedNAS": "fednas", "FedGKT": "fedgkt",
+}  # fmt: skip
+
+
+def learner(flat: Values) -> Part:
+    """task, model and data."""
+    name, dataset = flat.get("model"), flat.get("dataset")
+    task, model, how = MODELS.get(str(name), ("classify", {}, ""))
+    notes: list[Note] = []
+    if not model:
+        # the text tasks cannot do without one
+        task = "next_char" if dataset in TEXTS else "classify"
+        model = {"name": "lstm" if task == "next_char" else "cnn"}
+        key = "model" if "model" in flat else "dataset"
+        notes.append(missing(key, f"{name!r}: a {model['name']} stands in its place. Known: {', '.join(MODELS)}"))
+    else:
+        notes.append(
+            differs("model", f"model {model['name']}", how) if how else same("model", f"model {model['name']}")
+        )
+    if task == "next_char":
+        data: dict[str, Any] = {"name": "shakespeare.txt", "by_speaker": True}
+        notes.append(missing("dataset", f"{dataset!r}: comes from a text file here: put its path into data.name"))
+    elif dataset in DATA:
+        ours, how = DATA[dataset]
+        data = {"name": ours}
+        notes.append(differs("dataset", f"data.name {ours}", how) if how else same("dataset", f"data.name {ours}"))
+        if dataset == "femnist":
+            data |= {"train": "train[:90%]", "test": "train[90%:]", "classes": 62}
+    else:
+        data = {"name": str(dataset)}
+        notes.append(
+            missing(
+                "dataset" if "dataset" in flat else "model", f"{dataset!r}: put a hub set or an .npz into data.name"
+            )
+        )
+    return {"task": task, "model": model, "data": data}, notes
+
+
+def partition(flat: Values) -> Part:
+    method, alpha = flat.get("partition_method"), number(flat, "partition_alpha", 0.5)
+    notes: list[Note] = []
+    if flat.get("dataset") in TEXTS:
+        block: dict[str, Any] = {"name": "by_speaker"}
+        for key in ("partition_method", "partition_alpha"):
+            if key in flat:
+                notes.append(ignored(key, "LEAF's text is split by speaker, whatever this says; so is ours"))
+        return block, notes
+    if method == "hetero":
+        block = {"name": "dirichlet", "alpha": alpha, "min_rows": 10}
+        how = "FedML gives a client that has its fair share no rows of later classes"
+        notes.append(differs("partition_method", "clients.partition dirichlet, at least 10 rows", how))
+        notes += [same("partition_alpha", "dirichlet.alpha")] if "partition_alpha" in flat else []
+        return block, notes
+    if method in (None, "homo"):
+        notes += [same("partition_method", "clients.partition iid")] if method else []
+        if "partition_alpha" in flat:
+            notes.append(ignored("partition_alpha", "homo does not use it"))
+        return {"name": "iid"}, notes
+    notes.append(missing("partition_method", f"{method!r}: iid stands in its place. Known: homo, hetero"))
+    return {"name": "iid"}, notes + (
+        [ignored("partition_alpha", "iid does not use it")] if "partition_alpha" in flat else []
+    )
+
+
+def clients(flat: Values) -> Part:
+    """The clients block. FedML clips no gradients, so max_grad_norm is null."""
+    block: dict[str, Any] = {}
+    notes: list[Note] = []
+    for key, ours in (
+        ("client_num_in_total", "total"),
+        ("client_num_per_round", "per_round"),
+        ("epochs", "local_epochs"),
+        ("batch_size", "batch_size"),
+    ):
+        if key in flat:
+            block[ours] = number(flat, key)
+            notes.append(same(key, f"clients.{ours}"))
+    block.setdefault("local_epochs", 1)
+    if block.get("per_round") == block.get("total"):
+        block.pop("per_round", None)
+    sgd = flat.get("client_optimizer", "sgd") == "sgd"
+    block["optimizer"] = "sgd" if sgd else "adamw"
+    if "client_optimizer" in flat:
+        how = "FedML takes every name but sgd for Adam with amsgrad and weight decay in the gradient"
+        note = same("client_optimizer", "clients.optimizer")
+        notes.append(note if sgd else differs("client_optimizer", "clients.optimizer adamw", how))
+    if "learning_rate" in flat:
+        block["lr"] = number(flat, "learning_rate")
+        notes.append(same("learning_rate", "clients.lr"))
+    if "weight_decay" in flat and sgd:
+        why = "FedML's SGD does not read it. Set clients.weight_decay if you want it"
+        notes.append(ignored("weight_decay", why))
+    elif "weight_decay" in flat:
+        block["weight_decay"] = number(flat, "weight_decay")
+        notes.append(differs("weight_decay", "clients.weight_decay", "Adam's is part of the gradient, AdamW's is not"))
+    block["max_grad_norm"] = None
+    split, more = partition(flat)
+    return {"clients": {**block, "partition": split}}, notes + more
+
+
+def algorithm(flat: Values) -> Part:
+    name = flat.get("federated_optimizer", "FedAvg")
+    ours = ALGORITHMS.get(str(name))
+    block: dict[str, Any] = {"name": ours or "fedavg"}
+    if ours is None:
+        what = f"{name!r}: fedavg stands in its place. Known: {', '.join(ALGORITHMS)}"
+        return {"algorithm": block}, [missing("federated_optimizer", what)]
+    notes = [same("federated_optimizer", f"algorithm {ours}")] if "federated_optimizer" in flat else []
+    if ours == "fedopt":
+        kind = str(flat.get("server_optimizer", "sgd")).lower()
+        how = "FedML runs torch.optim on the difference, with bias correction; ours is Reddi et al. 2021"
+        if kind in ("sgd", "adam", "yogi", "adagrad"):
+            block["optimizer"] = kind
+            notes += [differs("server_optimizer", "fedopt.optimizer", how)] if "server_optimizer" in flat else []
+        else:
+            block["optimizer"] = "sgd"
+            notes.append(
+                missing("server_optimizer", f"{kind!r}: sgd stands in its place. Known: sgd, adam, yogi, adagrad")
+            )
+        for key, setting in (("server_lr", "server_lr"), ("server_momentum", "beta1")):
+            if key in flat:
+                block[setting] = number(flat, key)
+                notes.append(same(key, f"fedopt.{setting}"))
+    for key, method, setting in (("fedprox_mu", "fedprox", "mu"), ("feddyn_alpha", "feddyn", "alpha")):
+        if key in flat and ours == method:
+            block[setting] = number(flat, key)
+            notes.append(same(key, f"{method}.{setting}"))
+    for key in ("server_optimizer", "server_lr", "server_momentum", "fedprox_mu", "feddyn_alpha"):
+        if key in flat and not any(note.key == key for note in notes):
+            notes.append(ignored(key, f"{name} does not use it"))
+    return {"algorithm": block}, notes
+
+
+def run(flat: Values) -> Part:
+    """seed, rounds, evaluate and tracker."""
+    block: dict[str, Any] = {"seed": number(flat, "random_seed", 0), "rounds": number(flat, "comm_round", 10)}
+    notes = [same(key, ours) for key, ours in (("random_seed", "seed"), ("comm_round", "rounds")) if key in flat]
+    if "frequency_of_the_test" in flat:
+        block["evaluate"] = {"every": number(flat, "frequency_of_the_test")}
+        notes.append(same("frequency_of_the_test", "evaluate.every"))
+    if flat.get("enable_wandb") is True:
+        block["output"] = {"tracker": "wandb"}
+    if "enable_wandb" in flat:
+        notes.append(same("enable_wandb", "output.tracker"))
+    return block, notes

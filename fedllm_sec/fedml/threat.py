@@ -1,0 +1,158 @@
+"""attack_args: FedML's attack types. It picks its attackers anew in every round, from the clients of that round."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedllm_sec.fedml.notes import Note, Part, differs, missing, number, same
+
+Values = Mapping[str, Any]
+
+
+def threat(flat: Values) -> Part:
+    """enable_attack and the attack block; an attack that is switched off is translated if it can be."""
+    enabled = flat.get("enable_attack") is True
+    block: dict[str, Any] = {"enable_attack": enabled}
+    notes = [same("enable_attack", "enable_attack")] if "enable_attack" in flat else []
+    kind = flat.get("attack_type")
+    kind = kind.strip() if isinstance(kind, str) else kind
+    if kind in (None, "None", "none", ""):
+        if enabled:
+            return {"enable_attack": False}, [missing("enable_attack", "is true, but attack_type names no attack")]
+        return block, [*notes, *([same("attack_type", "no attack block")] if "attack_type" in flat else [])]
+    if kind not in ATTACKS:
+        what = WITHOUT.get(kind, "FedML 0.9.6 takes this for no attack at all, without a word")
+        found = missing("attack_type", f"{kind!r}: {what}")
+        return {"enable_attack": False}, [*(n for n in notes if not enabled), found]
+    made, more = ATTACKS[kind](flat)
+    if "malicious" not in made:
+        return {"enable_attack": False}, [*notes, *more]
+    if "attack_prob" in flat:
+        made["probability"] = number(flat, "attack_prob")
+        more.append(differs("attack_prob", "attack.probability", "FedML draws anew at each of its checks in a round"))
+    return {**block, "attack": made}, [*notes, *more]
+
+
+def _redrawn(flat: Values, key: str) -> Part:
+    how = "FedML picks them among the clients of the round; here they are drawn among all clients of the federation"
+    return {"count": number(flat, key), "redraw": True}, [differs(key, "attack.malicious {count, redraw: true}", how)]
+
+
+def byzantine(flat: Values) -> Part:
+    mode = flat.get("attack_mode")
+    modes: dict[Any, tuple[dict[str, Any], Note]] = {
+        "zero": (
+            {"name": "byzantine_zero"},
+            differs("attack_mode", "byzantine_zero", "FedML sets the attackers' *weights* to 0; here the update is 0"),
+        ),
+        "random": (
+            {"name": "byzantine_random", "absolute": True},
+            differs(
+                "attack_mode",
+                "byzantine_random {absolute: true}",
+                "FedML sends *weights* uniform in [-1, 1]; here the update is. Without absolute its length follows "
+                "the honest updates",
+            ),
+        ),
+        "flip": ({"name": "byzantine_flip"}, same("attack_mode", "byzantine_flip: 2 w_global - w_local")),
+    }
+    if mode not in modes:
+        return {}, [
+            same("attack_type", "attack.update"),
+            missing("attack_mode", f"{mode!r}: known: {', '.join(modes)}"),
+        ]
+    if flat.get("byzantine_client_num") is None:
+        return {}, [missing("attack_type", "byzantine needs byzantine_client_num, which is not in the file")]
+    who, notes = _redrawn(flat, "byzantine_client_num")
+    method, note = modes[mode]
+    return {"malicious": who, "update": [method]}, [same("attack_type", "attack.update"), *notes, note]
+
+
+def label_flipping(flat: Values) -> Part:
+    old, new = flat.get("original_class_list"), flat.get("target_class_list")
+    how = "FedML flips the attackers' test rows too, and measures with them; here all test rows stay as they are"
+    notes = [differs("attack_type", "attack.data label_flip", how)]
+    if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 0 and len(set(old)) == len(old)):
+        return {}, [
+            *notes,
+            missing("original_class_list", "needs two lists of equal length, the first without repeats"),
+        ]
+    notes.append(same("original_class_list", "label_flip.mapping"))
+    later = any(new[i] in old[i + 1 :] for i in range(len(old)))
+    how = "FedML rewrites class after class, so that a row can be relabelled twice; here all are mapped at once"
+    notes.append(
+        differs("target_class_list", "label_flip.mapping", how)
+        if later
+        else same("target_class_list", "label_flip.mapping")
+    )
+    share = number(flat, "ratio_of_poisoned_client")
+    if share is None or not 0 < share < 1:
+        what = f"{share!r}: must be above 0 and below 1: somebody has to be honest"
+        return {}, [*notes, missing("ratio_of_poisoned_client" if share is not None else "attack_type", what)]
+    how = (
+        "FedML throws a die for each client in each round; here that share of all clients is drawn anew for each round"
+    )
+    notes.append(differs("ratio_of_poisoned_client", "attack.malicious {share, redraw: true}", how))
+    block: dict[str, Any] = {
+        "malicious": {"share": share, "redraw": True},
+        "data": [{"name": "label_flip", "mapping": dict(zip(old, new, strict=True))}],
+    }
+    for key, ours in (("poison_start_round_id", "start"), ("poison_end_round_id", "stop")):
+        if key in flat:
+            block[ours] = number(flat, key) + 1
+            notes.append(same(key, f"attack.{ours}, counted from 1"))
+    return block, notes
+
+
+def model_replacement(flat: Values) -> Part:
+    how = "FedML scales an ordinary update, with no backdoor in it. Add poisoned data under attack.data for the paper's"
+    notes = [differs("attack_type", "attack.update model_replacement", how)]
+    block: dict[str, Any] = {"malicious": {"count": 1, "redraw": True}, "update": [{"name": "model_replacement"}]}
+    if flat.get("malicious_client_id") is not None:
+        block["malicious"] = {"ids": [number(flat, "malicious_client_id")]}
+        how = "FedML means the place in the round's list; here it is the client's number"
+        notes.append(differs("malicious_client_id", "attack.malicious.ids", how))
+    if "byzantine_client_num" in flat:
+        notes.append(Note("ignored", "byzantine_client_num", "because model_replacement has one attacker in FedML"))
+    if flat.get("scale_factor_S") is not None:
+        what = "is an absolute length. model_replacement.max_norm is in median honest lengths: set it yourself"
+        notes.append(missing("scale_factor_S", what))
+    rounds = flat.get("attack_training_rounds")
+    if rounds is not None:
+        when = _rounds(rounds)
+        block |= when or {}
+        how = "FedML reads it only with poisoned_training_round, and its own count then stands still in other rounds"
+        place = "attack.start, stop and every"
+        what = f"{rounds!r}: only rounds at equal distances can be written as start, stop and every"
+        notes.append(differs("attack_training_rounds", place, how) if when else missing("attack_training_rounds", what))
+    if "poisoned_training_round" in flat:
+        notes.append(Note("ignored", "poisoned_training_round", "because FedML only looks whether it is a list"))
+    return block, notes
+
+
+def _rounds(rounds: Any) -> dict[str, int] | None:
+    """start, stop and every of a list of rounds, None where it has no such form."""
+    if not isinstance(rounds, list) or not rounds or not all(isinstance(r, int) and r > 0 for r in rounds):
+        return None
+    ordered = sorted(set(rounds))
+    gaps = {b - a for a, b in itertools.pairwise(ordered)} or {1}
+    return {"start": ordered[0], "stop": ordered[-1], "every": gaps.pop()} if len(gaps) == 1 else None
+
+
+ATTACKS: dict[str, Callable[[Values], Part]] = {
+    "byzantine": byzantine,
+    "label_flipping": label_flipping,
+    "model_replacement": model_replacement,
+}
+
+# Names of its code that FedML 0.9.6 does not act on, or that no recipe can ask for.
+WITHOUT: dict[str, str] = {
+    "dlg": "reconstructs data from updates; a recipe has no place for privacy attacks",
+    "invert_gradient": "reconstructs data from updates; a recipe has no place for privacy attacks",
+    "revealing_labels": "reads labels off updates; a recipe has no place for privacy attacks",
+    "lazy_worker": "FedML 0.9.6 does not act on this name. Ours is attack.update lazy: write it yourself",
+    "edge_case_backdoor": "FedML 0.9.6 does not act on this name. Ours is attack.data edge_case: write it yourself",
+    "backdoor": "FedML 0.9.6 does not act on this name. Ours are attack.update alie and attack.data pixel_trigger",
+}
