@@ -10,7 +10,8 @@ from typing import Any
 
 from fedllm_sec import recipe as recipes
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
-from fedllm_sec.build import make_algorithm, make_threat
+from fedllm_sec.build import make_algorithm
+from fedllm_sec.build_threat import attacking, make_threat
 from fedllm_sec.cost import FLOAT, Cost, cost
 from fedllm_sec.menu import lines as menu_lines
 from fedllm_sec.report.runs import Run, methods
@@ -82,13 +83,11 @@ def threat(recipe: Recipe) -> list[str]:
     assert made is not None
     active = sum(made.active(r) for r in range(1, recipe.rounds + 1))
     n, total = recipe.clients.per_round or recipe.clients.total, recipe.clients.total
+    who, m = f"clients {', '.join(sorted(made.malicious))}", len(made.malicious)
+    if made.redrawn is not None:
+        who, m = f"in some round of this run: clients {', '.join(sorted(attacking(recipe, made)))}", made.redrawn
     extra = {
-        "Who attacks": [f"clients {', '.join(sorted(made.malicious))}"]
-        + (
-            [f"about {n * len(made.malicious) / total:.3g} of them among the {n} clients of a round"]
-            if n < total
-            else []
-        ),
+        "Who attacks": [who, *([f"about {n * m / total:.3g} of the {n} clients of a round"] if n < total else [])],
         "When": [f"active in {active} of {recipe.rounds} rounds"],
         "What they do": _meanings(run.attack, "data", "local", "update"),
     }

@@ -151,6 +151,15 @@ def test_the_named_clients_are_the_ones_that_attack(small: dict[str, Any]):
     assert f"clients {', '.join(record.malicious)}" in text
 
 
+def test_attackers_who_are_redrawn_are_those_of_some_round():
+    attack = {"malicious": {"count": 1, "redraw": True}, "update": [{"name": "byzantine_flip"}]}
+    recipe = checked({**DIGITS, "enable_attack": True, "attack": attack})
+    records = list(run(build(recipe, machine()), 3))
+    ever = sorted({id for record in records for id in record.malicious})
+    assert len(ever) < 4
+    assert f"in some round of this run: clients {', '.join(ever)}" in explain({"": recipe})
+
+
 def test_explaining_trains_nothing_and_writes_nothing(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(yaml.safe_dump(DIGITS))
