@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
+from fedllm_sec.errors import DefenseError
 from fedllm_sec.evaluation.detection import auc
 from fedllm_sec.updates import UpdateMatrix
 
@@ -60,3 +62,54 @@ def stealth(gram: Tensor, malicious: list[bool]) -> dict[str, float | None]:
     lengths = (squares * others).sqrt()
     cosines = torch.where(lengths > 0, along / lengths.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
     return {"norm_rank": auc(squares.tolist(), malicious), "cosine_rank": auc(cosines.tolist(), malicious)}
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Up to how many attackers of n a rule holds."""
+
+    point: int | None  # the smallest m at which the ratio went over the limit; None where it never did
+    refused: int | None  # the smallest m at which the rule gave no answer; None where it always did
+    ratios: dict[int, float] = field(default_factory=dict)  # m -> mean robustness ratio of the trials
+
+
+def breakdown(
+    aggregate: Callable[[Tensor, int], Tensor],
+    forge: Callable[[Tensor, int], Tensor],
+    trials: Sequence[Tensor],
+    *,
+    limit: float = 1.0,
+    most: int | None = None,
+) -> Breakdown:
+    """Sweep m = 1, 2, ... attackers of n until a rule breaks: its mean robustness ratio exceeds `limit`.
+
+    Each of the `trials` is a set of n honest rows (n, d), the last m of which give way to the attackers'.
+    `aggregate(rows, m)` is the rule's answer (d,) to n rows, `forge(honest, m)` makes (m, d) rows from (n - m, d). The
+    sweep ends at `most`, by default the last m that is fewer than half of n, or where the rule refuses (DefenseError).
+    The default limit is what an honest row taken at random gives on average.
+    """
+    if not trials:
+        raise DefenseError("breakdown: trials is empty. Give at least one set of honest rows (n, d).")
+    n = len(trials[0])
+    ratios: dict[int, float] = {}
+    for m in range(1, ((n - 1) // 2 if most is None else most) + 1):
+        found = []
+        for rows in trials:
+            honest = rows[: n - m]
+            try:
+                update = aggregate(torch.cat([honest, forge(honest, m)]), m)
+            except DefenseError:
+                return Breakdown(None, m, ratios)
+            found.append(_off(honest, update))
+        ratios[m] = sum(found) / len(found)
+        if not ratios[m] <= limit:
+            return Breakdown(m, None, ratios)
+    return Breakdown(None, None, ratios)
+
+
+def _off(honest: Tensor, update: Tensor) -> float:
+    """The robustness ratio; infinite for an update that is not finite, 0 for honest rows that are all equal."""
+    if not bool(update.isfinite().all()):
+        return float("inf")
+    distances = kernels.sq_distances(UpdateMatrix.of(honest), update)
+    return robustness_ratio(distances[: len(honest)]) or 0.0

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from fedllm_sec.evaluation.robustness import measure_rows, robustness_ratio, stealth
+import fedllm_sec
+from fedllm_sec.errors import DefenseError
+from fedllm_sec.evaluation.robustness import breakdown, measure_rows, robustness_ratio, stealth
 from fedllm_sec.updates import UpdateMatrix
 
 
@@ -80,3 +82,52 @@ def test_lazily_mixed_rows_are_measured_as_they_stand() -> None:
     lazily, directly = (measure_rows(m, update, {"3", "4"}) for m in (lazy, plain))
     assert lazily["robustness"] == pytest.approx(directly["robustness"], rel=1e-5)
     assert lazily["stealth"] == directly["stealth"]
+
+
+# honest rows of one coordinate, 0 and 2 in turn: their mean is near 1, their variance near 1
+LINE = torch.tensor([[0.0], [2.0]] * 5)
+
+
+def shout(honest: torch.Tensor, m: int) -> torch.Tensor:
+    return torch.full((m, 1), 5.0)
+
+
+def test_the_breakdown_point_is_the_first_m_beyond_the_limit() -> None:
+    # the mean of n = 10 rows is m/10 (5 - honest mean) off. m = 2: mean 1, variance 1, (0.8)^2; m = 3: honest mean
+    # 6/7, variance 48/49, (0.3 * 29/7)^2 = 1.545 and 1.577 times the variance
+    found = breakdown(lambda rows, m: rows.mean(0), shout, [LINE])
+    assert found.point == 3
+    assert found.refused is None
+    assert found.ratios == {
+        1: pytest.approx(0.16 * 1.0, rel=0.3),
+        2: pytest.approx(0.64),
+        3: pytest.approx(1.577, 1e-3),
+    }
+    assert breakdown(lambda rows, m: rows.mean(0), shout, [LINE], limit=0.5).point == 2
+
+
+def test_a_rule_that_holds_to_the_end_has_no_breakdown_point() -> None:
+    found = breakdown(lambda rows, m: fedllm_sec.aggregate(rows, "trimmed_mean", f=m).update, shout, [LINE])
+    assert found.point is None
+    assert list(found.ratios) == [1, 2, 3, 4]
+    assert list(breakdown(lambda rows, m: rows[0], shout, [LINE], limit=9.0, most=2).ratios) == [1, 2]
+
+
+def test_a_rule_that_refuses_is_told_apart_from_one_that_breaks() -> None:
+    found = breakdown(lambda rows, m: fedllm_sec.aggregate(rows, "bulyan", f=m).update, shout, [LINE])
+    assert (found.point, found.refused) == (None, 2)  # bulyan needs 4 * 2 + 3 clients
+
+
+def test_ratios_are_means_over_the_trials_and_nan_breaks() -> None:
+    spread = torch.tensor([[-1.0], [3.0]] * 5)
+    one, two, both = (
+        breakdown(lambda rows, m: rows.mean(0), shout, t, most=2) for t in ([LINE], [spread], [LINE, spread])
+    )
+    assert both.ratios[2] == pytest.approx((one.ratios[2] + two.ratios[2]) / 2)
+
+    def undecided(rows: torch.Tensor, m: int) -> torch.Tensor:
+        return torch.tensor([math.nan])
+
+    with pytest.raises(DefenseError, match="trials is empty"):
+        breakdown(undecided, shout, [])
+    assert breakdown(undecided, shout, [LINE]).point == 1
