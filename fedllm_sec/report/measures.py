@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,20 @@ def total_seconds(run: Run) -> float | None:
     return sum(row.get("total", sum(row.values())) for row in timed) if timed else None
 
 
+def peak_memory(run: Run) -> float | None:
+    """MiB that the defense took beyond the updates at its peak, over all rounds."""
+    return max((peak for r in run.rounds if (peak := r.memory_mb.get("defense")) is not None), default=None)
+
+
+def flat(value: Any, place: str = "") -> Iterable[tuple[str, Any]]:
+    """A nested block as ("clients.lr", 0.003) pairs."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flat(item, f"{place}.{key}" if place else str(key))
+    else:
+        yield place, value
+
+
 # ---------------------------------------------------------------- names
 
 
@@ -177,7 +191,10 @@ def written(value: float, unit: str) -> str:
         return percent(value)
     if unit == "seconds":
         return duration(value)
-    return f"{value:.2f}" if unit == "rate" and math.isfinite(value) else plain(value)
+    if unit != "rate" or not math.isfinite(value):
+        return plain(value)
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text
 
 
 def interval(m: Measure, unit: str) -> str:

@@ -2,52 +2,56 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from typing import Any
 
 from fedllm_sec.history import write_atomic
 from fedllm_sec.report import client_plots, plots, tables, words
+from fedllm_sec.report.grid import page as grid_page
+from fedllm_sec.report.grid.folder import is_grid, read_grid
+from fedllm_sec.report.markup import environment_of, facts_of, fill, grouped
 from fedllm_sec.report.measures import (
     attack_name,
     defense_name,
     detection_mean,
     duration,
+    flat,
     kinds,
     listed,
     main_quality,
+    peak_memory,
+    plain,
     seconds_per_round,
     total_seconds,
 )
-from fedllm_sec.report.runs import VERSION, Run, read_runs
+from fedllm_sec.report.runs import Run, command_of, read_runs
 from fedllm_sec.report.samples import samples
 
-HERE = Path(__file__).parent
 # Pictures of single clients are drawn for so many runs; a grid of hundreds would make the page huge and slow.
 RUNS_WITH_PICTURES = 12
 INCIDENTS_SHOWN = 100
 DIFFERENCES_SHOWN = 30
 
-T = TypeVar("T")
-
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run or comparison folder, and return its path."""
+    """Write `report.html` into a run, comparison or grid folder, and return its path."""
     path = folder / "report.html"
-    write_atomic(path, render(read_runs([folder]), [folder]).encode())
+    write_atomic(path, page_of(folder).encode())
     return path
 
 
 def terminal_summary(folder: Path) -> str:
-    """The finding and the table of a run or comparison folder, for the end of a run."""
+    """The finding and the table of a run, comparison or grid folder, for the end of a run."""
+    if is_grid(folder):
+        return grid_page.summary_text(read_grid(folder))
     return summary_text(read_runs([folder]))
+
+
+def page_of(folder: Path) -> str:
+    """The page of a run, comparison or grid folder."""
+    return grid_page.render(read_grid(folder)) if is_grid(folder) else render(read_runs([folder]), [folder])
 
 
 def summary_text(runs: Sequence[Run]) -> str:
@@ -59,27 +63,16 @@ def summary_text(runs: Sequence[Run]) -> str:
 
 def render(runs: Sequence[Run], folders: Sequence[Path]) -> str:
     """The page as one string."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["unbroken"] = unbroken
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     pictured = runs if len(runs) <= RUNS_WITH_PICTURES else []
     anchors = {run.name: f"run-{place}" for place, run in enumerate(runs, 1) if run in pictured}
     incidents = incidents_of(runs)
     cards = grouped([run for run in runs if run.attack], words.attack_card)
-    text = environment.get_template("page.html").render(
-        version=VERSION,
+    return fill(
+        "page.html",
+        styles=["page.css"],
+        scripts=["page.js"],
         title=listed([folder.resolve().name for folder in folders[:4]]) + (" …" if len(folders) > 4 else ""),
         folders=" ".join(str(folder) for folder in folders),
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        js=Markup(script),
-        script_hash=f"sha256-{digest}",
         finding=words.finding(runs),
         facts=facts_of(runs),
         warnings=warnings_of(runs),
@@ -101,59 +94,10 @@ def render(runs: Sequence[Run], folders: Sequence[Path]) -> str:
         recipes=grouped(runs, lambda run: run.recipe_text.rstrip()),
         environments=[(names, rows) for names, rows in grouped(runs, environment_of) if rows],
     )
-    return str(text)
-
-
-def unbroken(text: str) -> str:
-    """No line break between a number and its per cent sign, or inside a quoted word such as " Sports"."""
-    return re.sub(r'(?<=") (?=[^\s"]+")| (?=%)', "\u00a0", text)
-
-
-def grouped(runs: Sequence[Run], content: Callable[[Run], T]) -> list[tuple[str, T]]:
-    """(names of the runs, what they share), in order of first appearance."""
-    groups: list[tuple[list[str], T]] = []
-    for run in runs:
-        found = content(run)
-        for names, known in groups:
-            if known == found:
-                names.append(run.name)
-                break
-        else:
-            groups.append(([run.name], found))
-    return [(listed(names), found) for names, found in groups]
 
 
 def warnings_of(runs: Sequence[Run]) -> list[str]:
     return [f"{run.name}: {text}" if len(runs) > 1 else text for run in runs for text in run.warnings]
-
-
-def facts_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What all runs share, in a few words."""
-    facts = []
-    for title, keys, unit in (
-        ("model", ("model", "name"), ""),
-        ("data", ("data", "name"), ""),
-        ("clients", ("clients", "total"), ""),
-        ("per round", ("clients", "per_round"), ""),
-        ("rounds", ("rounds",), ""),
-        ("LoRA r", ("model", "lora", "r"), ""),
-        ("algorithm", ("algorithm", "name"), ""),
-        ("seed", ("seed",), ""),
-    ):
-        values = {str(_at(run.recipe, keys)) for run in runs}
-        if len(values) == 1 and (value := values.pop()) != "None":
-            facts.append((title, (Path(value).name or value) + unit if title in ("model", "data") else value))
-    times = [seconds for run in runs if (seconds := total_seconds(run)) is not None]
-    if times:
-        facts.append(("took", duration(sum(times))))
-    return facts
-
-
-def _at(recipe: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    here: Any = recipe
-    for key in keys:
-        here = here.get(key) if isinstance(here, Mapping) else None
-    return here
 
 
 def curves_of(runs: Sequence[Run]) -> list[plots.Picture]:
@@ -211,47 +155,33 @@ def incidents_of(runs: Sequence[Run]) -> list[tuple[str, int, str, str]]:
 
 
 def costs_of(runs: Sequence[Run]) -> dict[str, Any]:
-    """Seconds of a round by part, one row a run."""
+    """Seconds of a round by part, and the peak memory of the defense where it was measured; one row a run."""
     means = {run.name: seconds_per_round(run) for run in runs}
     keys = list(dict.fromkeys(key for row in means.values() for key in row))
     timed = [run for run in runs if means[run.name]]
+    peaks = {run.name: peak_memory(run) for run in timed}
+    shown = any(peak is not None for peak in peaks.values())
 
-    def cell(value: float | None) -> tables.Cell:
-        return tables.Cell(tables.NOT_MEASURED) if value is None else tables.Cell(duration(value), sort=value)
+    def cell(value: float | None, write: Callable[[float], str] = duration) -> tables.Cell:
+        return tables.Cell(tables.NOT_MEASURED) if value is None else tables.Cell(write(value), sort=value)
 
-    rows = [(run.name, [*(cell(means[run.name].get(key)) for key in keys), cell(total_seconds(run))]) for run in timed]
-    return {"titles": [*keys, "all rounds"], "rows": rows}
-
-
-def command_of(run: Run) -> str:
-    command = run.environment.get("command")
-    return " ".join(str(part) for part in command) if isinstance(command, list) else str(command or "")
-
-
-def environment_of(run: Run) -> list[tuple[str, str]]:
-    """The environment as flat (key, value) pairs, without the command."""
-    flat = _flat(run.environment)
-    return [(key, str(value)) for key, value in flat if key != "command" and value is not None]
+    rows = []
+    for run in timed:
+        cells = [*(cell(means[run.name].get(key)) for key in keys), cell(total_seconds(run))]
+        rows.append((run.name, [*cells, *([cell(peaks[run.name], plain)] if shown else [])]))
+    return {"titles": [*keys, "all rounds", *(["peak MiB of the defense"] if shown else [])], "rows": rows}
 
 
 def _as_yaml(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def _flat(value: Any, place: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from _flat(item, f"{place}.{key}" if place else str(key))
-    else:
-        yield place, value
-
-
 def differences_of(runs: Sequence[Run]) -> dict[str, Any]:
     """The recipe keys in which the runs differ, with each run's value."""
     if not 1 < len(runs) <= RUNS_WITH_PICTURES:
         return {"names": [], "rows": []}
-    flat = [{key: _as_yaml(value) for key, value in _flat(run.recipe)} for run in runs]
-    keys = [key for key in dict.fromkeys(k for row in flat for k in row) if key.split(".")[0] != "output"]
-    keys = [key for key in keys if len({row.get(key) for row in flat}) > 1]
-    rows = [(key, [row.get(key, "–") for row in flat]) for key in keys]
+    leaves = [{key: _as_yaml(value) for key, value in flat(run.recipe)} for run in runs]
+    keys = [key for key in dict.fromkeys(k for row in leaves for k in row) if key.split(".")[0] != "output"]
+    keys = [key for key in keys if len({row.get(key) for row in leaves}) > 1]
+    rows = [(key, [row.get(key, "–") for row in leaves]) for key in keys]
     return {"names": [run.name for run in runs], "rows": rows[:DIFFERENCES_SHOWN]}

@@ -200,20 +200,22 @@ def printable(text: str) -> str:
     return "\n".join(_clean(line) for line in text.split("\n"))
 
 
-def as_markdown(table: Table) -> str:
-    """A GitHub table."""
-    head = "| " + " | ".join(column.title for column in table.columns) + " |"
+def as_markdown(table: Table, *, caption: str = "") -> str:
+    """A GitHub table, under its caption if it has one."""
+    head = "| " + " | ".join(_markdown(column.title) for column in table.columns) + " |"
     align = "|" + "|".join(" :-- " if column.unit == "text" else " --: " for column in table.columns) + "|"
     body = ["| " + " | ".join(_markdown(str(cell)) for cell in row) + " |" for row in table.rows]
-    return "\n".join([head, align, *body, "", table.note])
+    above = [f"**{_markdown(caption)}**", ""] if caption else []
+    below = ["", table.note] if table.note else []
+    return "\n".join([*above, head, align, *body, *below])
 
 
 def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}<>|\[\]#])", r"\\\1", _clean(text))
 
 
-def as_latex(table: Table) -> str:
-    """A booktabs tabular; needs \\usepackage{booktabs}."""
+def as_latex(table: Table, *, caption: str = "") -> str:
+    """A booktabs tabular; needs \\usepackage{booktabs}. With a caption it stands in a table."""
     spec = "".join("l" if column.unit == "text" else "r" for column in table.columns)
     head = " & ".join(_latex(column.title) for column in table.columns) + r" \\"
     body = [" & ".join(_latex(str(cell)) for cell in row) + r" \\" for row in table.rows]
@@ -226,7 +228,9 @@ def as_latex(table: Table) -> str:
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    return "\n".join([*lines, f"% {_clean(table.note)}"])
+    if caption:
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(caption)}}}", *lines, r"\end{table}"]
+    return "\n".join([*lines, *([f"% {_clean(table.note)}"] if table.note else [])])
 
 
 LATEX = {

@@ -15,6 +15,7 @@ from fedllm_sec.report.measures import (
     main_quality,
     name_of,
     percent,
+    plain,
     plural,
     written,
 )
@@ -217,21 +218,28 @@ def _settings(entry: Mapping[str, Any]) -> str:
     return f" ({', '.join(given)})" if given else ""
 
 
-def _when(run: Run) -> str:
+def _when(run: Run, took_part: bool) -> str:
     start, stop, every = run.attack.get("start", 1), run.attack.get("stop"), run.attack.get("every", 1)
     text = f"from round {start} " + (f"to round {stop}" if stop is not None else "to the end")
+    text += f", every {every} rounds" if every not in (None, 1) else ""
+    chance = run.attack.get("probability", 1.0)
+    text += f", each time with probability {plain(float(chance))}" if chance not in (None, 1) else ""
     active = sum(record.attacking for record in run.rounds)
-    each = f", every {every} rounds" if every not in (None, 1) else ""
-    return f"{text}{each}; active in {active} of {plural(len(run.rounds), 'recorded round')}"
+    return f"{text}; active in {active} of {plural(len(run.rounds), 'recorded round')}" if took_part else text
 
 
-def attack_card(run: Run) -> list[tuple[str, list[str]]]:
-    """Who attacks, when, seeing what and doing what, as (question, answers); empty without an attack."""
+def attack_card(run: Run, *, took_part: bool = True) -> list[tuple[str, list[str]]]:
+    """Who attacks, when, seeing what and doing what, as (question, answers); empty without an attack.
+
+    Without `took_part` it says only what the recipe says, which is alike for all seeds.
+    """
     if not run.attack:
         return []
     seen, drawn = malicious_ids(run), run.attack.get("malicious")
     names = f"took part: {', '.join(seen[:20])}{' …' if len(seen) > 20 else ''}" if seen else "none took part yet"
     how = "named in the recipe" if isinstance(drawn, Mapping) and drawn.get("ids") else "drawn once, by the seed"
+    how = "drawn anew for each round, by the seed" if isinstance(drawn, Mapping) and drawn.get("redraw") else how
+    how += "; each acts alone" if run.attack.get("collude", True) is False else ""
     does = [
         f"{title}: {name_of(entry)}{_settings(entry)}"
         for kind, title in (
@@ -243,8 +251,8 @@ def attack_card(run: Run) -> list[tuple[str, list[str]]]:
     ]
     knowledge = str(run.attack.get("knowledge", "own"))
     return [
-        ("Who attacks", [f"{_who(run)}, {how}", names]),
-        ("When", [_when(run)]),
+        ("Who attacks", [f"{_who(run)}, {how}", *([names] if took_part else [])]),
+        ("When", [_when(run, took_part)]),
         ("What they see", [KNOWLEDGE.get(knowledge, knowledge)]),
         ("What they do", does or ["nothing"]),
     ]

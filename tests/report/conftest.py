@@ -196,3 +196,38 @@ def whole_page(whole_comparison: Path) -> str:
 def comparison(whole_comparison: Path, tmp_path: Path) -> Path:
     """A copy of it, to be changed."""
     return Path(shutil.copytree(whole_comparison, tmp_path / whole_comparison.name))
+
+
+# ---------------------------------------------------------------- grids
+
+
+@pytest.fixture(scope="session")
+def whole_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three attacks, two defenses and none, two seeds, all done: to be read only."""
+    from tests.report.fake_grid import write_grid
+
+    return write_grid(tmp_path_factory.mktemp("grids") / "quick")
+
+
+@pytest.fixture
+def grid(whole_grid: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(whole_grid, tmp_path / "quick"))
+
+
+@pytest.fixture(scope="session")
+def broken_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one cell that failed, one that stopped and one that has not run: its page alone is written."""
+    from tests.report.fake_grid import write_grid
+
+    folder = tmp_path_factory.mktemp("grids") / "broken"
+    return write_grid(folder, failed=["alie-multi_krum-0"], stopped=["ipm-median-1"], waiting=["ipm-multi_krum-1"])
+
+
+@pytest.fixture(scope="session")
+def split_grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two partitions, one seed."""
+    from tests.report.fake_grid import write_grid
+
+    folder = tmp_path_factory.mktemp("grids") / "split"
+    return write_grid(folder, attacks=["text_trigger", "ipm"], more={"partition": ["iid", "dirichlet"], "seed": ["0"]})

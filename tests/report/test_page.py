@@ -17,7 +17,7 @@ from fedllm_sec.report.page import terminal_summary, write_report
 MakeRun = Callable[..., Path]
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
-VOID = {"meta", "link", "br", "img", "path", "use", "image", "rect", "stop", "circle", "line"}
+VOID = {"meta", "link", "br", "wbr", "img", "path", "use", "image", "rect", "stop", "circle", "line"}
 
 
 class Outline(HTMLParser):

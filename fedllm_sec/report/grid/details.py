@@ -1,0 +1,193 @@
+"""The runs of a grid as compact data that the page draws when one is opened: small, and text only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from fedllm_sec.outcomes import lifespan
+from fedllm_sec.report.client_plots import clients_of, malicious_of
+from fedllm_sec.report.grid.folder import Cell, Grid
+from fedllm_sec.report.grid.numbers import View
+from fedllm_sec.report.grid.tables import number
+from fedllm_sec.report.measures import detection_mean, flat, kinds, percent, plain, series, written
+from fedllm_sec.report.runs import Run, command_of
+
+CURVE_POINTS = 60
+TOTAL_LETTERS = 3_000_000  # all decision maps of a page together, one letter a client and round
+LARGEST_MAP = 6000
+MOST_CLIENTS = 120
+MOST_DIFFERENCES, MOST_INCIDENTS, LONGEST_VALUE = 40, 12, 300
+
+
+def details(grid: Grid, shown: Sequence[View]) -> list[dict[str, Any]]:
+    """One entry a cell, in the grid's order; what is not there is left out."""
+    letters = min(LARGEST_MAP, TOTAL_LETTERS // max(1, len(grid.cells)))
+    base = next((cell.run for cell in grid.cells if cell.run is not None), None)
+    basis = dict(flat(base.recipe)) if base else {}
+    places = {cell.folder: place for place, cell in enumerate(grid.cells)}
+    return [_entry(cell, shown, basis, letters, places) for cell in grid.cells]
+
+
+def _entry(
+    cell: Cell, shown: Sequence[View], basis: Mapping[str, Any], letters: int, places: Mapping[str, int]
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "slug": cell.slug,
+        "axes": dict(cell.axes),
+        "state": cell.state,
+        "reason": cell.reason,
+        "trace": cell.trace,
+        "twin": places.get(cell.twin or ""),
+        "is_twin": cell.is_twin,
+    }
+    if cell.run is None:
+        return {key: value for key, value in entry.items() if value not in ("", None)}
+    run = cell.run
+    entry |= {
+        "measures": _measures(cell, shown),
+        "curves": _curves(run),
+        "decisions": decisions(run, letters),
+        "incidents": _incidents(run),
+        "differs": _differences(run, basis),
+        "command": command_of(run),
+        "warnings": list(run.warnings),
+    }
+    return {key: value for key, value in entry.items() if value not in ("", None, [])}
+
+
+def _short(value: float | None) -> float | str | None:
+    """Four digits; JSON has no NaN or infinity."""
+    return None if value is None else float(f"{value:.4g}") if math.isfinite(value) else str(value)
+
+
+def _measures(cell: Cell, shown: Sequence[View]) -> list[list[str]]:
+    """[title, value, interval] of everything measured when it was last taken."""
+    rows = [[view.title, *_pair(number(view.of([cell]), view.unit))] for view in shown if cell.finished]
+    run = cell.run
+    if run is None:
+        return rows
+    known = {view.kind.key for view in shown} if cell.finished else set()
+    quality, attack = kinds([run])
+    for kind in (*quality, *attack):
+        points = series(run, kind.key)
+        if points and kind.key not in known:
+            rows.append([kind.title, *_pair(number(points[-1], kind.unit))])
+    for key, title in (("tpr", "malicious dropped"), ("fpr", "honest dropped")):
+        m = detection_mean(run, key)
+        if m is not None:
+            rows.append([title, percent(m.value), ""])
+    area = detection_mean(run, "auc")
+    if area is not None:
+        rows.append(["AUC of its scores", written(area.value, "rate"), ""])
+    return rows + _outcomes(run)
+
+
+def _outcomes(run: Run) -> list[list[str]]:
+    """What the attack did to the aggregate, how well it hid, and how long a backdoor outlived it; means of rounds."""
+    attacked = [record for record in run.rounds if record.attacking]
+    rows = []
+    for title, values in (
+        ("robustness ratio", [record.robustness for record in attacked]),
+        ("norm rank of malicious rows", [(record.stealth or {}).get("norm_rank") for record in attacked]),
+        ("cosine rank of malicious rows", [(record.stealth or {}).get("cosine_rank") for record in attacked]),
+    ):
+        known = [value for value in values if value is not None]
+        if known:
+            rows.append([title, plain(mean(known)), ""])
+    stop = run.attack.get("stop")
+    lived = lifespan(run.records, stop) if isinstance(stop, int) else None
+    if lived is not None:
+        fallen = lived["value"]
+        text = f"{lived['at_least']} or more" if fallen is None else f"{lived['at_least']} to {fallen}"
+        rows.append(["rounds the backdoor outlived the attack", text, ""])
+    return rows
+
+
+def _pair(entry: Any) -> list[str]:
+    return [entry.text, entry.interval]
+
+
+def _curves(run: Run) -> list[dict[str, Any]]:
+    """Every measure that was taken more than once, thinned to CURVE_POINTS."""
+    quality, attack = kinds([run])
+    found = []
+    for kind in (*attack, *quality):
+        points = [m for m in series(run, kind.key) if math.isfinite(m.value)]
+        if len(points) < 2 or kind.key == "perplexity":
+            continue
+        step = math.ceil(len(points) / CURVE_POINTS)
+        points = points[::-1][::step][::-1]  # the last is kept
+        curve: dict[str, Any] = {
+            "title": kind.title,
+            "unit": kind.unit,
+            "rounds": [m.round for m in points],
+            "values": [_short(m.value) for m in points],
+        }
+        if all(m.low is not None for m in points):
+            curve |= {"low": [_short(m.low) for m in points], "high": [_short(m.high) for m in points]}
+        found.append(curve)
+    return found
+
+
+def decisions(run: Run, letters: int) -> dict[str, Any] | None:
+    """What became of every client's row, one letter a round: k kept, d dropped, q quarantined, . took no part.
+
+    For rules that weigh, a digit instead: 0 no weight, 5 an equal share, 9 nearly two or more. Rounds and honest
+    clients are thinned where the map would have more than `letters`. None where the rule told neither.
+    """
+    selects = any(record.kept is not None for record in run.rounds)
+    if not selects and not any(record.weights for record in run.rounds):
+        return None
+    everyone, bad = clients_of(run), malicious_of(run)
+    ids = everyone[:MOST_CLIENTS] if len(bad) < MOST_CLIENTS else everyone[: 2 * MOST_CLIENTS : 2]
+    step = math.ceil(len(ids) * len(run.rounds) / max(letters, len(ids)))
+    records = run.rounds[step - 1 :: step] or run.rounds[-1:]
+
+    def letter(record: Any, i: str) -> str:
+        if i in record.quarantined:
+            return "q"
+        if i not in record.cohort:
+            return "."
+        if record.kept is not None:
+            return "k" if i in record.kept else "d"
+        weight = (record.weights or {}).get(i)
+        if weight is None or not math.isfinite(weight):
+            return "."
+        return str(max(0, min(9, round(5 * weight * len(record.weights)))))
+
+    rows = ["".join(letter(record, i) for record in records) for i in ids]
+    return {
+        "ids": [i[:40] for i in ids],
+        "malicious": sum(i in bad for i in ids),
+        "rounds": [record.round for record in records],
+        "rows": rows,
+        "of": len(everyone),
+        "selects": selects,
+        "attacked": [record.round for record in records if record.attacking][:1],
+    }
+
+
+def _incidents(run: Run) -> list[str]:
+    found = [
+        f"round {record.round}, client {i}: {reason}"[:LONGEST_VALUE]
+        for record in run.records
+        for i, reason in record.quarantined.items()
+    ]
+    found += [
+        f"round {record.round} skipped: {record.skipped}"[:LONGEST_VALUE]
+        for record in run.records
+        if record.skipped is not None
+    ]
+    more = [f"and {len(found) - MOST_INCIDENTS} more in history.jsonl"] if len(found) > MOST_INCIDENTS else []
+    return found[:MOST_INCIDENTS] + more
+
+
+def _differences(run: Run, basis: Mapping[str, Any]) -> list[list[str]]:
+    """The recipe keys in which this run differs from the grid's first one."""
+    own = dict(flat(run.recipe))
+    keys = [key for key in dict.fromkeys((*own, *basis)) if key.split(".")[0] != "output"]
+    keys = [key for key in keys if own.get(key, "–") != basis.get(key, "–")]
+    return [[key, str(own.get(key, "–"))[:LONGEST_VALUE]] for key in keys[:MOST_DIFFERENCES]]

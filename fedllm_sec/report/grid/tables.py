@@ -1,0 +1,224 @@
+"""The tables of a grid: matrices attack x defense, the ranking, the cost, and what has no result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from fedllm_sec.report.grid.folder import DONE, PARTIAL, Cell, Grid
+from fedllm_sec.report.grid.numbers import Slice, Slot, View, Worst, order_of, ranks, worst
+from fedllm_sec.report.measures import (
+    Measure,
+    duration,
+    interval,
+    peak_memory,
+    plain,
+    plural,
+    seconds_per_round,
+    total_seconds,
+    written,
+)
+from fedllm_sec.report.tables import NOT_MEASURED, Column, Table, as_latex, as_markdown  # fmt: skip
+from fedllm_sec.report.tables import Cell as Entry
+
+ABSENT = "–"
+INTERVALS = (
+    "Brackets are 95 % intervals: Wilson's for one seed; for several, the wider at each end of Student's t over the "
+    "seeds and Wilson's for all their rows; for differences, of Student's t over the pairs and Newcombe's."
+)
+RANKING = (
+    "A rank compares the defenses in one block, an attack with one seed in one slice of the grid: 1 is best, ties "
+    "share their mean rank. Its bracket is a bootstrap over the blocks, percentiles 2.5 and 97.5. Rows are ordered by "
+    "the mean of the ranks shown."
+)
+
+
+def number(m: Measure | None, unit: str) -> Entry:
+    """A number with its interval, n/a where there is none."""
+    return Entry(NOT_MEASURED) if m is None else Entry(written(m.value, unit), interval(m, unit), m.value, m)
+
+
+def said(slot: Slot, unit: str) -> Entry:
+    """A slot as text: its mean and interval, or why there is none; never blank."""
+    if not slot.cells:
+        return Entry(ABSENT)
+    if slot.mean is None:
+        return Entry(state_of(slot) or NOT_MEASURED)
+    some = f" ({slot.measured} of {len(slot.cells)} seeds)" if slot.measured < len(slot.cells) else ""
+    return Entry(written(slot.mean.value, unit), interval(slot.mean, unit) + some, slot.mean.value, slot.mean)
+
+
+def state_of(slot: Slot) -> str:
+    """ "failed", "not run", "stopped", "unreadable", or empty where every cell is done."""
+    return next((cell.state for cell in slot.cells if cell.state != DONE), "")
+
+
+def matrix(part: Slice, view: View) -> Table:
+    """One row an attack, one column a defense."""
+    columns = [Column("attack", "attack", "text")]
+    columns += [Column(f"defense {i}", name, view.unit) for i, name in enumerate(part.defenses)]
+    rows = [
+        [Entry(name), *(said(part.slot(view, name, defense), view.unit) for defense in part.defenses)]
+        for name in part.attacks
+    ]
+    return Table(columns, rows, "")
+
+
+def twin_measure(part: Slice, view: View) -> Measure | None:
+    """The view's measure for the twins of a slice: attack-free and undefended."""
+    return None if view.key in ("lost", "gained") else view.of(part.twins)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The table of defenses, best first, and what it leaves out."""
+
+    table: Table
+    remarks: tuple[str, ...]
+
+
+def ranking(parts: Sequence[Slice], shown: Sequence[View]) -> Ranking:
+    """One row a defense: its mean rank and its worst case over the attacks, by quality and by attack success."""
+    judged = [view for view in shown if view.key not in ("lost", "gained")]
+    lost = next((view for view in shown if view.key == "lost"), None)
+    columns = [Column("defense", "defense", "text")]
+    order = order_of(parts, shown)
+    rows = [[Entry(name)] for name in order]
+    remarks = []
+    for view in judged:
+        found = ranks(parts, view)
+        columns.append(Column(f"rank {view.key}", f"rank by {view.title}", "number", f"mean rank; {view.explained}"))
+        for row in rows:
+            m = found.mean.get(row[0].text)
+            row.append(Entry(NOT_MEASURED) if m is None else Entry(f"{m.value:.1f}", _ranks(m), m.value, m))
+        if found.blocks:
+            remarks.append(f"Rank by {view.title}: {plural(found.blocks, 'block')}" + _left_out(found.left_out) + ".")
+        elif len(order) > 1:
+            remarks.append(
+                f"No rank by {view.title}: in no block all defenses were measured{_left_out(found.left_out)}."
+            )
+    for view in (*judged, *([lost] if lost else [])):
+        title = f"most {view.title}" if view is lost else f"worst {view.title}"
+        columns.append(Column(f"worst {view.key}", title, view.unit, f"worst over the attacks; {view.explained}"))
+        columns.append(Column(f"by {view.key}", "under", "text"))
+        for row in rows:
+            case = worst(parts, view, row[0].text)
+            row += [number(case.measure if case else None, view.unit), Entry(_under(case, len(parts) > 1))]
+    return Ranking(Table(columns, rows, RANKING), tuple(remarks))
+
+
+def _ranks(m: Measure) -> str:
+    return "" if m.low is None or m.high is None else f"[{m.low:.1f}, {m.high:.1f}]"
+
+
+def _left_out(count: int) -> str:
+    return f"; {plural(count, 'block')} left out, which some defense lacks" if count else ""
+
+
+def _under(case: Worst | None, several: bool) -> str:
+    if case is None:
+        return ABSENT
+    where = f" ({case.slice.title})" if several and case.slice.title else ""
+    some = f", {case.measured} of {case.planned} measured" if case.measured < case.planned else ""
+    return f"{case.attack}{where}{some}"
+
+
+# ---------------------------------------------------------------- cost
+
+
+def cost(parts: Sequence[Slice]) -> Table:
+    """One row a defense: seconds of a round by part, the largest peak memory, and the time of all its runs."""
+    columns = [
+        Column("defense", "defense", "text"),
+        Column("runs", "runs", "number", "finished runs that the row is a mean of"),
+        Column(
+            "step", "defense, a round", "seconds", "wall-clock seconds that the server's rule took, mean of a round"
+        ),
+        Column("train", "training, a round", "seconds", "wall-clock seconds of all clients' training, mean of a round"),
+        Column("peak", "peak MiB", "number", "largest extra memory that the defense took in a round"),
+        Column("all", "all rounds", "seconds", "wall-clock seconds of one run, mean"),
+    ]
+    rows = []
+    for name in parts[0].defenses if parts else ():
+        found = [cell.finished for part in parts for cell in part.cells if cell.defense == name]
+        runs = [run for run in found if run is not None]
+        per_round = [seconds_per_round(run) for run in runs]
+        peak = max((v for run in runs if (v := peak_memory(run)) is not None), default=None)
+        totals = [t for run in runs if (t := total_seconds(run)) is not None]
+        rows.append(
+            [
+                Entry(name),
+                Entry(str(len(runs)), sort=float(len(runs))),
+                _seconds([row["defense"] for row in per_round if "defense" in row]),
+                _seconds([row["train"] for row in per_round if "train" in row]),
+                Entry(NOT_MEASURED) if peak is None else Entry(plain(peak), sort=peak),
+                _seconds(totals),
+            ]
+        )
+    return Table(columns, rows, "Wall-clock time. n/a: not measured.")
+
+
+def _seconds(values: Sequence[float]) -> Entry:
+    return Entry(duration(mean(values)), sort=mean(values)) if values else Entry(NOT_MEASURED)
+
+
+# ---------------------------------------------------------------- every run
+
+
+def states(grid: Grid) -> list[Cell]:
+    """The cells without a final result, in the grid's order."""
+    return [cell for cell in grid.cells if cell.state != DONE]
+
+
+def all_runs(grid: Grid, shown: Sequence[View], varied: Sequence[str]) -> Table:
+    """One row a cell: its labels, its measures, how far it got."""
+    columns = [Column("run", "run", "text"), *(Column(f"axis {axis}", axis, "text") for axis in varied)]
+    columns += [Column(view.key, view.title, view.unit, view.explained) for view in shown]
+    columns += [Column("state", "state", "text"), Column("seconds", "time", "seconds", "all recorded rounds")]
+    rows = []
+    for cell in grid.cells:
+        values = [view.of([cell]) for view in shown]
+        time = total_seconds(cell.run) if cell.run else None
+        rows.append(
+            [
+                Entry(cell.slug),
+                *(Entry(cell.axes.get(axis, ABSENT)) for axis in varied),
+                *(number(m, view.unit) for m, view in zip(values, shown, strict=True)),
+                Entry(_how_far(cell)),
+                Entry(NOT_MEASURED) if time is None else Entry(duration(time), sort=time),
+            ]
+        )
+    return Table(columns, rows, "")
+
+
+def _how_far(cell: Cell) -> str:
+    if cell.state == PARTIAL and cell.run:
+        return f"{cell.state}, {cell.run.records[-1].round} of {cell.run.recipe.get('rounds')} rounds"
+    if cell.state == DONE and cell.is_twin:
+        return f"{DONE}, twin"
+    return cell.state
+
+
+# ---------------------------------------------------------------- for papers
+
+
+def as_papers(grid: Grid, parts: Sequence[Slice], shown: Sequence[View], *, latex: bool) -> str:
+    """The matrices and the ranking as Markdown or LaTeX, each under a line that says what it is."""
+    form = as_latex if latex else as_markdown
+    blocks = []
+    for part in parts:
+        for view in shown:
+            caption = f"{view.title}: attack (rows) against defense (columns)" + (
+                f"; {part.title}" if part.title else ""
+            )
+            twin = twin_measure(part, view)
+            if twin is not None:
+                caption += f"; attack-free and undefended: {number(twin, view.unit)}"
+            blocks.append((caption, matrix(part, view)))
+    listed = ranking(parts, shown)
+    blocks.append(("ranking of the defenses: " + " ".join(listed.remarks), listed.table))
+    done = len(grid.in_state(DONE))
+    note = f"{done} of {len(grid.cells)} cells are done; the others are named in their place. {INTERVALS}"
+    text = [form(table, caption=caption) for caption, table in blocks]
+    return "\n\n".join([*text, f"% {note}" if latex else note])
