@@ -22,7 +22,6 @@ from fedllm_sec.report.measures import (
     listed,
     main_quality,
     peak_memory,
-    plain,
     seconds_per_round,
     total_seconds,
 )
@@ -168,7 +167,7 @@ def costs_of(runs: Sequence[Run]) -> dict[str, Any]:
     rows = []
     for run in timed:
         cells = [*(cell(means[run.name].get(key)) for key in keys), cell(total_seconds(run))]
-        rows.append((run.name, [*cells, *([cell(peaks[run.name], plain)] if shown else [])]))
+        rows.append((run.name, [*cells, *([cell(peaks[run.name], "{:.1f}".format)] if shown else [])]))
     return {"titles": [*keys, "all rounds", *(["peak MiB of the defense"] if shown else [])], "rows": rows}
 
 

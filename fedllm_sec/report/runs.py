@@ -226,6 +226,8 @@ def _number(value: Any, place: str) -> float:
 
 
 def _numbers(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    if all(type(v) is float for v in values.values()):  # nearly always, and there are very many
+        return dict(values)
     return {key: None if v is None else _number(v, f"{place}.{key}") for key, v in values.items()}
 
 

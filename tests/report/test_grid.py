@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fedllm_sec.history import write_json
 from fedllm_sec.report.grid import details, heat, tables, words
 from fedllm_sec.report.grid.folder import DONE, FAILED, PARTIAL, UNREADABLE, WAITING, read_grid
 from fedllm_sec.report.grid.intervals import difference, over_seeds
-from fedllm_sec.report.grid.numbers import order_of, ranks, slices, views, worst
+from fedllm_sec.report.grid.numbers import common, met, order_of, ranks, slices, views, worst
 from fedllm_sec.report.grid.page import paper_text, summary_text
 from fedllm_sec.report.measures import Measure
 from fedllm_sec.report.page import terminal_summary, write_report
@@ -45,7 +46,7 @@ def test_every_cell_is_read_with_its_state_and_its_reason(broken_grid: Path) -> 
     assert sum(state == DONE for state in states.values()) == 17
     reasons = {cell.slug: cell.reason for cell in grid.cells}
     assert reasons["alie-multi_krum-0"].startswith("DefenseError: multi_krum: needs n >= 2f + 3")
-    assert reasons["ipm-median-1"] == "stopped after round 3 of 6; the same command goes on from there"
+    assert reasons["ipm-median-1"] == "after round 3 of 6; the same command goes on from there"
 
 
 def test_a_cell_whose_history_cannot_be_read_is_marked_and_the_others_are_shown(grid: Path) -> None:
@@ -79,7 +80,10 @@ def test_cells_that_have_only_a_recipe_have_not_run(grid: Path) -> None:
     for name in ("history.jsonl", "summary.json", "timings.jsonl"):
         (folder / name).unlink()
     cell = next(cell for cell in read_grid(grid).cells if cell.slug == "alie-median-0")
-    assert (cell.state, cell.reason) == (WAITING, "it was started, but no round is recorded yet")
+    assert (cell.state, cell.reason) == (
+        WAITING,
+        "it was started, but no round is recorded yet; the same command goes on",
+    )
 
 
 def test_a_grid_of_another_version_is_shown_with_a_note(grid: Path) -> None:
@@ -199,7 +203,8 @@ def test_stopped_and_failed_runs_count_in_no_mean(broken_grid: Path) -> None:
 
 def test_the_worst_case_is_over_the_attacks_and_says_what_is_missing(broken_grid: Path) -> None:
     read = read_grid(broken_grid)
-    case = worst(slices(read), views(read)[0], "none")
+    accuracy = views(read)[0]
+    case = worst(met(slices(read), accuracy), accuracy, "none")
     assert case is not None
     assert (case.attack, case.measured, case.planned) == ("ipm", 3, 3)
 
@@ -235,19 +240,32 @@ def test_bright_is_good_in_every_map(grid: Path) -> None:
 
 def test_the_finding_names_the_defense_with_the_best_worst_case(grid: Path) -> None:
     text = words.finding(read_grid(grid), slices(read_grid(grid)), views(read_grid(grid)))
-    assert text[0].startswith("3 attacks against 2 defenses: in accuracy, multi_krum has the best worst case: 0.6")
-    assert text[1].startswith("Without a defense the worst is 0.3")
+    assert text[0].startswith("3 attacks against 2 defenses: multi_krum has the best worst case in accuracy: 0.6")
+    assert text[1].startswith("Without a defense accuracy is at worst 0.3")
 
 
-def test_a_defense_that_lacks_a_result_is_not_compared(grid: Path) -> None:
+def test_defenses_are_compared_over_the_attacks_for_which_all_have_a_result(grid: Path) -> None:
     for seed in "01":
         for path in (grid / "cells" / f"ipm-multi_krum-{seed}").iterdir():
             path.unlink()
     read = read_grid(grid)
     text = " ".join(words.finding(read, slices(read), views(read)))
-    assert "in accuracy, median has the best worst case" in text
-    assert "multi_krum lacks results and has no worst case yet." in text
+    over = "over the 2 of 3 attacks for which no result is missing, multi_krum has the best worst case in accuracy"
+    assert over in text
+    assert re.search(r"in accuracy: 0\.\d\d \[.*?\] under alie", text)
+    assert "Without a defense accuracy is at worst 0.3" in text  # under ipm
     assert "18 of 20 runs are done: 2 not run yet." in text
+
+
+def test_an_attack_without_a_trigger_has_no_attack_success_to_miss(grid: Path) -> None:
+    for cell in (grid / "cells").glob("ipm-*"):
+        lines = [json.loads(line) for line in (cell / "history.jsonl").read_text().splitlines()]
+        (cell / "history.jsonl").write_text("".join(json.dumps(r | {"attack": None}) + "\n" for r in lines))
+    read = read_grid(grid)
+    success = next(view for view in views(read) if view.key == "asr")
+    rows = met(slices(read), success)
+    assert [attack for _, attack in rows] == ["text_trigger", "alie"] == [attack for _, attack in common(rows, success)]
+    assert 'class="none unmeasured"' in write_report(grid).read_text()
 
 
 def test_who_knows_what_is_told_for_every_attack(grid: Path) -> None:
@@ -292,7 +310,7 @@ def test_peak_memory_and_seconds_of_each_defense_are_told(grid: Path) -> None:
         (cell / "timings.jsonl").write_text("".join(json.dumps(r | {"defense_peak_mb": 12.5}) + "\n" for r in lines))
     rows = {row[0].text: [cell.text for cell in row] for row in tables.cost(slices(read_grid(grid))).rows}
     assert rows["median"][2] == "40 ms"
-    assert rows["median"][4] == "12.50"
+    assert rows["median"][4] == "12.5"
     assert rows["multi_krum"][4] == "n/a"
 
 
@@ -336,7 +354,7 @@ def test_a_grid_of_which_nothing_has_run_makes_a_page(tmp_path: Path) -> None:
     )
     page = write_report(tmp_path).read_text()
     assert "1 attack against 0 defenses: nothing was measured yet." in page
-    assert "it has not run yet" in page
+    assert "started again, runs it" in page
 
 
 def test_a_grid_without_attack_and_defense_axes_makes_a_page(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def _cell(grid: Path, given: Any, place: str) -> Cell:
         twin=twin,
         is_twin=given.get("is_twin") is True,
         state=WAITING,
-        reason="it has not run yet",
+        reason="the benchmark's command, started again, runs it",
     )
     return _look(cell, grid / Path(*folder.parts))
 
@@ -174,10 +174,12 @@ def _look(cell: Cell, folder: Path) -> Cell:
         begun = any((folder / name).is_file() for name in ("history.jsonl", "summary.json"))
         empty = begun and (folder / "history.jsonl").is_file() and not (folder / "history.jsonl").stat().st_size
         if not begun or empty:
-            return replace(cell, state=WAITING, reason="it was started, but no round is recorded yet")
+            return replace(
+                cell, state=WAITING, reason="it was started, but no round is recorded yet; the same command goes on"
+            )
         return replace(cell, state=UNREADABLE, reason=trouble[:LONGEST_REASON])
     if not (whole or (closed and not isinstance(planned, int))):
-        reason = f"stopped after round {run.records[-1].round} of {planned}; the same command goes on from there"
+        reason = f"after round {run.records[-1].round} of {planned}; the same command goes on from there"
         return replace(cell, state=PARTIAL, reason=reason, run=replace(run, warnings=()))
     if (folder / "error.json").is_file():
         run = replace(run, warnings=(*run.warnings, "error.json of an earlier try still lies in the folder."))

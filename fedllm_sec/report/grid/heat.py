@@ -114,8 +114,8 @@ def _square(slot: Slot, view: View, scale: Scale, places: Mapping[str, int]) -> 
         reason = why(slot.cells)
         state = state_of(slot)
         return square | {
-            "kind": "open" if state else "value",
-            "state": state.replace(" ", "-"),
+            "kind": "open",
+            "state": state.replace(" ", "-") or "unmeasured",
             "text": said(slot, view.unit).text,
             "small": _briefly(slot.cells),
             "some": "",

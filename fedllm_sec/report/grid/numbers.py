@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 import numpy as np
@@ -183,22 +183,40 @@ class Worst:
     planned: int
 
 
-def worst(parts: Iterable[Slice], view: View, defense: str) -> Worst | None:
-    """The worst slot of a defense over the attacks (and slices); without an attack nothing is a worst case."""
-    found: list[tuple[float, str, Slice, Measure]] = []
-    planned = 0
+def met(parts: Iterable[Slice], view: View) -> list[tuple[Slice, str]]:
+    """(slice, attack) of every row that a worst case is over: attacks whose runs measure the view, or may yet.
+
+    A row in which runs are finished and none has the measure does not measure it, such as attack success without a
+    trigger: nothing is missing there.
+    """
+    found = []
     for part in parts:
         for attack in part.attacks:
-            slot = part.slot(view, attack, defense)
-            if attack == NONE or not slot.cells:
-                continue
-            planned += 1
-            if slot.mean is not None:
-                found.append((harm(slot.mean.value, view), attack, part, slot.mean))
+            slots = [part.slot(view, attack, defense) for defense in part.defenses]
+            finished = any(cell.finished for slot in slots for cell in slot.cells)
+            if attack != NONE and (any(slot.mean for slot in slots) or not finished):
+                found.append((part, attack))
+    return found
+
+
+def common(rows: Iterable[tuple[Slice, str]], view: View) -> list[tuple[Slice, str]]:
+    """Those rows in which every defense of the grid that should meet the attack has a result."""
+    found = []
+    for part, attack in rows:
+        slots = [slot for defense in part.defenses if (slot := part.slot(view, attack, defense)).cells]
+        if slots and all(slot.mean is not None for slot in slots):
+            found.append((part, attack))
+    return found
+
+
+def worst(rows: Iterable[tuple[Slice, str]], view: View, defense: str) -> Worst | None:
+    """The worst slot of a defense over some rows, None where none has a result."""
+    slots = [(attack, part, part.slot(view, attack, defense)) for part, attack in rows]
+    slots = [item for item in slots if item[2].cells]
+    found = [Worst(attack, part, slot.mean, 0, len(slots)) for attack, part, slot in slots if slot.mean is not None]
     if not found:
         return None
-    _, attack, part, measure = max(found, key=lambda item: item[0])
-    return Worst(attack, part, measure, len(found), planned)
+    return replace(max(found, key=lambda case: harm(case.measure.value, view)), measured=len(found))
 
 
 def harm(value: float, view: View) -> float:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from statistics import mean
 
 from fedllm_sec.report.grid.folder import DONE, PARTIAL, Cell, Grid
-from fedllm_sec.report.grid.numbers import Slice, Slot, View, Worst, order_of, ranks, worst
+from fedllm_sec.report.grid.numbers import Slice, Slot, View, Worst, met, order_of, ranks, worst
 from fedllm_sec.report.measures import (
     Measure,
     duration,
     interval,
     peak_memory,
-    plain,
     plural,
     seconds_per_round,
     total_seconds,
@@ -102,8 +101,9 @@ def ranking(parts: Sequence[Slice], shown: Sequence[View]) -> Ranking:
         title = f"most {view.title}" if view is lost else f"worst {view.title}"
         columns.append(Column(f"worst {view.key}", title, view.unit, f"worst over the attacks; {view.explained}"))
         columns.append(Column(f"by {view.key}", "under", "text"))
+        over = met(parts, view)
         for row in rows:
-            case = worst(parts, view, row[0].text)
+            case = worst(over, view, row[0].text)
             row += [number(case.measure if case else None, view.unit), Entry(_under(case, len(parts) > 1))]
     return Ranking(Table(columns, rows, RANKING), tuple(remarks))
 
@@ -152,7 +152,7 @@ def cost(parts: Sequence[Slice]) -> Table:
                 Entry(str(len(runs)), sort=float(len(runs))),
                 _seconds([row["defense"] for row in per_round if "defense" in row]),
                 _seconds([row["train"] for row in per_round if "train" in row]),
-                Entry(NOT_MEASURED) if peak is None else Entry(plain(peak), sort=peak),
+                Entry(NOT_MEASURED) if peak is None else Entry(f"{peak:.1f}", sort=peak),
                 _seconds(totals),
             ]
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedllm_sec.report.grid.folder import DONE, FAILED, NONE, PARTIAL, UNREADABLE, WAITING, Cell, Grid
-from fedllm_sec.report.grid.numbers import Slice, View, Worst, harm, worst
+from fedllm_sec.report.grid.numbers import Slice, View, Worst, common, harm, met, worst
 from fedllm_sec.report.measures import Measure, interval, listed, plural, written
 from fedllm_sec.report.runs import Run
 from fedllm_sec.report.words import attack_card, defense_steps
@@ -22,43 +22,33 @@ def finding(grid: Grid, parts: Sequence[Slice], shown: Sequence[View]) -> list[s
         return [f"{head}: nothing was measured yet.", *_completeness(grid)]
     sentences = [text for view in judged for text in _worst_sentences(parts, view)]
     first = f"{head}: {sentences[0]}" if sentences else f"{head}."
-    rest = [f"{text[0].upper()}{text[1:]}" for text in sentences[1:]]
-    return [first, *rest, *_not_compared(parts, judged), *_completeness(grid)]
-
-
-def _cases(parts: Sequence[Slice], view: View) -> tuple[dict[str, Worst], dict[str, Worst]]:
-    """The worst case of every defense that has one, and of those with a result for every attack they should meet."""
-    cases = {name: case for name in parts[0].defenses if (case := worst(parts, view, name)) is not None}
-    whole = {name: case for name, case in cases.items() if case.measured == case.planned and name != NONE}
-    return cases, whole
+    rest = [text if text.split()[0] in parts[0].defenses else f"{text[0].upper()}{text[1:]}" for text in sentences[1:]]
+    return [first, *rest, *_completeness(grid)]
 
 
 def _worst_sentences(parts: Sequence[Slice], view: View) -> list[str]:
-    """The defense with the best worst case, and what it is to be compared with."""
-    cases, whole = _cases(parts, view)
+    """The defense with the best worst case over the attacks that lack no result, and what to compare it with."""
+    rows = met(parts, view)
+    shared = common(rows, view)
+    cases = {name: case for name in parts[0].defenses if (case := worst(shared, view, name)) is not None}
+    defended = {name: case for name, case in cases.items() if name != NONE}
     texts = []
-    if whole:
-        name = min(whole, key=lambda key: harm(whole[key].measure.value, view))
-        texts.append(f"in {view.title}, {name} has the best worst case: {_case(whole[name], view, parts)}")
+    if defended:
+        name = min(defended, key=lambda key: harm(defended[key].measure.value, view))
+        over = (
+            ""
+            if len(shared) == len(rows)
+            else f"over the {len(shared)} of {len(rows)} attacks for which no result is missing, "
+        )
+        texts.append(f"{over}{name} has the best worst case in {view.title}: {_case(defended[name], view, parts)}")
     others = []
-    if NONE in cases:
-        others.append(f"without a defense the worst is {_case(cases[NONE], view, parts)}")
+    bare = worst(rows, view, NONE)
+    if bare is not None:
+        others.append(f"without a defense {view.title} is at worst {_case(bare, view, parts)}")
     free = view.of(parts[0].twins) if len(parts) == 1 else None
     if free is not None:
-        others.append(f"attack-free and undefended it is {_number(free, view)}")
+        others.append(f"attack-free and undefended {'it' if others else view.title} is {_number(free, view)}")
     return [f"{text}." for text in (*texts, "; ".join(others)) if text]
-
-
-def _not_compared(parts: Sequence[Slice], judged: Sequence[View]) -> list[str]:
-    """The defenses without a worst case, since a result is missing."""
-    lacking: dict[str, None] = {}
-    for view in judged:
-        cases, whole = _cases(parts, view)
-        lacking |= dict.fromkeys(name for name in cases if name not in whole and name != NONE)
-    if not lacking:
-        return []
-    verb = "lack results and have" if len(lacking) > 1 else "lacks results and has"
-    return [f"{listed(list(lacking))} {verb} no worst case yet."]
 
 
 def _case(case: Worst, view: View, parts: Sequence[Slice]) -> str:
