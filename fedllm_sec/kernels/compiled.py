@@ -10,11 +10,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FULL, BFLOAT16, FLOAT16 = 0, 1, 2  # what the stored rows are
+LINE = 64  # bytes that come from memory together
 
 
 def compiled(function: F) -> F:
@@ -26,6 +30,48 @@ def compiled_sums(function: F) -> F:
     """Sums may be reordered, which is what lets them be vectorised; infinities still count."""
     options = {"reassoc", "contract", "nsz"}
     return cast(F, njit(nogil=True, cache=True, error_model="numpy", fastmath=options)(function))
+
+
+def _prefetch(typing: Any, array: Any, place: Any) -> Any:
+    """Ask for the cache line of array[place], without waiting for it: LLVM's prefetch, for reading, into all levels."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0]
+        whole = context.make_array(kind)(context, builder, arguments[0])
+        tools: Any = cgutils  # untyped
+        pointer = tools.get_item_pointer(context, builder, kind, whole, [arguments[1]], wraparound=False)
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        form = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        call = tools.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
+        builder.call(call, [builder.bitcast(pointer, byte), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), code
+
+
+prefetch: Any = intrinsic(_prefetch)  # (array, place)
+
+
+@compiled
+def lines_of(offsets, width, size):  # type: ignore[no-untyped-def]
+    """Where the cache lines of the rows' next `width` values of `size` bytes begin, for `fetch`."""
+    step = LINE // size
+    lines = (width + step - 1) // step
+    out = np.empty(offsets.size * lines, np.int64)
+    for i in range(offsets.size):
+        for line in range(lines):
+            out[i * lines + line] = offsets[i] + line * step
+    return out
+
+
+@compiled
+def fetch(full, half, kind, lines, start, first, last):  # type: ignore[no-untyped-def]
+    """Ask for lines first..last-1, `start` columns further on."""
+    for line in lines[first:last]:
+        if kind == FULL:
+            prefetch(full, line + start)
+        else:
+            prefetch(half, line + start)
 
 
 @compiled

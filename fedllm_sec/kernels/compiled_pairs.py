@@ -1,10 +1,11 @@
-"""Compiled: inner products and squared distances of all pairs of rows, in one pass over tiles of 256 columns.
+"""Compiled: inner products and squared distances of all pairs of rows, in one pass over tiles of 512 columns.
 
-A tile is loaded into the cache once. Its inner products are float32 sums over 256 columns; everything beyond a tile
-is float64. The distance of a pair is |x|^2 + |y|^2 - 2xy where that is accurate. Where it cancels (D small against
-|x|^2 + |y|^2), the tile is taken again relative to one of its rows, the pivot, and pairs that still cancel are
-summed directly. Rows whose squares leave the range of float32 are done in float64, so a row of 1e30, or a tile
-of 1e-30, costs time and not accuracy. None of this takes more than a fixed multiple of the plain work.
+Float32 rows are read where they lie; others are copied into a tile first. The next tile is asked for while this one is
+computed. Inner products of a tile are float32 sums over 512 columns; everything beyond a tile is float64. The distance
+of a pair is |x|^2 + |y|^2 - 2xy where that is accurate. Where it cancels (D small against |x|^2 + |y|^2), the tile is
+taken again relative to one of its rows, the pivot, and pairs that still cancel are summed directly. Rows whose squares
+leave the range of float32 are done in float64, so a row of 1e30, or a tile of 1e-30, costs time and not accuracy. None
+of this takes more than a fixed multiple of the plain work.
 """
 # Untyped on purpose: numba reads types from the arguments.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -13,23 +14,42 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedllm_sec.kernels.compiled import compiled, compiled_sums, load_tile
+from fedllm_sec.kernels.compiled import FULL, compiled, compiled_sums, fetch, lines_of, load_tile
 
-TILE = 256
+TILE = 512
 CANCELS = 16.0  # D below (|x|^2 + |y|^2) / 16 has lost more than 4 bits
 TINY, HUGE = 1e-28, 1e36  # float32 squares are trusted where their sum is between these
 
 
+@compiled
+def row(flat, place):
+    """TILE values of a flat array."""
+    return flat[place : place + TILE]
+
+
 @compiled_sums
-def inner_products(tile, out):
-    """out[i, j] = <x_i, x_j> for j >= i, over a whole tile; the number of rows is a multiple of 3."""
-    rows = tile.shape[0]
+def inner_products(flat, places, out, full, half, kind, lines, ahead, sums, sum_lines, sums_ahead):
+    """out[i, j] = <x_i, x_j> for j >= i, where x_i are the TILE values of `flat` from places[i] on.
+
+    The number of places is a multiple of 3. Meanwhile the next tile is asked for, unless `ahead` is negative: `lines`
+    of the stored rows from column `ahead` on, and `sum_lines` of `sums` from `sums_ahead` on.
+    """
+    rows = places.size
+    blocks = rows // 3 * (rows // 3 + 1) // 2
+    share = (lines.size + blocks - 1) // blocks if ahead >= 0 else 0
+    sum_share = (sum_lines.size + blocks - 1) // blocks if ahead >= 0 else 0
+    block = 0
     for i in range(0, rows, 3):
+        x0, x1, x2 = row(flat, places[i]), row(flat, places[i + 1]), row(flat, places[i + 2])
         for j in range(i, rows, 3):
+            fetch(full, half, kind, lines, ahead, block * share, (block + 1) * share)
+            fetch(sums, half, FULL, sum_lines, sums_ahead, block * sum_share, (block + 1) * sum_share)
+            block += 1
+            y0, y1, y2 = row(flat, places[j]), row(flat, places[j + 1]), row(flat, places[j + 2])
             s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = np.float32(0)
             for c in range(TILE):
-                a0, a1, a2 = tile[i, c], tile[i + 1, c], tile[i + 2, c]
-                b0, b1, b2 = tile[j, c], tile[j + 1, c], tile[j + 2, c]
+                a0, a1, a2 = x0[c], x1[c], x2[c]
+                b0, b1, b2 = y0[c], y1[c], y2[c]
                 s00 += a0 * b0
                 s01 += a0 * b1
                 s02 += a0 * b2
@@ -69,7 +89,7 @@ def direct_distance(x, y, wide):
 
 
 @compiled
-def mark_wild(tile, n, inner, wild, wide):
+def mark_wild(flat, places, n, inner, wild, wide):
     """Which rows' squares leave the range of float32 (or all); their inner products are redone in float64."""
     count = 0
     for i in range(n):
@@ -77,8 +97,8 @@ def mark_wild(tile, n, inner, wild, wide):
         wild[i] = not (square > TINY and square < HUGE)
         if wild[i] and square == 0:
             largest = np.float32(0)
-            for c in range(TILE):
-                largest = max(largest, abs(tile[i, c]))
+            for value in row(flat, places[i]):
+                largest = max(largest, abs(value))
             wild[i] = largest > 0
         wild[i] = wild[i] or wide
         count += wild[i]
@@ -86,50 +106,66 @@ def mark_wild(tile, n, inner, wild, wide):
         for i in range(n):
             for j in range(i, n):
                 if wild[i] or wild[j]:
-                    inner[i, j] = wide_inner_product(tile[i], tile[j])
+                    inner[i, j] = wide_inner_product(row(flat, places[i]), row(flat, places[j]))
     return count
 
 
 @compiled
-def expand(inner, n, out):
-    """out[i, j] = |x_i|^2 + |x_j|^2 - 2 <x_i, x_j> for j > i, and how many of these cancel."""
+def cancelling(inner, n):
+    """How many pairs have |x_i|^2 + |x_j|^2 - 2 <x_i, x_j> too small to be trusted."""
     bad = 0
     for i in range(n):
         own = inner[i, i]
         for j in range(i + 1, n):
             both = own + inner[j, j]
-            value = both - 2.0 * inner[i, j]
-            out[i, j] = value
-            bad += 0 if value * CANCELS >= both else 1
+            bad += 0 if (both - 2.0 * inner[i, j]) * CANCELS >= both else 1
     return bad
 
 
 @compiled
-def repair(tile, n, inner, wild, distances, shifted, shifted_inner, shifted_distances, pivot, bad, wide):
-    """Redo the distances of a tile that cancel; returns the pivot to try on the next tile."""
+def expand(inner, n, out):
+    """Add |x_i|^2 + |x_j|^2 - 2 <x_i, x_j> to out[i, j] for j > i."""
+    for i in range(n):
+        own = inner[i, i]
+        for j in range(i + 1, n):
+            out[i, j] += own + inner[j, j] - 2.0 * inner[i, j]
+
+
+@compiled
+def add(new, n, total):
+    """total[i, j] += new[i, j] for j >= i."""
+    for i in range(n):
+        for j in range(i, n):
+            total[i, j] += new[i, j]
+
+
+@compiled
+def repair(flat, places, n, inner, wild, distances, shifted, shifted_places, shifted_inner, pivot, bad, wide):
+    """Add the distances of a tile in which some cancel; returns the pivot to try on the next tile."""
     again = bad * 8 > n * (n - 1) and not wide  # a quarter of all pairs: the rows share a large common part
     if again:
-        base = tile[pivot]
+        base = row(flat, places[pivot])
         for i in range(n):
-            row, out = tile[i], shifted[i]
+            out, source = row(shifted, shifted_places[i]), row(flat, places[i])
             for c in range(TILE):
-                out[c] = row[c] - base[c]
-        inner_products(shifted, shifted_inner)
-        left = expand(shifted_inner, n, shifted_distances)
-        if left * 8 > n * (n - 1):
+                out[c] = source[c] - base[c]
+        no_halves, no_lines = np.empty(0, np.uint16), places[:0]
+        inner_products(shifted, shifted_places, shifted_inner, flat, no_halves, FULL, no_lines, -1, flat, no_lines, 0)
+        if cancelling(shifted_inner, n) * 8 > n * (n - 1):
             pivot = (pivot + 1) % n
     for i in range(n):
         for j in range(i + 1, n):
             both = inner[i, i] + inner[j, j]
-            if not (wild[i] or wild[j] or distances[i, j] * CANCELS < both):
-                continue
-            if again and not (wild[i] or wild[j]):
-                both = shifted_inner[i, i] + shifted_inner[j, j]
-                value = shifted_distances[i, j]
-                if value * CANCELS >= both and value > TINY and both < HUGE:
-                    distances[i, j] = value
-                    continue
-            distances[i, j] = direct_distance(tile[i], tile[j], wide)
+            value = both - 2.0 * inner[i, j]
+            if wild[i] or wild[j] or value * CANCELS < both:
+                good = False
+                if again and not (wild[i] or wild[j]):
+                    both = shifted_inner[i, i] + shifted_inner[j, j]
+                    value = both - 2.0 * shifted_inner[i, j]
+                    good = value * CANCELS >= both and value > TINY and both < HUGE
+                if not good:
+                    value = direct_distance(row(flat, places[i]), row(flat, places[j]), wide)
+            distances[i, j] += value
     return pivot
 
 
@@ -158,31 +194,39 @@ def pair_sums(full, half, kind, offsets, extra, start, stop, extra_start, want_d
     rows = (n + 2) // 3 * 3
     tile = np.zeros((rows, TILE), np.float32)
     bits = tile.view(np.uint32)
-    shifted = np.zeros((rows, TILE), np.float32)
+    copies, copied = tile.reshape(rows * TILE), np.arange(rows) * TILE
+    stored = np.zeros(rows, np.int64)
+    lines = lines_of(offsets, TILE, 4 if kind == FULL else 2)
+    shifted = np.zeros(rows * TILE, np.float32)
     inner = np.zeros((rows, rows))
     shifted_inner = np.zeros((rows, rows))
-    new = np.zeros((n, n))
-    shifted_new = np.zeros((n, n))
+    plain = np.zeros((n, n))  # of the tiles in which no distance cancels, so that none does in their sum
     wild = np.zeros(n, np.bool_)
     pivot = 0
     for place in range(start, stop, TILE):
         width = min(TILE, stop - place)
-        if width < TILE:
-            tile[:] = 0
-        load_tile(full, half, kind, offsets, extra, place, extra_start + place - start, width, tile, bits)
-        inner_products(tile, inner)
-        wilds = mark_wild(tile, n, inner, wild, wide)
-        for i in range(n):
-            for j in range(i, n):
-                gram[i, j] += inner[i, j]
-        if want_distances:
-            bad = expand(inner, n, new)
-            if bad > 0 or wilds > 0:
-                spare = (shifted, shifted_inner, shifted_new)
-                pivot = repair(tile, n, inner, wild, new, *spare, pivot, bad, wide)
-            for i in range(n):
-                for j in range(i + 1, n):
-                    distances[i, j] += new[i, j]
+        if kind == FULL and width == TILE and extra.shape[0] == 0:  # read where they lie
+            for i in range(rows):
+                stored[i] = offsets[min(i, n - 1)] + place
+            flat, places = full, stored
+        else:
+            if width < TILE:
+                tile[:] = 0
+            load_tile(full, half, kind, offsets, extra, place, extra_start + place - start, width, tile, bits)
+            flat, places = copies, copied
+        ahead = place + TILE if place + 2 * TILE <= stop else -1
+        inner_products(flat, places, inner, full, half, kind, lines, ahead, full, lines[:0], 0)
+        wilds = mark_wild(flat, places, n, inner, wild, wide)
+        bad = cancelling(inner, n) if want_distances else 0
+        if want_distances and (bad > 0 or wilds > 0):
+            add(inner, n, gram)
+            spare = (shifted, copied, shifted_inner)
+            pivot = repair(flat, places, n, inner, wild, distances, *spare, pivot, bad, wide)
+        else:
+            add(inner, n, plain)
+    add(plain, n, gram)
+    if want_distances:
+        expand(plain, n, distances)
 
 
 @compiled
@@ -192,21 +236,35 @@ def accumulate(full, half, kind, offsets, extra, start, stop, sums, sum_offsets,
     rows = (n + 2) // 3 * 3
     tile = np.zeros((rows, TILE), np.float32)
     bits = tile.view(np.uint32)
+    copies, copied = tile.reshape(rows * TILE), np.arange(rows) * TILE
+    stored = np.zeros(rows, np.int64)
+    lines = lines_of(offsets, TILE, 4 if kind == FULL else 2)
+    sum_lines = lines_of(sum_offsets, TILE, 4)
     inner = np.zeros((rows, rows))
     wild = np.zeros(n, np.bool_)
     for place in range(start, stop, TILE):
         width = min(TILE, stop - place)
-        if width < TILE:
+        direct = kind == FULL and width == TILE
+        if not direct:
             tile[:] = 0
-        load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
+            load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
         for i in range(n):
             begin = sum_offsets[i] + sum_start + place - start
-            total, row = sums[begin : begin + width], tile[i]
-            for c in range(width):
-                total[c] += row[c]
-                row[c] = total[c]
-        inner_products(tile, inner)
-        mark_wild(tile, n, inner, wild, wide)
-        for i in range(n):
-            for j in range(i, n):
-                gram[i, j] += inner[i, j]
+            stored[i] = begin
+            total = sums[begin : begin + width]
+            if direct:
+                new = full[offsets[i] + place : offsets[i] + place + width]
+                for c in range(width):
+                    total[c] += new[c]
+            else:
+                copy = tile[i]
+                for c in range(width):
+                    total[c] += copy[c]
+                    copy[c] = total[c]
+        stored[n:] = stored[0]
+        flat, places = (sums, stored) if direct else (copies, copied)
+        ahead = place + TILE if place + 2 * TILE <= stop else -1
+        sums_ahead = sum_start + place + TILE - start
+        inner_products(flat, places, inner, full, half, kind, lines, ahead, sums, sum_lines, sums_ahead)
+        mark_wild(flat, places, n, inner, wild, wide)
+        add(inner, n, gram)

@@ -1,4 +1,4 @@
-"""Compiled: column statistics and the scatter of rows, over tiles of 256 columns that stay in the cache.
+"""Compiled: column statistics and the scatter of rows, over tiles of 512 columns that stay in the cache.
 
 Values are taken relative to the first row before they are added up, so float32 is enough also where all rows share a
 large common part.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedllm_sec.kernels.compiled import compiled, load_tile
+from fedllm_sec.kernels.compiled import FULL, compiled, lines_of, load_tile
 from fedllm_sec.kernels.compiled_pairs import TILE, inner_products
 
 
@@ -104,6 +104,8 @@ def scatter(full, half, kind, offsets, extra, start, stop, out_start, perturbati
     tile = np.zeros((rows, TILE), np.float32)
     stored = tile[:n]
     bits = tile.view(np.uint32)[:n]
+    copies, copied = tile.reshape(rows * TILE), np.arange(rows) * TILE
+    lines = lines_of(offsets, TILE, 4 if kind == FULL else 2)
     inner = np.zeros((rows, rows))
     base, centre, middle = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for place in range(start, stop, TILE):
@@ -130,7 +132,8 @@ def scatter(full, half, kind, offsets, extra, start, stop, out_start, perturbati
                 away[c] = -away[c]
         mean[at : at + width] = middle[:width]
         direction[at : at + width] = away[:width]
-        inner_products(tile, inner)
+        ahead = place + TILE if place + 2 * TILE <= stop else -1
+        inner_products(copies, copied, inner, full, half, kind, lines, ahead, full, lines[:0], 0)
         for i in range(k):
             for j in range(i, k):
                 gram[i, j] += inner[i, j]
