@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,46 +33,61 @@ def compiled_sums(function: F) -> F:
     return cast(F, njit(nogil=True, cache=True, error_model="numpy", fastmath=options)(function))
 
 
-def _prefetch(typing: Any, array: Any, place: Any) -> Any:
-    """Ask for the cache line of array[place], without waiting for it: LLVM's prefetch, for reading, into all levels."""
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, without waiting for it: LLVM's prefetch, for reading, into all levels."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0]
-        whole = context.make_array(kind)(context, builder, arguments[0])
-        tools: Any = cgutils  # untyped
-        pointer = tools.get_item_pointer(context, builder, kind, whole, [arguments[1]], wraparound=False)
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         form = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        tools: Any = cgutils  # untyped
         call = tools.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
-        builder.call(call, [builder.bitcast(pointer, byte), number(0), number(3), number(1)])
+        builder.call(call, [builder.inttoptr(arguments[0], byte), number(0), number(3), number(1)])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp), code
+    return types.void(types.intp), code
 
 
-prefetch: Any = intrinsic(_prefetch)  # (array, place)
+def _window(typing: Any, address: Any, count: Any) -> Any:
+    """The `count` float32 values at an address, unchecked: whoever calls keeps the memory alive."""
+    kind: Any = types.Array(types.float32, 1, "C")
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(kind)(context, builder)
+        size = context.get_constant(types.intp, 4)
+        data = builder.inttoptr(arguments[0], array.data.type)
+        populate: Any = populate_array  # untyped
+        populate(array, data=data, shape=[arguments[1]], strides=[size], itemsize=size, meminfo=None)
+        return array._getvalue()
+
+    return kind(types.intp, types.intp), code
+
+
+prefetch: Any = intrinsic(_prefetch)
+window: Any = intrinsic(_window)
 
 
 @compiled
-def lines_of(offsets, width, size):  # type: ignore[no-untyped-def]
-    """Where the cache lines of the rows' next `width` values of `size` bytes begin, for `fetch`."""
-    step = LINE // size
-    lines = (width + step - 1) // step
+def address(array: Any) -> Any:
+    """Where the first value lies."""
+    return np.int64(array.ctypes.data)
+
+
+@compiled
+def addresses(tile):  # type: ignore[no-untyped-def]
+    """Where each row of a contiguous (n, c) array lies."""
+    return address(tile) + np.arange(tile.shape[0]) * tile.shape[1] * tile.itemsize
+
+
+@compiled
+def lines_of(array, offsets, width):  # type: ignore[no-untyped-def]
+    """Addresses of the cache lines of `width` values from each of these places of a flat array on."""
+    size, base = array.itemsize, address(array)
+    lines = (width * size + LINE - 1) // LINE
     out = np.empty(offsets.size * lines, np.int64)
     for i in range(offsets.size):
         for line in range(lines):
-            out[i * lines + line] = offsets[i] + line * step
+            out[i * lines + line] = base + offsets[i] * size + line * LINE
     return out
-
-
-@compiled
-def fetch(full, half, kind, lines, start, first, last):  # type: ignore[no-untyped-def]
-    """Ask for lines first..last-1, `start` columns further on."""
-    for line in lines[first:last]:
-        if kind == FULL:
-            prefetch(full, line + start)
-        else:
-            prefetch(half, line + start)
 
 
 @compiled

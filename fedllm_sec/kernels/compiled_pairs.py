@@ -14,38 +14,41 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedllm_sec.kernels.compiled import FULL, compiled, compiled_sums, fetch, lines_of, load_tile
+from fedllm_sec.kernels.compiled import (
+    FULL,
+    address,
+    addresses,
+    compiled,
+    compiled_sums,
+    lines_of,
+    load_tile,
+    prefetch,
+    window,
+)
 
 TILE = 512
 CANCELS = 16.0  # D below (|x|^2 + |y|^2) / 16 has lost more than 4 bits
 TINY, HUGE = 1e-28, 1e36  # float32 squares are trusted where their sum is between these
 
 
-@compiled
-def row(flat, place):
-    """TILE values of a flat array."""
-    return flat[place : place + TILE]
-
-
 @compiled_sums
-def inner_products(flat, places, out, full, half, kind, lines, ahead, sums, sum_lines, sums_ahead):
-    """out[i, j] = <x_i, x_j> for j >= i, where x_i are the TILE values of `flat` from places[i] on.
+def inner_products(rows, out, lines, ahead):
+    """out[i, j] = <x_i, x_j> for j >= i, where x_i are the TILE values at the address rows[i].
 
-    The number of places is a multiple of 3. Meanwhile the next tile is asked for, unless `ahead` is negative: `lines`
-    of the stored rows from column `ahead` on, and `sum_lines` of `sums` from `sums_ahead` on.
+    The number of rows is a multiple of 3. Meanwhile the cache lines `ahead` bytes from `lines` are asked for, unless
+    `ahead` is negative.
     """
-    rows = places.size
-    blocks = rows // 3 * (rows // 3 + 1) // 2
-    share = (lines.size + blocks - 1) // blocks if ahead >= 0 else 0
-    sum_share = (sum_lines.size + blocks - 1) // blocks if ahead >= 0 else 0
+    blocks = rows.size // 3 * (rows.size // 3 + 1) // 2
+    share = (lines.size + blocks - 1) // blocks
     block = 0
-    for i in range(0, rows, 3):
-        x0, x1, x2 = row(flat, places[i]), row(flat, places[i + 1]), row(flat, places[i + 2])
-        for j in range(i, rows, 3):
-            fetch(full, half, kind, lines, ahead, block * share, (block + 1) * share)
-            fetch(sums, half, FULL, sum_lines, sums_ahead, block * sum_share, (block + 1) * sum_share)
-            block += 1
-            y0, y1, y2 = row(flat, places[j]), row(flat, places[j + 1]), row(flat, places[j + 2])
+    for i in range(0, rows.size, 3):
+        x0, x1, x2 = window(rows[i], TILE), window(rows[i + 1], TILE), window(rows[i + 2], TILE)
+        for j in range(i, rows.size, 3):
+            if ahead >= 0:
+                for line in range(block * share, min((block + 1) * share, lines.size)):
+                    prefetch(lines[line] + ahead)
+                block += 1
+            y0, y1, y2 = window(rows[j], TILE), window(rows[j + 1], TILE), window(rows[j + 2], TILE)
             s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = np.float32(0)
             for c in range(TILE):
                 a0, a1, a2 = x0[c], x1[c], x2[c]
@@ -89,7 +92,7 @@ def direct_distance(x, y, wide):
 
 
 @compiled
-def mark_wild(flat, places, n, inner, wild, wide):
+def mark_wild(rows, n, inner, wild, wide):
     """Which rows' squares leave the range of float32 (or all); their inner products are redone in float64."""
     count = 0
     for i in range(n):
@@ -97,7 +100,7 @@ def mark_wild(flat, places, n, inner, wild, wide):
         wild[i] = not (square > TINY and square < HUGE)
         if wild[i] and square == 0:
             largest = np.float32(0)
-            for value in row(flat, places[i]):
+            for value in window(rows[i], TILE):
                 largest = max(largest, abs(value))
             wild[i] = largest > 0
         wild[i] = wild[i] or wide
@@ -106,7 +109,7 @@ def mark_wild(flat, places, n, inner, wild, wide):
         for i in range(n):
             for j in range(i, n):
                 if wild[i] or wild[j]:
-                    inner[i, j] = wide_inner_product(row(flat, places[i]), row(flat, places[j]))
+                    inner[i, j] = wide_inner_product(window(rows[i], TILE), window(rows[j], TILE))
     return count
 
 
@@ -140,17 +143,19 @@ def add(new, n, total):
 
 
 @compiled
-def repair(flat, places, n, inner, wild, distances, shifted, shifted_places, shifted_inner, pivot, bad, wide):
-    """Add the distances of a tile in which some cancel; returns the pivot to try on the next tile."""
+def repair(rows, n, inner, wild, distances, shifted, shifted_inner, pivot, bad, wide):
+    """Add the distances of a tile in which some cancel; returns the pivot to try on the next tile.
+
+    `shifted` are addresses of memory for as many rows.
+    """
     again = bad * 8 > n * (n - 1) and not wide  # a quarter of all pairs: the rows share a large common part
     if again:
-        base = row(flat, places[pivot])
+        base = window(rows[pivot], TILE)
         for i in range(n):
-            out, source = row(shifted, shifted_places[i]), row(flat, places[i])
+            source, out = window(rows[i], TILE), window(shifted[i], TILE)
             for c in range(TILE):
                 out[c] = source[c] - base[c]
-        no_halves, no_lines = np.empty(0, np.uint16), places[:0]
-        inner_products(shifted, shifted_places, shifted_inner, flat, no_halves, FULL, no_lines, -1, flat, no_lines, 0)
+        inner_products(shifted, shifted_inner, rows[:0], -1)
         if cancelling(shifted_inner, n) * 8 > n * (n - 1):
             pivot = (pivot + 1) % n
     for i in range(n):
@@ -164,7 +169,7 @@ def repair(flat, places, n, inner, wild, distances, shifted, shifted_places, shi
                     value = both - 2.0 * shifted_inner[i, j]
                     good = value * CANCELS >= both and value > TINY and both < HUGE
                 if not good:
-                    value = direct_distance(row(flat, places[i]), row(flat, places[j]), wide)
+                    value = direct_distance(window(rows[i], TILE), window(rows[j], TILE), wide)
             distances[i, j] += value
     return pivot
 
@@ -191,56 +196,63 @@ def pair_sums(full, half, kind, offsets, extra, start, stop, extra_start, want_d
     `wide`: everything in float64, four times slower.
     """
     n = offsets.size + extra.shape[0]
-    rows = (n + 2) // 3 * 3
-    tile = np.zeros((rows, TILE), np.float32)
+    size = (n + 2) // 3 * 3
+    tile = np.zeros((size, TILE), np.float32)
     bits = tile.view(np.uint32)
-    copies, copied = tile.reshape(rows * TILE), np.arange(rows) * TILE
-    stored = np.zeros(rows, np.int64)
-    lines = lines_of(offsets, TILE, 4 if kind == FULL else 2)
-    shifted = np.zeros(rows * TILE, np.float32)
-    inner = np.zeros((rows, rows))
-    shifted_inner = np.zeros((rows, rows))
+    copied = addresses(tile)
+    stored = np.empty(size, np.int64)
+    spare = np.zeros((size, TILE), np.float32)
+    shifted = addresses(spare)
+    step = 4 if kind == FULL else 2
+    lines = lines_of(full, offsets + start, TILE) if kind == FULL else lines_of(half, offsets + start, TILE)
+    inner = np.zeros((size, size))
+    shifted_inner = np.zeros((size, size))
     plain = np.zeros((n, n))  # of the tiles in which no distance cancels, so that none does in their sum
     wild = np.zeros(n, np.bool_)
     pivot = 0
     for place in range(start, stop, TILE):
         width = min(TILE, stop - place)
-        if kind == FULL and width == TILE and extra.shape[0] == 0:  # read where they lie
-            for i in range(rows):
-                stored[i] = offsets[min(i, n - 1)] + place
-            flat, places = full, stored
+        extra_place = extra_start + place - start
+        if kind == FULL and width == TILE:  # read where they lie
+            for i in range(offsets.size):
+                stored[i] = address(full) + (offsets[i] + place) * 4
+            for e in range(extra.shape[0]):
+                stored[offsets.size + e] = address(extra) + (e * extra.shape[1] + extra_place) * 4
+            stored[n:] = stored[0]
+            rows = stored
         else:
             if width < TILE:
                 tile[:] = 0
-            load_tile(full, half, kind, offsets, extra, place, extra_start + place - start, width, tile, bits)
-            flat, places = copies, copied
-        ahead = place + TILE if place + 2 * TILE <= stop else -1
-        inner_products(flat, places, inner, full, half, kind, lines, ahead, full, lines[:0], 0)
-        wilds = mark_wild(flat, places, n, inner, wild, wide)
+            load_tile(full, half, kind, offsets, extra, place, extra_place, width, tile, bits)
+            rows = copied
+        ahead = (place - start + TILE) * step if place + 2 * TILE <= stop else -1
+        inner_products(rows, inner, lines, ahead)
+        wilds = mark_wild(rows, n, inner, wild, wide)
         bad = cancelling(inner, n) if want_distances else 0
         if want_distances and (bad > 0 or wilds > 0):
             add(inner, n, gram)
-            spare = (shifted, copied, shifted_inner)
-            pivot = repair(flat, places, n, inner, wild, distances, *spare, pivot, bad, wide)
+            pivot = repair(rows, n, inner, wild, distances, shifted, shifted_inner, pivot, bad, wide)
         else:
             add(inner, n, plain)
     add(plain, n, gram)
     if want_distances:
         expand(plain, n, distances)
+    return tile[0, 0] + spare[0, 0]  # both live as long as their addresses are used
 
 
 @compiled
 def accumulate(full, half, kind, offsets, extra, start, stop, sums, sum_offsets, sum_start, wide, gram):
     """Add each row to one of the flat `sums`, in place, and the sums' inner products to `gram`, (n, n), j >= i."""
     n = offsets.size
-    rows = (n + 2) // 3 * 3
-    tile = np.zeros((rows, TILE), np.float32)
+    size = (n + 2) // 3 * 3
+    tile = np.zeros((size, TILE), np.float32)
     bits = tile.view(np.uint32)
-    copies, copied = tile.reshape(rows * TILE), np.arange(rows) * TILE
-    stored = np.zeros(rows, np.int64)
-    lines = lines_of(offsets, TILE, 4 if kind == FULL else 2)
-    sum_lines = lines_of(sum_offsets, TILE, 4)
-    inner = np.zeros((rows, rows))
+    copied = addresses(tile)
+    stored = np.empty(size, np.int64)
+    lines = lines_of(sums, sum_offsets + sum_start, TILE)
+    if kind == FULL:
+        lines = np.concatenate((lines_of(full, offsets + start, TILE), lines))
+    inner = np.zeros((size, size))
     wild = np.zeros(n, np.bool_)
     for place in range(start, stop, TILE):
         width = min(TILE, stop - place)
@@ -250,7 +262,7 @@ def accumulate(full, half, kind, offsets, extra, start, stop, sums, sum_offsets,
             load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
         for i in range(n):
             begin = sum_offsets[i] + sum_start + place - start
-            stored[i] = begin
+            stored[i] = address(sums) + begin * 4
             total = sums[begin : begin + width]
             if direct:
                 new = full[offsets[i] + place : offsets[i] + place + width]
@@ -262,9 +274,9 @@ def accumulate(full, half, kind, offsets, extra, start, stop, sums, sum_offsets,
                     total[c] += copy[c]
                     copy[c] = total[c]
         stored[n:] = stored[0]
-        flat, places = (sums, stored) if direct else (copies, copied)
-        ahead = place + TILE if place + 2 * TILE <= stop else -1
-        sums_ahead = sum_start + place + TILE - start
-        inner_products(flat, places, inner, full, half, kind, lines, ahead, sums, sum_lines, sums_ahead)
-        mark_wild(flat, places, n, inner, wild, wide)
+        rows = stored if direct else copied
+        ahead = (place - start + TILE) * 4 if place + 2 * TILE <= stop else -1
+        inner_products(rows, inner, lines, ahead)
+        mark_wild(rows, n, inner, wild, wide)
         add(inner, n, gram)
+    return tile[0, 0]  # it lives as long as its addresses are used

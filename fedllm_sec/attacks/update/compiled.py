@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedllm_sec.kernels.compiled import FULL, compiled, lines_of, load_tile
+from fedllm_sec.kernels.compiled import FULL, addresses, compiled, lines_of, load_tile
 from fedllm_sec.kernels.compiled_pairs import TILE, inner_products
 
 
@@ -104,8 +104,9 @@ def scatter(full, half, kind, offsets, extra, start, stop, out_start, perturbati
     tile = np.zeros((rows, TILE), np.float32)
     stored = tile[:n]
     bits = tile.view(np.uint32)[:n]
-    copies, copied = tile.reshape(rows * TILE), np.arange(rows) * TILE
-    lines = lines_of(offsets, TILE, 4 if kind == FULL else 2)
+    where = addresses(tile)
+    step = 4 if kind == FULL else 2
+    lines = lines_of(full, offsets + start, TILE) if kind == FULL else lines_of(half, offsets + start, TILE)
     inner = np.zeros((rows, rows))
     base, centre, middle = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for place in range(start, stop, TILE):
@@ -132,11 +133,12 @@ def scatter(full, half, kind, offsets, extra, start, stop, out_start, perturbati
                 away[c] = -away[c]
         mean[at : at + width] = middle[:width]
         direction[at : at + width] = away[:width]
-        ahead = place + TILE if place + 2 * TILE <= stop else -1
-        inner_products(copies, copied, inner, full, half, kind, lines, ahead, full, lines[:0], 0)
+        ahead = (place - start + TILE) * step if place + 2 * TILE <= stop else -1
+        inner_products(where, inner, lines, ahead)
         for i in range(k):
             for j in range(i, k):
                 gram[i, j] += inner[i, j]
+    return tile[0, 0]  # it lives as long as its addresses are used
 
 
 @compiled
