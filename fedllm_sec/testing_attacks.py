@@ -113,17 +113,32 @@ def _again(view: ThreatView) -> ThreatView:
 
 
 def _forged(attack: Any, view: ThreatView) -> Tensor:
-    """The rows, from a view that must come out unchanged."""
+    """The rows, from a view that must come out unchanged; rows that change nothing come with a warning."""
     others = None if view.others is None else view.others.clone()
     before = (view.own.clone(), view.global_vector.clone(), others)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         rows: Tensor = attack(view)
     assert torch.equal(view.own, before[0]), "the attack wrote into the attackers' own rows"
     assert torch.equal(view.global_vector, before[1]), "the attack wrote into the global vector"
     if view.others is not None and before[2] is not None:
         assert torch.equal(view.others, before[2]), "the attack wrote into the honest rows"
+    assert said or not _changes_nothing(rows, view), (
+        "the rows are the attackers' own or the honest mean: a silent no-op. Warn where a setting cannot act"
+    )
     return rows
+
+
+def _changes_nothing(rows: Tensor, view: ThreatView) -> bool:
+    """Whether forged rows (m, d) are what the attackers trained, or all the mean of the honest rows."""
+    if tuple(rows.shape) != tuple(view.own.shape):
+        return False
+    if torch.equal(rows.to(view.own), view.own):
+        return True
+    if view.others is None or len(view.others) == 0:
+        return False
+    mean = view.others.double().mean(0)
+    return float((rows.double() - mean).norm(dim=1).max()) <= 1e-6 * float(mean.norm())
 
 
 def _check_update(make: Callable[..., Any], finite: bool, strong: list[dict[str, float]] | None) -> None:

@@ -89,6 +89,9 @@ def test_outside_code_is_checked_the_same_way():
         check_attack(Forgetful, kind="data_text")
     with pytest.raises(AssertionError, match="not finite"):
         check_attack(lambda view: view.own * float("nan"), kind="update")
+    for idle in (lambda view: view.own.clone(), lambda view: view.others.mean(0).repeat(len(view.own), 1)):
+        with pytest.raises(AssertionError, match="silent no-op"):
+            check_attack(idle, kind="update")
     with pytest.raises(AssertionError, match="say its kind"):
         check_attack(drift)
 
