@@ -47,9 +47,10 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments().parse_intermixed_args(argv)
-    rank, world, local_rank, local_world = take_ranks()
+    rank = 0
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        rank, world, local_rank, local_world = take_ranks()
         from fedllm_sec.grid import load
 
         grid = load(options.grid, options.overrides)
@@ -81,7 +82,7 @@ def _interrupt(*_: Any) -> None:
 def take_ranks() -> tuple[int, int, int, int]:
     """Rank and number of processes, in all and on this machine; then forgotten: each process runs cells on its own."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise SystemExit("error: a grid runs one cell in each process; launch it without DeepSpeed and FSDP.")
+        raise RecipeError("launcher: a grid runs one cell in each process; launch it without DeepSpeed and FSDP.")
 
     def first(names: Sequence[str], default: int) -> int:
         return next((int(os.environ[name]) for name in names if name in os.environ), default)
@@ -173,7 +174,8 @@ def line_of(cell: Any, seconds: float) -> str:
 
     if cells.status(cell) != "done":
         error = cells.error_of(cell)
-        return f"{cell.slug}  FAILED  {error.get('type', '')}: {str(error.get('message', '')).splitlines()[:1]}"
+        first = (str(error.get("message", "")).splitlines() or [""])[0]
+        return f"{cell.slug}  FAILED  {error.get('type', '')}: {first}"
     summary = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
     parts = [cell.slug]
     for name, value in {**(summary["quality"] or {}), **(summary["attack"] or {})}.items():

@@ -76,6 +76,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
     from fedllm_sec.build import menu_problems, rehearse
 
     raw = recipes.read(path, overrides)
+    if "axes" in raw:
+        raise RecipeError(f"{path}: is a grid. Run it with python -m fedllm_sec.benchmark {path}.")
     raw.setdefault("output", {})
     if isinstance(raw["output"], dict):
         raw["output"]["folder"] = str(raw["output"].get("folder", "runs/{name}")).replace("{name}", path.stem)
@@ -140,8 +142,17 @@ def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) 
     if recipe.compute.gradient_accumulation is not None:
         options["gradient_accumulation_steps"] = recipe.compute.gradient_accumulation
     if recipe.output.tracker is not None:
+        _need_tracker(recipe.output.tracker)
         options |= {"log_with": recipe.output.tracker, "project_dir": str(folder)}
     return Machine(Accelerator(**options), recipe.compute.placement)
+
+
+def _need_tracker(name: str) -> None:
+    """Accelerate leaves out a tracker that is not installed, without a word."""
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        raise RecipeError(f"output.tracker: {name!r} is not installed. pip install {name}, or set it to null.")
 
 
 def run_one(recipe: Recipe, machine: Any, command: str, loaded: Any, say: Callable[[str], None] | None = None) -> None:

@@ -232,3 +232,17 @@ def test_means_over_seeds_say_how_many_of_how_many_they_are_of():
 def test_the_shipped_quick_grid_is_five_attacks_by_six_defenses():
     found = grid.load(ROOT / "recipes" / "grids" / "quick.yaml")
     assert len(found.cells) == 5 * 6 + 1
+
+
+def test_a_recipe_is_no_grid_and_a_grid_no_recipe(tmp_path: Path):
+    from fedllm_sec.train import load
+
+    grids = ROOT / "recipes" / "grids"
+    with pytest.raises(RecipeError, match=r"is a grid. Run it with python -m fedllm_sec.benchmark"):
+        load(grids / "quick.yaml")
+    with pytest.raises(RecipeError, match="so it is no grid"):
+        grid.load(ROOT / "recipes" / "quickstart.yaml")
+    path = tmp_path / "twice.yaml"
+    path.write_text(f"base: {grids / 'quick.yaml'}\naxes: {{seed: [0]}}")
+    with pytest.raises(RecipeError, match=r"quick\.yaml is a grid; a grid varies a recipe"):
+        grid.load(path)
