@@ -96,7 +96,7 @@ def make(raw: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> G
     """The grid of a raw mapping; `path` is where it was read, for its name and its base."""
     if "axes" not in raw and "base" not in raw:
         raise RecipeError(
-            f"{path}: has neither base nor axes, so it is no grid. Run a recipe with python -m fedllm_sec.train; a grid "
+            f"{path}: has neither base nor axes, so it is no grid. Run a recipe with fedllm_sec.train; a grid "
             "of it says base: RECIPE and axes: {seed: [0, 1, 2]}."
         )
     problems = [f"{key}: no key of a grid.{did_you_mean(str(key), KEYS)}" for key in raw if key not in KEYS]
