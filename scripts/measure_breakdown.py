@@ -5,8 +5,9 @@
 
 A cell is the smallest number m of attackers of n at which ||aggregate - honest mean||^2 exceeds `--limit` times the
 honest variance. Where no m below n / 2 does it is "held" and the largest ratio of the sweep; "held to m" where the rule
-gives no answer for more than m, because it needs more clients. The rules are told the true m where they ask for f. Honest rows are a common direction plus noise, both
-standard normal in each coordinate, times 1e-3; what attackers trained is the honest mean.
+gives no answer for more than m, because it needs more clients. The rules are told the true m where they ask for f.
+Honest rows are a common direction plus noise, both standard normal in each coordinate, times 1e-3; what attackers
+trained is the honest mean.
 """
 
 from __future__ import annotations

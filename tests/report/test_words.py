@@ -86,6 +86,14 @@ def test_the_threat_card_says_who_when_and_what_they_see(comparison: Path) -> No
     assert card["What they do"][1] == "change what they send: model_replacement"
 
 
+def test_the_threat_card_says_if_attackers_are_redrawn_act_alone_and_how_often(comparison: Path) -> None:
+    run = read_runs([comparison])[1]
+    attack = {**run.attack, "malicious": {"count": 3, "redraw": True}, "collude": False, "probability": 0.25}
+    card = dict(words.attack_card(dataclasses.replace(run, recipe={**run.recipe, "attack": attack})))
+    assert card["Who attacks"][0] == "3 of 10 clients, drawn anew for each round, by the seed; each acts alone"
+    assert card["When"][0].startswith("from round 3 to the end, each time with probability 0.250; active in")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0 %"), (0.004, "0.4 %"), (0.034, "3 %"), (0.9675, "97 %"), (0.9996, "99.9 %"), (1.0, "100 %")],
