@@ -1,7 +1,7 @@
 """An update matrix on disk: a safetensors file with one (n, d) tensor "rows"; ids and counts are metadata.
 
-The file is memory-mapped for anyone who looks at the rows, and read with `preadv` into small buffers by the
-kernels: on Linux that is faster than page faults, and a pass needs no more memory than its buffers.
+The file is memory-mapped: the kernels of the CPU compute on the system's own pages, which are never copied. Blocks for
+other devices are read with `preadv`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +46,15 @@ class RowFile:
         flat = torch.frombuffer(memory, dtype=self.dtype, offset=self.offset, count=self.n * self.d)
         return flat.view(self.n, self.d)
 
-    def read(self, place: slice, buffer: Tensor | None = None) -> Tensor:
-        """Columns `place` of all rows, (n, c), in `buffer` (flat, at least n c elements) or new memory."""
+    def check(self) -> None:
+        """The file must still be whole: behind its end, mapped memory cannot be looked at."""
+        if os.fstat(self.file.fileno()).st_size < self.offset + self.n * self.d * self.dtype.itemsize:
+            raise DefenseError(f"{self.path}: the file was cut while it was read. Write it again.")
+
+    def read(self, place: slice) -> Tensor:
+        """Columns `place` of all rows, (n, c)."""
         width = place.stop - place.start
-        flat = torch.empty(self.n * width, dtype=self.dtype) if buffer is None else buffer[: self.n * width]
+        flat = torch.empty(self.n * width, dtype=self.dtype)
         raw = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
         size = self.dtype.itemsize
         for i in range(self.n):
@@ -137,15 +141,3 @@ def save_rows(
         raise
     finally:
         os.close(handle)
-
-
-class Buffers(threading.local):
-    """One reusable read buffer for each thread."""
-
-    def __init__(self) -> None:
-        self.flat = torch.empty(0)
-
-    def of(self, size: int, dtype: torch.dtype) -> Tensor:
-        if self.flat.numel() < size or self.flat.dtype != dtype:
-            self.flat = torch.empty(size, dtype=dtype)
-        return self.flat

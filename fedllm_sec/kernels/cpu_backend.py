@@ -1,8 +1,8 @@
 """The CPU backend: streams a matrix through the compiled kernels on a few threads.
 
-A matrix in memory is read where it lies. A file is read by the same threads that compute, each into its own small
-buffer. Mixed rows are formed one block at a time. Sums are taken over segments of 32,768 columns and added in order,
-so results do not depend on the number of threads.
+A matrix in memory is read where it lies, and so is a file, which is mapped into memory and asked for ahead. Mixed rows
+are formed one block at a time. Sums are taken over segments of 32,768 columns and added in order, so results do not
+depend on the number of threads.
 """
 
 # The compiled kernels have no annotations.
@@ -25,7 +25,6 @@ from fedllm_sec.kernels import compiled_columns, compiled_pairs
 from fedllm_sec.kernels.compiled import BFLOAT16, FLOAT16, FULL
 from fedllm_sec.kernels.networks import Network
 from fedllm_sec.kernels.torch_backend import WIDE, symmetric
-from fedllm_sec.rowfile import Buffers
 from fedllm_sec.updates import UpdateMatrix
 
 SEGMENT = 32768  # columns
@@ -71,13 +70,13 @@ def segments_of(place: slice, block: Tensor, shift: int, rows: tuple[int, ...] |
 
 def stream(updates: UpdateMatrix, work: Callable[[Segment], T]) -> Iterator[T]:
     """The results of `work` on all segments, in order."""
-    rows, buffers, file = updates.picked, Buffers(), updates.file
+    rows, file = updates.picked, updates.file
     threads = torch.get_num_threads() if updates.sources * updates.d > SMALL else 1
 
     def from_file(place: slice) -> list[T]:
         assert file is not None
-        buffer = buffers.of(file.n * (place.stop - place.start), file.dtype)
-        return [work(s) for s in segments_of(place, file.read(place, buffer), 0, rows)]
+        file.check()
+        return [work(s) for s in segments_of(place, updates.rows, place.start, rows)]
 
     def jobs() -> Iterator[Callable[[], list[T]]]:
         if updates.owners is not None or rows is None:
@@ -106,6 +105,11 @@ def stream(updates: UpdateMatrix, work: Callable[[Segment], T]) -> Iterator[T]:
                 yield from running.popleft().result()
         while running:
             yield from running.popleft().result()
+
+
+def new_vector(d: int) -> Tensor:
+    """An unwritten (d,) float32 tensor. numpy asks the system for large pages, which are faster to write first."""
+    return torch.from_numpy(np.empty(d, np.float32))
 
 
 def pair_sums(updates: UpdateMatrix, extra: Tensor | None, distances: bool) -> tuple[Tensor, Tensor]:
@@ -167,7 +171,7 @@ def square_sums(updates: UpdateMatrix) -> Tensor:
 def combine(updates: UpdateMatrix, weights: Tensor, extra: Tensor | None, extra_weights: Tensor) -> Tensor:
     """sum_i w_i x_i + sum_e v_e y_e: (d,) float32, summed in float64."""
     more = NO_ROWS if extra is None else extra.contiguous().numpy()
-    out = torch.empty(updates.d)
+    out = new_vector(updates.d)
     target, w = out.numpy(), torch.cat([weights, extra_weights]).numpy()
 
     def work(s: Segment) -> None:
@@ -181,7 +185,7 @@ def combine(updates: UpdateMatrix, weights: Tensor, extra: Tensor | None, extra_
 
 def order_statistics(updates: UpdateMatrix, network: Network) -> Tensor:
     """The network's statistic of each column: (d,) float32."""
-    out = torch.empty(updates.d)
+    out = new_vector(updates.d)
     target = out.numpy()
     steps = np.array(network.comparators, dtype=np.int64).reshape(-1, 3)
     lows, highs, kinds = (np.ascontiguousarray(steps[:, i]) for i in range(3))
@@ -199,7 +203,7 @@ def order_statistics(updates: UpdateMatrix, network: Network) -> Tensor:
 
 def sign_sums(updates: UpdateMatrix) -> Tensor:
     """Per column, the number of positive minus the number of negative values: (d,) float32."""
-    out = torch.empty(updates.d)
+    out = new_vector(updates.d)
     target = out.numpy()
 
     def work(s: Segment) -> None:
