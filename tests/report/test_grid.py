@@ -130,6 +130,13 @@ def test_a_grid_without_its_file_says_how_to_get_it(grid: Path) -> None:
         write_report(grid)
 
 
+def test_a_grid_file_cut_off_by_a_kill_is_named(grid: Path) -> None:
+    path = grid / "grid.json"
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(FedError, match=r"grid\.json: not JSON"):
+        read_grid(grid)
+
+
 def test_the_report_changes_nothing_but_its_own_page(broken_grid: Path) -> None:
     before = {path: path.read_bytes() for path in broken_grid.rglob("*") if path.is_file()}
     write_report(broken_grid)
