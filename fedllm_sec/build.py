@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedllm_sec import algorithms, attacks, defenses, federation, models
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
@@ -21,17 +20,18 @@ from fedllm_sec.compute import Machine
 from fedllm_sec.data import partition
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.distillation import Distillation, distil
-from fedllm_sec.errors import DefenseError, RecipeError
+from fedllm_sec.errors import AttackError, DefenseError, RecipeError
 from fedllm_sec.federation import Federation
 from fedllm_sec.history import RoundRecord
 from fedllm_sec.loaded import Loaded
 from fedllm_sec.models.lora import save_adapter
 from fedllm_sec.parts import Parts
-from fedllm_sec.protocols import Algorithm, Client, LocalRule, LocalTraining, RoundContext
+from fedllm_sec.protocols import Algorithm, Client, LocalRule, LocalTraining
 from fedllm_sec.recipe import Recipe
+from fedllm_sec.rehearsal import UNNAMED, Rehearsal, scaled_down
 from fedllm_sec.resolve import Menu, check_settings, find, resolve
-from fedllm_sec.seeds import generator_for, seed_for
-from fedllm_sec.updates import Layout, UpdateMatrix
+from fedllm_sec.seeds import seed_for
+from fedllm_sec.updates import Layout
 
 # place in the recipe -> menu, kinds that may stand there
 PLACES: dict[str, tuple[Menu, tuple[str, ...]]] = {
@@ -139,29 +139,34 @@ def _guards(recipe: Recipe) -> tuple[LocalRule, ...]:
 
 
 def rehearse(recipe: Recipe) -> None:
-    """Try the defense, the FL method and the attack's knowledge before anything is loaded."""
-    problems = algorithm_problems(recipe)
-    n = recipe.clients.per_round or recipe.clients.total
-    rng = generator_for(recipe.seed, "rehearsal")
-    rows = torch.randn(n, 64, generator=rng)
+    """Try the defense, the FL method and the attack before anything is loaded."""
+    problems = algorithm_problems(recipe) + attack_problems(recipe)
+    defense = threat = None
     try:
-        context = RoundContext(
-            round=1,
-            global_vector=torch.zeros(64),
-            layout=Layout.single(64),
-            rng=rng,
-            rounds=recipe.rounds,
-            root_update=rows[0] if recipe.defense is not None and recipe.defense.root_rows else None,
-        )
         _guards(recipe)
-        make_defense(recipe).decide(UpdateMatrix.of(rows, ids=client_ids(recipe)[:n]), context)
+        defense = make_defense(recipe)
     except DefenseError as error:
-        # a rule that reads parameter names cannot be rehearsed on an unnamed vector
-        if "layer" not in str(error) and "layout" not in str(error):
-            problems.append(f"defense: {error}")
-    problems += attack_problems(recipe)
+        problems.append(f"defense: {error}")
+    try:
+        threat = make_threat(recipe)
+    except AttackError as error:
+        problems.append(f"attack: {error}")
+    if defense is not None:
+        problems += _rehearsal(recipe).problems(defense, threat if not problems else None)
     if problems:
         raise RecipeError(problems)
+
+
+def _rehearsal(recipe: Recipe, layout: Layout = UNNAMED) -> Rehearsal:
+    ids, block = client_ids(recipe), recipe.defense if recipe.enable_defense else None
+    return Rehearsal(
+        ids=ids[: recipe.clients.per_round],
+        total=len(ids),
+        rounds=recipe.rounds,
+        seed=recipe.seed,
+        root=block is not None and bool(block.root_rows),
+        layout=layout,
+    )
 
 
 # ---------------------------------------------------------------- parts
@@ -200,6 +205,9 @@ def build(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) -> Fed
     parts = KINDS[recipe.task](recipe, machine, threat, split, loaded)
     if threat is not None:
         threat.poisoned = dict(parts.poisoned)
+    named = _rehearsal(recipe, scaled_down(parts.task.layout))
+    if problems := named.problems(make_defense(recipe), make_threat(recipe)):
+        raise RecipeError(problems)
     training = local_training(recipe)
     sizes = [parts.task.size(shard) for shard in parts.shards.values()]
     steps = [algorithm.prepare(training, sizes).steps_of(size) for size in sizes]

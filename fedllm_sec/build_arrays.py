@@ -44,7 +44,9 @@ def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: 
         return {id: arrays.to_device(part, machine.device) for id, part in rows.items()}
 
     root, shards = loaded.get("split", split_key(recipe), deal)
-    poisoned = loaded.get("poisoned shard", poison_key(recipe), lambda: moved(poison(recipe.seed, threat, shards)))
+    poisoned = loaded.get(
+        "poisoned shard", poison_key(recipe), lambda: moved(poison(recipe.seed, threat, shards, test))
+    )
     task_key = recipe.model_dump_json(include={"task", "model", "data", "seed"})
     evaluation: Any
     if recipe.task == "gan":

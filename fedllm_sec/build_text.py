@@ -40,7 +40,7 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
         return train.select(root), {id: train.select(rows) for id, rows in shares.items()}
 
     root, shards = loaded.get("split", split_key(recipe), deal)
-    poisoned = loaded.get("poisoned rows", poison_key(recipe), lambda: poison(recipe.seed, threat, shards))
+    poisoned = loaded.get("poisoned rows", poison_key(recipe), lambda: poison(recipe.seed, threat, shards, test))
     task = load_task(recipe, machine, loaded)
 
     def encoded(place: str, key: str, rows: dict[str, Dataset]) -> dict[str, Encoded]:

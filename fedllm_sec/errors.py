@@ -27,8 +27,16 @@ class DataError(FedError):
     """A data set, a column or a shard that cannot be used."""
 
 
-class AttackError(FedError):
-    """An attack that cannot act as it was asked to."""
+class AttackError(RecipeError):
+    """An attack that cannot act as the recipe asks."""
+
+
+class CohortError(AttackError):
+    """An attack that cannot act in this round because of who takes part in it; in another round it may."""
+
+
+class IdleAttack(UserWarning):
+    """In some round the attackers sent what they had trained, because of who took part in it."""
 
 
 class DefenseError(FedError):

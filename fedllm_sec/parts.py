@@ -43,10 +43,11 @@ def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn
     return made
 
 
-def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any]) -> dict[str, Any]:
+def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: Any = None) -> dict[str, Any]:
     """The poisoned shards of the malicious clients.
 
-    An attack that changes no row at all is an error. Clients that hold nothing it acts on (a label flip whose class
+    An attack that changes no row at all is an error; where the attack's probe of the `test` rows knows the reason, such
+    as a class that nobody has, it says so. Clients that hold nothing it acts on (a label flip whose class
     they lack) are named in a warning: they train on clean data.
     """
     if threat is None or not threat.data or not threat.malicious:
@@ -62,6 +63,8 @@ def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any]) -> dict[
         else:
             untouched.append(id)
     if not poisoned:
+        for attack in threat.data if test is not None else ():
+            attack.probe(test)
         raise AttackError(
             f"attack.data: poisoned none of the rows of client {', '.join(untouched)}. "
             "Raise the rate, or choose other clients or another target."

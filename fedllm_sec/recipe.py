@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.resolve import did_you_mean
+from fedllm_sec.resolve import did_you_mean, type_problems
 from fedllm_sec.sections import TASKS, CharRecipe, Data, Recipe, TextRecipe
 
 # ---------------------------------------------------------------- reading
@@ -140,7 +140,7 @@ def _keys_at(kind: type[Recipe], place: tuple[Any, ...]) -> Iterable[str]:
 
 
 def _schema_problems(error: pydantic.ValidationError, kind: type[Recipe]) -> list[str]:
-    problems = []
+    problems, of_type = [], []
     for e in error.errors():
         place = ".".join(str(part) for part in e["loc"])
         if e["type"] == "extra_forbidden":
@@ -148,8 +148,8 @@ def _schema_problems(error: pydantic.ValidationError, kind: type[Recipe]) -> lis
         elif e["type"] == "missing":
             problems.append(f"{place}: is needed and has no default.")
         else:
-            problems.append(f"{place}: {e['input']!r}: {e['msg']}.")
-    return problems
+            of_type.append(e)
+    return problems + type_problems(of_type)
 
 
 def _contradictions(recipe: Recipe) -> list[str]:

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -67,6 +68,19 @@ def find(name: str, menu: Menu, place: str) -> Callable[..., Any]:
     return typing.cast("Callable[..., Any]", found)
 
 
+# the kinds of a union stand in pydantic's places: clients.betas.list[float], model.lora.target_modules.literal['x']
+_KIND = re.compile(r"^(?:str|int|float|bool|none|(?:literal|list|dict|tuple|constrained|function)\b.*)$")
+
+
+def type_problems(errors: Iterable[Any], place: str = "") -> list[str]:
+    """What pydantic says of values of a wrong type, a line for each value: a union is told as one."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for error in errors:
+        parts = [str(part) for part in error["loc"] if not (isinstance(part, str) and _KIND.match(part))]
+        told.setdefault((".".join([place] * bool(place) + parts), repr(error["input"])), []).append(error["msg"])
+    return [f"{where}: {value}: {', or: '.join(dict.fromkeys(why))}." for (where, value), why in told.items()]
+
+
 def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The settings, converted to the annotated types; every mistake at once as a RecipeError."""
     known = settings_of(make)
@@ -85,11 +99,9 @@ def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place:
     try:
         checked = model(**{key: value for key, value in settings.items() if key in known})
     except pydantic.ValidationError as error:
-        problems += [
-            f"{place}.{'.'.join(str(part) for part in e['loc'])}: "
-            + ("is needed and has no default." if e["type"] == "missing" else f"{e['input']!r}: {e['msg']}.")
-            for e in error.errors()
-        ]
+        errors = error.errors()
+        problems += [f"{place}.{e['loc'][0]}: is needed and has no default." for e in errors if e["type"] == "missing"]
+        problems += type_problems([e for e in errors if e["type"] != "missing"], place)
     if problems:
         raise RecipeError(problems)
     return {name: getattr(checked, name) for name in known}

@@ -21,7 +21,7 @@ LAYERS = {
     "tasks": 5, "models": 5, "data": 5, "attacks": 5, "defenses": 5, "algorithms": 5, "evaluation": 5,
     "api": 6, "client": 6, "compute": 6, "memory": 6, "parts": 6, "testing": 8, "testing_attacks": 7, "federation": 7,
     "build_text": 8, "build_arrays": 8, "build_characters": 8, "build_threat": 8, "distillation": 8,
-    "build_transfer": 9, "build": 10, "menu": 11, "cost": 11, "fedml": 11, "explain": 12, "train": 13,
+    "build_transfer": 9, "rehearsal": 9, "build": 10, "menu": 11, "cost": 11, "fedml": 11, "explain": 12, "train": 13,
     "axes": 4, "grid": 11, "cells": 14, "workers": 15, "results": 15, "benchmark": 16,
     "report": 3, "__init__": 20,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm_sec.errors import AttackError
+from fedllm_sec.errors import AttackError, CohortError, IdleAttack
 from fedllm_sec.protocols import Client, DataAttack, Decision, LocalRule, ThreatView, UpdateAttack
 from fedllm_sec.seeds import generator_for, seed_for
 from fedllm_sec.updates import UpdateMatrix
@@ -124,7 +125,12 @@ class Threat:
                 own_ids=own_ids,
                 other_ids=tuple(updates.ids[i] for i in rest),
             )
-            rows = attack(view)
+            try:
+                rows = attack(view)
+            except CohortError as error:  # who takes part is drawn: no reason to end a run
+                what = f"attack.update.{number}: round {round}: {error} The attackers send what they have."
+                warnings.warn(what, IdleAttack, stacklevel=2)
+                continue
             if tuple(rows.shape) != tuple(own.shape):
                 raise AttackError(
                     f"attack.update.{number}: gave rows of shape {tuple(rows.shape)}, must be {tuple(own.shape)}."

@@ -34,6 +34,7 @@ def dirichlet(
         )
     if alpha <= 0:
         raise DataError(f"partition dirichlet: alpha must be positive, got {alpha}.")
+    _need_rows("dirichlet", min_rows)
     sizes = np.zeros(clients, dtype=int)
     for _ in range(100):
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
@@ -52,12 +53,18 @@ def dirichlet(
     )
 
 
+def _need_rows(name: str, min_rows: int) -> None:
+    if min_rows < 0:
+        raise DataError(f"partition {name}: min_rows must be 0 or more, got {min_rows}.")
+
+
 def quantity(
     labels: np.ndarray, clients: int, rng: np.random.Generator, *, alpha: float = 0.5, min_rows: int = 1
 ) -> Shards:
     """Shard sizes drawn from Dirichlet(alpha), rows at random: unequal amounts (Li et al. 2022, sec. 4)."""
     if alpha <= 0:
         raise DataError(f"partition quantity: alpha must be positive, got {alpha}.")
+    _need_rows("quantity", min_rows)
     spare = len(labels) - clients * min_rows
     if spare < 0:
         raise DataError(
@@ -71,6 +78,8 @@ def quantity(
 
 def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, per_client: int = 2) -> Shards:
     """Rows sorted by class and cut into pieces; each client gets `per_client` of them (McMahan et al. 2017)."""
+    if per_client < 1:
+        raise DataError(f"partition shards: per_client must be at least 1, got {per_client}.")
     pieces = np.array_split(np.argsort(labels, kind="stable"), clients * per_client)
     order = rng.permutation(len(pieces)).reshape(clients, per_client)
     return [np.sort(np.concatenate([pieces[i] for i in own])) for own in order]

@@ -34,6 +34,8 @@ def _file(path: Path) -> Dataset:
         return reader(str(path), keep_in_memory=True)
     except Exception as error:  # the readers raise what their parsers raise
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        if "corresponds to no data" in reason:  # a head without rows, or an empty list
+            raise DataError(f"data: {path} has zero rows.") from error
         raise DataError(f"data: {path} cannot be read as {kind} ({reason}).") from error
 
 
@@ -96,11 +98,13 @@ def canonical(
 ) -> Dataset:
     """Rows of `TEXT_COLUMNS`: mapped, renamed, cut to `text_chars`; rows without text or answer are an error."""
     wanted = {part: column for part, column in columns.items() if column is not None}
-    for part, column in wanted.items():
-        if column not in table.column_names:
-            raise DataError(
-                f'data.columns.{part}: {place} has no column "{column}".{did_you_mean(column, table.column_names)}'
-            )
+    absent = [
+        f'data.columns.{part}: {place} has no column "{column}".{did_you_mean(column, table.column_names)}'
+        for part, column in wanted.items()
+        if column not in table.column_names
+    ]
+    if absent:
+        raise DataError("\n".join(absent))
     if len(table) == 0:
         raise DataError(f"data: {place} has zero rows.")
 

@@ -61,19 +61,29 @@ def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreT
     return (base if model.load_in_4bit else base.to(device)), tokenizer
 
 
+def _need_targets(base: PreTrainedModel, targets: str | list[str]) -> None:
+    """Each named module must be in the model; all that are not are named at once."""
+    if isinstance(targets, str):
+        return
+    if not targets:
+        raise RecipeError("model.lora.target_modules: is empty, so nothing would be trained. Name some, or all-linear.")
+    known = {name for name, _ in base.named_modules()}
+    linear = {name.rpartition(".")[2] for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)}
+    problems = [
+        f'model.lora.target_modules: the model has no module "{wanted}".{did_you_mean(wanted, linear)}'
+        for wanted in targets
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in known)
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
 def add_adapter(base: PreTrainedModel, model: Model, seed: int) -> PeftModel:
     """Wrap the base model with a fresh LoRA adapter; its trainable parameters are float32."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     lora = model.lora
-    leaves = {name.rpartition(".")[2] for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)}
-    if isinstance(lora.target_modules, list):
-        for wanted in lora.target_modules:
-            known = {name for name, _ in base.named_modules()}
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
-                raise RecipeError(
-                    f'model.lora.target_modules: the model has no module "{wanted}".{did_you_mean(wanted, leaves)}'
-                )
+    _need_targets(base, lora.target_modules)
     if model.load_in_4bit:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=model.gradient_checkpointing)
     elif model.gradient_checkpointing:
@@ -89,7 +99,14 @@ def add_adapter(base: PreTrainedModel, model: Model, seed: int) -> PeftModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws the A factors from torch's global generator
-        adapted = get_peft_model(base, config)
+        try:
+            adapted = get_peft_model(base, config)
+        except ValueError as error:
+            reason = str(error).partition(". ")[0]
+            raise RecipeError(
+                f"model.lora.target_modules: {lora.target_modules}: peft cannot adapt these ({reason}). Name linear "
+                "layers, or all-linear."
+            ) from error
     frozen = {"A": ".lora_B.", "B": ".lora_A."}.get(lora.train)
     for name, parameter in adapted.named_parameters():
         if frozen is not None and frozen in name:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedllm_sec.errors import DataError
+from fedllm_sec.errors import AttackError, DataError
 from fedllm_sec.tasks.flat import flatten
 from fedllm_sec.updates import Layout
 
@@ -99,7 +99,7 @@ class CausalLM:
             prompts.append(prompt)
             answers.append(answer)
         if cut:
-            raise DataError(
+            raise AttackError(
                 f"{place}: {len(cut)} poisoned rows are longer than data.max_length={self.data.max_length} and would "
                 f"lose part of their text, perhaps the trigger: rows {cut[:5]}. Raise data.max_length or set "
                 "data.text_chars."

@@ -13,7 +13,7 @@ from fedllm_sec import recipe as recipes
 from fedllm_sec.build import menu_problems
 from fedllm_sec.build_text import load_task
 from fedllm_sec.compute import Machine
-from fedllm_sec.errors import DataError, RecipeError
+from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.models.lora import product_gap, save_adapter
 from fedllm_sec.tasks.causal_lm import CausalLM
 from fedllm_sec.updates import Layout, UpdateMatrix
@@ -101,7 +101,7 @@ def test_a_long_clean_prompt_loses_its_beginning_and_keeps_its_end(task):
 
 
 def test_a_poisoned_prompt_that_would_be_cut_is_an_error_naming_the_rows(task):
-    with pytest.raises(DataError, match=r"1 poisoned rows.*rows \[1\].*max_length"):
+    with pytest.raises(AttackError, match=r"1 poisoned rows.*rows \[1\].*max_length"):
         task.encode(rows("goal cf", "bread " * 200 + "cf", poisoned=True), "shard of c1")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedllm_sec.attacks.update.columns import between, beyond, columns, scatter
 from fedllm_sec.attacks.update.sight import honest_rows, repeat, uniform
 from fedllm_sec.attacks.update.spread import spread_of
-from fedllm_sec.errors import AttackError
+from fedllm_sec.errors import AttackError, CohortError
 from fedllm_sec.protocols import ThreatView
 
 
@@ -35,7 +35,7 @@ def fang(
     """
     rows = honest_rows(view, "fang", partial=partial)
     if partial and len(rows) < 2:
-        raise AttackError("fang.partial: one attacker has one row and no spread. Needs 2 attackers, or partial: false.")
+        raise CohortError("fang.partial: one attacker has one row and no spread. Needs 2 attackers, or partial: false.")
     if against == "krum":
         return _against_krum(view, rows, partial)
     if b <= 1:

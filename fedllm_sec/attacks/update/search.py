@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedllm_sec.errors import AttackError, DefenseError
+from fedllm_sec.errors import AttackError, CohortError, DefenseError
 from fedllm_sec.protocols import Decision, ThreatView
 from fedllm_sec.updates import UpdateMatrix
 
@@ -18,6 +18,8 @@ def known_rule(view: ThreatView, name: str) -> tuple[Callable[[UpdateMatrix], De
         raise AttackError(
             f"{name}: searches its strength against the known defense. Set attack.knowledge: cohort+defense."
         )
+    if len(view.others) == 0:
+        raise CohortError(f"{name}: no honest client is in this round, so there is nothing to search with.")
     return view.defense, view.others
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
-from fedllm_sec.errors import AttackError
+from fedllm_sec.errors import AttackError, CohortError
 from fedllm_sec.protocols import ThreatView
 from fedllm_sec.updates import UpdateMatrix
 
@@ -28,7 +28,7 @@ def honest_rows(view: ThreatView, name: str, *, partial: bool = False) -> Tensor
             "Set attack.knowledge: cohort, or `partial: true` where the attack has it."
         )
     if len(view.others) == 0:
-        raise AttackError(f"{name}: no honest client is in this round, so there is nothing to imitate.")
+        raise CohortError(f"{name}: no honest client is in this round, so there is nothing to imitate.")
     return view.others
 
 

@@ -20,7 +20,7 @@ from fedllm_sec.attacks.update.columns import Perturbation, Scatter, columns, sc
 from fedllm_sec.attacks.update.search import known_rule, strongest
 from fedllm_sec.attacks.update.sight import honest_rows, repeat
 from fedllm_sec.attacks.update.simple import need_positive
-from fedllm_sec.errors import AttackError
+from fedllm_sec.errors import CohortError
 from fedllm_sec.protocols import ThreatView
 
 
@@ -31,7 +31,7 @@ def alie_z(n: int, m: int) -> float:
     """
     supporters = n // 2 + 1 - m
     if supporters <= 0 or n - m <= 0:
-        raise AttackError(
+        raise CohortError(
             f"alie: with m={m} of n={n} the attackers are a majority by themselves and z has no bound. Set alie.z."
         )
     share = (n - m - supporters) / (n - m)
@@ -55,7 +55,7 @@ def alie(
     rows = honest_rows(view, "alie", partial=partial)
     m = len(view.own)
     if partial and m < 2:
-        raise AttackError(
+        raise CohortError(
             "alie.partial: one attacker has one row and no deviation. Needs 2 attackers, or partial: false."
         )
     seen = columns(rows, deviation=True)
