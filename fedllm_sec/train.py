@@ -180,6 +180,9 @@ def run_one(recipe: Recipe, machine: Any, command: str, loaded: Any, say: Callab
     if machine.main:
         folder.begin(text, environment(command, machine), state)
     if recipe.output.tracker is not None:
+        for tracker in machine.accelerator.trackers:  # accelerate would log this run to the last one's too
+            tracker.finish()
+        machine.accelerator.trackers.clear()
         machine.accelerator.init_trackers(folder.path.name, config={"recipe": text})
 
     def keep_model(name: str) -> None:
