@@ -10,6 +10,7 @@ depend on the number of threads.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,8 @@ from fedllm_sec.kernels.torch_backend import WIDE, symmetric
 from fedllm_sec.updates import UpdateMatrix
 
 SEGMENT = 32768  # columns
-AHEAD = 16  # blocks of 4 MB that the system is asked to read before their turn
+BATCH = 4  # segments that a thread takes at once: handing one over costs as much as a tenth of its work
+BLOCK_MB, AHEAD = 16.0, 4  # of a file: what a thread takes at once, and how many the system is asked for ahead
 SMALL = 2**20  # elements below which threads cost more than they gain
 KINDS = {torch.float32: FULL, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 NO_ROWS = np.zeros((0, 0), np.float32)
@@ -84,14 +86,15 @@ def stream(updates: UpdateMatrix, work: Callable[[Segment], T]) -> Iterator[T]:
                 for segment in segments_of(place, block, 0, None):
                     yield lambda s=segment: [work(s)]  # type: ignore[misc]
         elif file is not None:
-            places = updates.places(4.0)
+            places = updates.places(BLOCK_MB)
             for i, place in enumerate(places):
                 for later in places[i + AHEAD : i + AHEAD + 1] if i else places[: AHEAD + 1]:
                     file.expect(later)
                 yield lambda p=place: from_file(p)  # type: ignore[misc]
         else:
-            for segment in segments_of(slice(0, updates.d), updates.rows, 0, rows):
-                yield lambda s=segment: [work(s)]  # type: ignore[misc]
+            segments = segments_of(slice(0, updates.d), updates.rows, 0, rows)
+            while batch := list(itertools.islice(segments, BATCH)):
+                yield lambda b=batch: [work(s) for s in b]  # type: ignore[misc]
 
     if threads == 1:
         for job in jobs():
