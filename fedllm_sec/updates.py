@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,13 @@ from torch import Tensor
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.fetching import ahead, free_mb, gathered, uploaded
 from fedllm_sec.rowfile import NAMES, RowFile, open_rows, save_rows
+
+
+def new_rows(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """An unwritten float32 tensor. On the CPU numpy makes it, which asks for large pages: quicker to write first."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
 
 
 @dataclass(frozen=True)

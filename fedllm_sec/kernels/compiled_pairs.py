@@ -183,6 +183,9 @@ def square_sums(full, half, kind, offsets, extra, start, stop, out):
     for i in range(offsets.size):
         for place in range(start, stop, TILE):
             width = min(TILE, stop - place)
+            if kind == FULL and width == TILE:  # read where they lie
+                out[i] += direct_distance(window(address(full) + (offsets[i] + place) * 4, TILE), zero, False)
+                continue
             if width < TILE:
                 tile[:] = 0
             load_tile(full, half, kind, offsets[i : i + 1], extra, place, 0, width, tile, bits)

@@ -26,7 +26,7 @@ from fedllm_sec.kernels import compiled_columns, compiled_pairs
 from fedllm_sec.kernels.compiled import BFLOAT16, FLOAT16, FULL
 from fedllm_sec.kernels.networks import Network
 from fedllm_sec.kernels.torch_backend import WIDE, symmetric
-from fedllm_sec.updates import UpdateMatrix
+from fedllm_sec.updates import UpdateMatrix, new_rows
 
 SEGMENT = 32768  # columns
 BATCH = 4  # segments that a thread takes at once: handing one over costs as much as a tenth of its work
@@ -110,11 +110,6 @@ def stream(updates: UpdateMatrix, work: Callable[[Segment], T]) -> Iterator[T]:
             yield from running.popleft().result()
 
 
-def new_vector(d: int) -> Tensor:
-    """An unwritten (d,) float32 tensor. numpy asks the system for large pages, which are faster to write first."""
-    return torch.from_numpy(np.empty(d, np.float32))
-
-
 def pair_sums(updates: UpdateMatrix, extra: Tensor | None, distances: bool) -> tuple[Tensor, Tensor]:
     """Inner products and, if asked for, squared distances of all rows and `extra` ones: (n, n) float64 each."""
     more = NO_ROWS if extra is None else extra.contiguous().numpy()
@@ -174,7 +169,7 @@ def square_sums(updates: UpdateMatrix) -> Tensor:
 def combine(updates: UpdateMatrix, weights: Tensor, extra: Tensor | None, extra_weights: Tensor) -> Tensor:
     """sum_i w_i x_i + sum_e v_e y_e: (d,) float32, summed in float64."""
     more = NO_ROWS if extra is None else extra.contiguous().numpy()
-    out = new_vector(updates.d)
+    out = new_rows(updates.d)
     target, w = out.numpy(), torch.cat([weights, extra_weights]).numpy()
 
     def work(s: Segment) -> None:
@@ -188,7 +183,7 @@ def combine(updates: UpdateMatrix, weights: Tensor, extra: Tensor | None, extra_
 
 def order_statistics(updates: UpdateMatrix, network: Network) -> Tensor:
     """The network's statistic of each column: (d,) float32."""
-    out = new_vector(updates.d)
+    out = new_rows(updates.d)
     target = out.numpy()
     steps = np.array(network.comparators, dtype=np.int64).reshape(-1, 3)
     lows, highs, kinds = (np.ascontiguousarray(steps[:, i]) for i in range(3))
@@ -206,7 +201,7 @@ def order_statistics(updates: UpdateMatrix, network: Network) -> Tensor:
 
 def sign_sums(updates: UpdateMatrix) -> Tensor:
     """Per column, the number of positive minus the number of negative values: (d,) float32."""
-    out = new_vector(updates.d)
+    out = new_rows(updates.d)
     target = out.numpy()
 
     def work(s: Segment) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm_sec.updates import UpdateMatrix
+from fedllm_sec.updates import UpdateMatrix, new_rows
 
 Perturbation = Literal["unit", "sign", "std"]
 KINDS = {"unit": 0, "sign": 1, "std": 2}
@@ -48,7 +48,7 @@ def columns(rows: Tensor, *, deviation: bool = False, ends: bool = False) -> Col
     """Statistics of rows (h, d): always the mean, the others if asked for."""
     updates, d = UpdateMatrix.of(rows), rows.shape[1]
     sizes = (d, d if deviation else 0, d if ends else 0, d if ends else 0)
-    out = Columns(*(torch.empty(size, device=rows.device) for size in sizes))
+    out = Columns(*(new_rows(size, device=rows.device) for size in sizes))
     if _compiles(rows):
         from fedllm_sec.attacks.update import compiled
 
@@ -72,7 +72,7 @@ def columns(rows: Tensor, *, deviation: bool = False, ends: bool = False) -> Col
 def scatter(rows: Tensor, perturbation: Perturbation, *, with_mean: bool = False) -> Scatter:
     """Mean, direction and all inner products of rows (h, d)."""
     updates, (h, d) = UpdateMatrix.of(rows), rows.shape
-    mean, direction = torch.empty(d, device=rows.device), torch.empty(d, device=rows.device)
+    mean, direction = new_rows(d, device=rows.device), new_rows(d, device=rows.device)
     k = h + 2 if with_mean else h + 1
     gram = torch.zeros(k, k, dtype=torch.float64)
     if _compiles(rows):
@@ -124,7 +124,7 @@ def beyond(seen: Columns, b: float) -> tuple[Tensor, Tensor]:
 
 def between(edge: Tensor, step: Tensor, drawn: Tensor, m: int) -> Tensor:
     """Rows (m, d): edge + frac(drawn + k / m) * step, for drawn in [0, 1)."""
-    out = torch.empty(m, len(edge), device=edge.device)
+    out = new_rows(m, len(edge), device=edge.device)
     if _compiles(edge):
         from fedllm_sec.attacks.update import compiled
 

@@ -7,10 +7,11 @@ import re
 import torch
 from torch import Tensor
 
+from fedllm_sec import kernels
 from fedllm_sec.attacks.update.simple import need_positive
 from fedllm_sec.errors import AttackError
 from fedllm_sec.protocols import ThreatView
-from fedllm_sec.updates import Layout
+from fedllm_sec.updates import Layout, UpdateMatrix, new_rows
 
 A_FACTOR = re.compile(r"(^|\.)lora_A(\.|$)(.*\.)?weight$")
 
@@ -40,12 +41,11 @@ def lora_gauge(view: ThreatView, *, factor: float = 10.0) -> Tensor:
             f"parameters (first: {view.layout.names[0]!r}). Train both factors of an adapter."
         )
     places = view.layout.slices()
-    rows = view.own.float().clone()
-    start = view.global_vector.to(rows)
+    own, start = view.own.float(), view.global_vector.float()
+    scale = torch.ones_like(start)
     for a, b in pairs:
-        for name, scale in ((a, factor), (b, 1 / factor)):
-            at = places[name]
-            rows[:, at].mul_(scale).add_(start[at], alpha=scale - 1)
-    if not bool(rows.sum(dtype=torch.float64).isfinite()):
+        scale[places[a]], scale[places[b]] = factor, 1 / factor
+    rows = torch.addcmul(start * (scale - 1), own, scale, out=new_rows(*own.shape, device=own.device))
+    if not bool(kernels.row_norms(UpdateMatrix.of(rows)).isfinite().all()):
         raise AttackError(f"lora_gauge.factor: {factor}: the scaled factors are no longer finite. Lower it.")
     return rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
-from fedllm_sec.attacks.update.sight import honest_rows, normal, repeat
+from fedllm_sec.attacks.update.sight import honest_rows, noisy, repeat
 from fedllm_sec.errors import AttackError
 from fedllm_sec.protocols import ThreatView
 from fedllm_sec.updates import UpdateMatrix
@@ -43,9 +43,8 @@ class Lazy:
         else:
             rows = repeat(view.last_update.float(), len(own))
         if self.noise > 0:
-            m, d = rows.shape
-            size = kernels.row_norms(UpdateMatrix.of(rows)).to(rows)[:, None] / math.sqrt(d)
-            rows = normal(m, d, view.rng, rows.device).mul_(size * self.noise).add_(rows)
+            size = kernels.row_norms(UpdateMatrix.of(rows)) / math.sqrt(rows.shape[1])
+            rows = noisy(rows, (size * self.noise).tolist(), view.rng)
         return rows
 
     def state_dict(self) -> dict[str, Any]:

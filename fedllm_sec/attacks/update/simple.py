@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
-from fedllm_sec.attacks.update.sight import median_norm, normal, repeat, uniform
+from fedllm_sec.attacks.update.sight import median_norm, noisy, random_directions, repeat
 from fedllm_sec.errors import AttackError
 from fedllm_sec.protocols import ThreatView
-from fedllm_sec.updates import UpdateMatrix
+from fedllm_sec.updates import UpdateMatrix, new_rows
 
 
 def need_positive(value: float, place: str) -> None:
     """A strength must be a positive, finite number."""
     if not (math.isfinite(value) and value > 0):
         raise AttackError(f"{place}: {value}: must be a positive number.")
+
+
+def scaled(rows: Tensor, factor: float | Tensor) -> Tensor:
+    """rows (m, d) times a number, or one for each row (m, 1), in new float32 memory."""
+    number = torch.as_tensor(factor, dtype=torch.float32, device=rows.device)
+    return torch.mul(rows.float(), number, out=new_rows(*rows.shape, device=rows.device))
 
 
 def byzantine_zero(view: ThreatView) -> Tensor:
@@ -36,17 +42,15 @@ def byzantine_random(view: ThreatView, *, scale: float | None = None, absolute: 
     factor = scale if scale is not None else (1.0 if absolute else 10.0)
     need_positive(factor, "byzantine_random.scale")
     m, d = view.own.shape
-    drawn = uniform(m, d, view.rng, view.own.device).mul_(2).sub_(1)
     if absolute:
-        return drawn.mul_(factor)
-    lengths = kernels.row_norms(UpdateMatrix.of(drawn)).clamp_min(torch.finfo(torch.float32).tiny)
-    return drawn.mul_((factor * median_norm(view) / lengths).to(drawn)[:, None])
+        return random_directions(m, d, None, view.rng, view.own.device).mul_(factor)
+    return random_directions(m, d, factor * median_norm(view), view.rng, view.own.device)
 
 
 def byzantine_flip(view: ThreatView, *, scale: float = 1.0) -> Tensor:
     """The negated update, -scale * own: the weights 2 w_g - w_local of the literature when scale is 1."""
     need_positive(scale, "byzantine_flip.scale")
-    return view.own.float() * -scale
+    return scaled(view.own, -scale)
 
 
 def gaussian(view: ThreatView, *, scale: float = 10.0) -> Tensor:
@@ -57,8 +61,7 @@ def gaussian(view: ThreatView, *, scale: float = 10.0) -> Tensor:
     """
     need_positive(scale, "gaussian.scale")
     m, d = view.own.shape
-    deviation = scale * median_norm(view) / math.sqrt(d)
-    return normal(m, d, view.rng, view.own.device).mul_(deviation).add_(view.own)
+    return noisy(view.own, [scale * median_norm(view) / math.sqrt(d)] * m, view.rng)
 
 
 def inf_nan(view: ThreatView, *, value: Literal["nan", "inf", "-inf", "mixed"] = "mixed", share: float = 1.0) -> Tensor:
@@ -95,8 +98,8 @@ def model_replacement(view: ThreatView, *, gamma: float | None = None, max_norm:
     need_positive(factor, "model_replacement.gamma")
     own = view.own.float()
     if max_norm is None:
-        return own * factor
+        return scaled(own, factor)
     need_positive(max_norm, "model_replacement.max_norm")
     lengths = kernels.row_norms(UpdateMatrix.of(own)).clamp_min(torch.finfo(torch.float64).tiny)
     factors = (max_norm * median_norm(view) / lengths).clamp_max(factor)
-    return own * factors.to(own)[:, None]
+    return scaled(own, factors.to(own)[:, None])
