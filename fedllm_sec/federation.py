@@ -27,9 +27,9 @@ from fedllm_sec.protocols import (
     Client,
     Decision,
     LocalResult,
+    LocalRule,
     LocalTraining,
     RoundContext,
-    LocalRule,
     ServerContext,
     Task,
 )
@@ -57,9 +57,9 @@ class Federation:
     threat: Threat | None
     evaluation: Evaluation | None
     vector: Tensor  # (d,) the global vector
+    guards: Sequence[LocalRule] = ()  # what clients that do not attack run in their own training
     seed: int = 0
     per_round: int | None = None
-    guards: Sequence[LocalRule] = ()  # what clients that do not attack run in their own training
     evaluate_every: int = 1
     chunk_mb: float | None = None
     root: Client | None = None  # clean data the server holds, for rules that need a root update
