@@ -11,7 +11,7 @@ trained and stacked, which must grow by the rows of the update matrix and nothin
 from __future__ import annotations
 
 import argparse
-import resource
+import math
 import statistics
 import time
 from pathlib import Path
@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from fedllm_sec import memory
 from fedllm_sec.build import build
 from fedllm_sec.build_text import load_task
 from fedllm_sec.client import endless, make_optimizer, train_locally
 from fedllm_sec.compute import Machine
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.train import quiet, load
+from fedllm_sec.train import load, quiet
 
 
 def bare_round(task, clients, training, r: int, seed: int) -> None:
@@ -96,17 +97,16 @@ def main() -> None:
         f"{statistics.median(ratios):.2f} median of {options.pairs} |"
     )
 
-    def peak_mb() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    print("\n| clients in the cohort | update matrix MiB | growth of peak memory MiB |\n|---|---|---|")
+    print(
+        "\n| clients in the cohort | update matrix MiB | peak memory beyond what was held before, MiB |\n|---|---|---|"
+    )
     short = training.__class__(**{**training.__dict__, "steps": 1})
     training = short
     for copies in (1, 10, 40):
-        before = peak_mb()
+        taken = memory.watch(torch.device("cpu"))
         federated_round(50 + copies, clients * copies)
         matrix = len(clients) * copies * task.layout.size * 4 / 2**20
-        print(f"| {len(clients) * copies} | {matrix:.0f} | {peak_mb() - before:.0f} |")
+        print(f"| {len(clients) * copies} | {matrix:.0f} | {taken().get('defense', math.nan):.0f} |")
 
 
 def unflatten(task) -> None:
