@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedllm_sec.kernels.compiled import FULL, compiled, load_tile
+from fedllm_sec.kernels.compiled import FULL, compiled, lines_of, load_tile, prefetch
 
 TILE = 128
 SUM_TILE = 1024
@@ -87,9 +87,15 @@ def flip(words):
 
 
 @compiled
-def exchange(words, lows, highs, kinds):
-    """Run the comparators on every column of a tile of integers (whose min and max compile to one instruction)."""
+def exchange(words, lows, highs, kinds, lines, ahead):
+    """Run the comparators on every column of a tile of integers (whose min and max compile to one instruction).
+
+    Meanwhile the cache lines `ahead` bytes from `lines` are asked for, unless `ahead` is negative.
+    """
+    share = (lines.size + lows.size - 1) // max(1, lows.size) if ahead >= 0 else 0
     for m in range(lows.size):
+        for line in range(m * share, min((m + 1) * share, lines.size)):
+            prefetch(lines[line] + ahead)
         low, high = words[lows[m]], words[highs[m]]
         if kinds[m] == 0:
             for c in range(TILE):
@@ -120,12 +126,15 @@ def order_statistics(
     total = np.empty(TILE)
     middle = np.empty(TILE)
     chosen = np.empty(TILE, np.float32)
+    step = 4 if kind == FULL else 2
+    lines = lines_of(full, offsets + start, TILE) if kind == FULL else lines_of(half, offsets + start, TILE)
     for place in range(start, stop, TILE):
         width = min(TILE, stop - place)
+        ahead = (place - start + TILE) * step if place + 2 * TILE <= stop else -1
         load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
         for i in range(n):
             flip(words[i])
-        exchange(words, lows, highs, kinds)
+        exchange(words, lows, highs, kinds, lines, ahead)
         for r in range(first, last):
             flip(words[r])
         total[:] = 0
