@@ -79,7 +79,7 @@ def addresses(tile):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def lines_of(array, offsets, width):  # type: ignore[no-untyped-def]
+def lines_of(array: Any, offsets: Any, width: Any) -> Any:
     """Addresses of the cache lines of `width` values from each of these places of a flat array on."""
     size, base = array.itemsize, address(array)
     lines = (width * size + LINE - 1) // LINE
@@ -88,6 +88,14 @@ def lines_of(array, offsets, width):  # type: ignore[no-untyped-def]
         for line in range(lines):
             out[i * lines + line] = base + offsets[i] * size + line * LINE
     return out
+
+
+@compiled
+def stored_lines(full, half, kind, offsets, start, width):  # type: ignore[no-untyped-def]
+    """`lines_of` the stored rows' columns from `start` on, and the bytes of a stored value."""
+    if kind == FULL:
+        return lines_of(full, offsets + start, width), 4
+    return lines_of(half, offsets + start, width), 2
 
 
 @compiled

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedllm_sec.kernels.compiled import FULL, compiled, lines_of, load_tile, prefetch
+from fedllm_sec.kernels.compiled import FULL, compiled, load_tile, prefetch, stored_lines
 
 TILE = 128
 SUM_TILE = 1024
@@ -126,8 +126,7 @@ def order_statistics(
     total = np.empty(TILE)
     middle = np.empty(TILE)
     chosen = np.empty(TILE, np.float32)
-    step = 4 if kind == FULL else 2
-    lines = lines_of(full, offsets + start, TILE) if kind == FULL else lines_of(half, offsets + start, TILE)
+    lines, step = stored_lines(full, half, kind, offsets, start, TILE)
     for place in range(start, stop, TILE):
         width = min(TILE, stop - place)
         ahead = (place - start + TILE) * step if place + 2 * TILE <= stop else -1

@@ -23,6 +23,7 @@ from fedllm_sec.kernels.compiled import (
     lines_of,
     load_tile,
     prefetch,
+    stored_lines,
     window,
 )
 
@@ -206,8 +207,7 @@ def pair_sums(full, half, kind, offsets, extra, start, stop, extra_start, want_d
     stored = np.empty(size, np.int64)
     spare = np.zeros((size, TILE), np.float32)
     shifted = addresses(spare)
-    step = 4 if kind == FULL else 2
-    lines = lines_of(full, offsets + start, TILE) if kind == FULL else lines_of(half, offsets + start, TILE)
+    lines, step = stored_lines(full, half, kind, offsets, start, TILE)
     inner = np.zeros((size, size))
     shifted_inner = np.zeros((size, size))
     plain = np.zeros((n, n))  # of the tiles in which no distance cancels, so that none does in their sum

@@ -373,3 +373,14 @@ def test_forge_gives_back_the_kind_it_was_given_and_the_same_rows_for_the_same_s
 def test_mistakes_say_what_is_wrong(call, says):
     with pytest.raises(AttackError, match=says):
         call()
+
+
+@pytest.mark.parametrize("name", ["byzantine_random", "gaussian"])
+def test_noise_of_long_rows_is_shared_but_shifted(name):
+    d = 2**20 + 5
+    honest = torch.randn(4, d, generator=torch.Generator().manual_seed(0))
+    rows = fedllm_sec.forge(honest, name, m=3, scale=100.0)
+    lengths = rows.double().norm(dim=1)
+    assert torch.allclose(lengths, 100 * honest.double().norm(dim=1).median().expand(3), rtol=0.01)
+    unit = rows.double() / lengths[:, None]
+    assert (unit @ unit.T - torch.eye(3, dtype=torch.float64)).abs().max() < 0.01

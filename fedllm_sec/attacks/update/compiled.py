@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedllm_sec.kernels.compiled import FULL, addresses, compiled, lines_of, load_tile
+from fedllm_sec.kernels.compiled import addresses, compiled, load_tile, stored_lines
 from fedllm_sec.kernels.compiled_pairs import TILE, inner_products
 
 
@@ -105,8 +105,7 @@ def scatter(full, half, kind, offsets, extra, start, stop, out_start, perturbati
     stored = tile[:n]
     bits = tile.view(np.uint32)[:n]
     where = addresses(tile)
-    step = 4 if kind == FULL else 2
-    lines = lines_of(full, offsets + start, TILE) if kind == FULL else lines_of(half, offsets + start, TILE)
+    lines, step = stored_lines(full, half, kind, offsets, start, TILE)
     inner = np.zeros((rows, rows))
     base, centre, middle = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for place in range(start, stop, TILE):

@@ -68,7 +68,7 @@ def pieces(m: int, d: int, rng: torch.Generator, draw: Callable[[int], Tensor]) 
     if d <= STRETCH:
         return [[(slice(0, d), row)] for row in draw(m)]
     drawn = draw(1)[0]
-    shifts = torch.randint(d, (m,), generator=rng, device=rng.device).tolist()
+    shifts = torch.randint(1, d, (m,), generator=rng, device=rng.device).tolist()
     return [[(slice(0, d - s), drawn[s:]), (slice(d - s, d), drawn[:s])] for s in shifts]
 
 
@@ -90,8 +90,10 @@ def random_directions(m: int, d: int, lengths: float | None, rng: torch.Generato
     """Rows (m, d) of numbers that are uniform in [-1, 1], scaled to a length, or as they are."""
     out = new_rows(m, d, device=device)
     for row, noise in zip(out, pieces(m, d, rng, lambda n: uniform(n, d, rng, device, low=-1.0)), strict=True):
-        squares = sum(float(kernels.row_norms(UpdateMatrix.of(numbers[None]))) ** 2 for _, numbers in noise)
-        factor = 1.0 if lengths is None else lengths / max(math.sqrt(squares), torch.finfo(torch.float32).tiny)
+        factor = 1.0
+        if lengths is not None:
+            squares = sum(float(kernels.row_norms(UpdateMatrix.of(numbers[None]))) ** 2 for _, numbers in noise)
+            factor = lengths / max(math.sqrt(squares), torch.finfo(torch.float32).tiny)
         for at, numbers in noise:
             torch.mul(numbers, factor, out=row[at])
     return out
