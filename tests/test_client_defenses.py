@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from fedllm_sec import recipe as recipes
-from fedllm_sec.build import build, menu_problems, rehearse
-from fedllm_sec.compute import Machine
+from fedllm_sec.build import menu_problems, rehearse
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.federation import run
+from tests.first_round import made, rows_of
 
 DIGITS: dict[str, Any] = {
     "seed": 1,
@@ -28,26 +27,6 @@ FLIP = {"malicious": {"ids": [0]}, "update": [{"name": "byzantine_flip"}]}
 
 def guarded(*client: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**DIGITS, "enable_defense": True, "defense": {"client": list(client)}, **changes}
-
-
-def made(raw: dict[str, Any]):
-    torch.set_num_threads(1)
-    return build(recipes.check(raw, menu_problems), Machine(Accelerator(cpu=True)))
-
-
-def rows_of(raw: dict[str, Any], monkeypatch) -> tuple[Any, torch.Tensor]:
-    """The rows that the clients' training gave in one round, before any attack on them."""
-    fed, seen = made(raw), []
-    collect = fed.machine.collect
-
-    def watch(*given):
-        found = collect(*given)
-        seen.append(found[0].clone())
-        return found
-
-    monkeypatch.setattr(fed.machine, "collect", watch)
-    list(run(fed, 1))
-    return fed, seen[0]
 
 
 def test_soteria_sends_no_change_of_the_masked_features_weights(monkeypatch):

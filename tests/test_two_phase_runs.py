@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 
-from fedllm_sec import recipe as recipes
-from fedllm_sec.build import build, menu_problems
-from fedllm_sec.compute import Machine
 from fedllm_sec.federation import evaluate, run
 from fedllm_sec.models.darts import OPERATIONS
 from fedllm_sec.tasks.nas import ARCHITECTURE
 from fedllm_sec.train import load, run_all
+from tests.first_round import made, rows_of
 
 FLIP = {"malicious": {"ids": [0]}, "update": [{"name": "byzantine_flip", "scale": 5.0}]}
 GAN: dict[str, Any] = {
@@ -43,26 +40,6 @@ NAS: dict[str, Any] = {
 }
 
 
-def made(raw: dict[str, Any]):
-    torch.set_num_threads(1)
-    return build(recipes.check(raw, menu_problems), Machine(Accelerator(cpu=True)))
-
-
-def rows_of_a_round(raw: dict[str, Any], monkeypatch) -> tuple[Any, torch.Tensor]:
-    """A federation after one round, and the rows (n, d) that its clients sent."""
-    fed, seen = made(raw), []
-    collect = fed.machine.collect
-
-    def watch(*given):
-        found = collect(*given)
-        seen.append(found[0].clone())
-        return found
-
-    monkeypatch.setattr(fed.machine, "collect", watch)
-    list(run(fed, 1))
-    return fed, seen[0]
-
-
 def test_the_samples_of_a_federated_gan_come_nearer_to_real_images():
     fed = made(GAN)
     before = evaluate(fed)[0]["loss"]
@@ -75,7 +52,7 @@ def test_both_players_of_a_gan_are_aggregated_and_a_flipped_pair_is_kept_out(mon
     clients = {"total": 5, "local_steps": 2, "batch_size": 16}
     raw = {**GAN, "clients": clients, "enable_attack": True, "attack": FLIP}
     raw |= {"enable_defense": True, "defense": {"rule": {"name": "median"}}}
-    fed, rows = rows_of_a_round(raw, monkeypatch)
+    fed, rows = rows_of(raw, monkeypatch)
     rows[0] *= -5
     torch.testing.assert_close(fed.vector - fed.task.initial, rows.median(0).values, atol=1e-6, rtol=1e-4)
     parts = fed.task.layout.split(fed.vector - fed.task.initial)
@@ -84,7 +61,7 @@ def test_both_players_of_a_gan_are_aggregated_and_a_flipped_pair_is_kept_out(mon
 
 
 def test_the_architecture_is_aggregated_as_the_weights_are(monkeypatch):
-    fed, rows = rows_of_a_round({**NAS, "clients": {**NAS["clients"], "partition": {"name": "iid"}}}, monkeypatch)
+    fed, rows = rows_of({**NAS, "clients": {**NAS["clients"], "partition": {"name": "iid"}}}, monkeypatch)
     parts = fed.task.layout.split(fed.vector - fed.task.initial)
     alphas = [name for name in parts if name.startswith(ARCHITECTURE)]
     assert sorted(alphas) == ["arch_normal", "arch_reduce"]
@@ -97,7 +74,7 @@ def test_the_architecture_is_aggregated_as_the_weights_are(monkeypatch):
 def test_a_flipped_architecture_is_kept_out_by_the_median(monkeypatch):
     raw = {**NAS, "enable_attack": True, "attack": FLIP}
     raw |= {"enable_defense": True, "defense": {"rule": {"name": "median"}}}
-    fed, rows = rows_of_a_round(raw, monkeypatch)
+    fed, rows = rows_of(raw, monkeypatch)
     parts = fed.task.layout.split(fed.vector - fed.task.initial)
     sent = torch.stack([fed.task.layout.split(row)["arch_normal"] for row in rows])
     sent[0] *= -5
