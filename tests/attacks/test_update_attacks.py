@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fedllm_sec
-from fedllm_sec.attacks.update.columns import columns, scatter
+from fedllm_sec.attacks.update.columns import beyond, columns, scatter
 from fedllm_sec.attacks.update.fang import fang, krum_would_take
 from fedllm_sec.attacks.update.gauge import lora_gauge, lora_pairs
 from fedllm_sec.attacks.update.riders import Lazy, Mimic, projections
@@ -55,11 +55,13 @@ def test_scatter_equals_float64_also_beside_a_large_common_part(kind, common, ba
 def test_column_statistics_equal_torch_in_every_dtype(dtype, backend, monkeypatch):
     monkeypatch.setenv("FEDLLM_SEC_KERNELS", backend)
     rows = draw(5, 613).to(dtype)
-    seen, x = columns(rows, deviation=True, ends=True), rows.double()
+    seen, x = columns(rows, deviation=True), rows.double()
     torch.testing.assert_close(seen.mean.double(), x.mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(seen.deviation.double(), x.std(0, correction=0), rtol=1e-5, atol=1e-6)
-    assert torch.equal(seen.low.double(), x.amin(0))
-    assert torch.equal(seen.high.double(), x.amax(0))
+    edge, halfway = beyond(rows, 3.0, torch.zeros(613), 2).double()
+    assert torch.equal(edge, torch.where(x.mean(0) > 0, x.amin(0), x.amax(0)))
+    outward = (edge < 0) == (x.mean(0) > 0)
+    torch.testing.assert_close(halfway, torch.where(outward, 2 * edge, edge * (2 / 3)), rtol=1e-6, atol=0)
 
 
 def test_tiny_and_huge_rows_are_not_lost_to_float32():

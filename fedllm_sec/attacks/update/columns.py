@@ -1,4 +1,4 @@
-"""Mean, deviation, extremes and scatter of the honest rows, from one read of them.
+"""Mean, deviation and scatter of the honest rows, and what lies beyond them, from one read of them.
 
 On the CPU the work is compiled and fed by the same stream of column segments as the kernels of the defenses; elsewhere
 it is plain torch. Letters: h honest rows, d parameters.
@@ -31,8 +31,6 @@ class Columns:
 
     mean: Tensor
     deviation: Tensor  # population standard deviation
-    low: Tensor
-    high: Tensor
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,14 @@ class Scatter:
     gram: Tensor  # (h + 1, h + 1) float64: inner products of y_1 ... y_h and p; with_mean adds the mean
 
 
-def columns(rows: Tensor, *, deviation: bool = False, ends: bool = False) -> Columns:
-    """Statistics of rows (h, d): always the mean, the others if asked for."""
+def columns(rows: Tensor, *, deviation: bool = False) -> Columns:
+    """Statistics of rows (h, d): always the mean, the deviation if asked for."""
     updates, d = UpdateMatrix.of(rows), rows.shape[1]
-    sizes = (d, d if deviation else 0, d if ends else 0, d if ends else 0)
-    out = Columns(*(new_rows(size, device=rows.device) for size in sizes))
+    out = Columns(new_rows(d, device=rows.device), new_rows(d if deviation else 0, device=rows.device))
     if _compiles(rows):
         from fedllm_sec.attacks.update import compiled
 
-        targets = [t.numpy() for t in (out.mean, out.deviation, out.low, out.high)]
+        targets = out.mean.numpy(), out.deviation.numpy()
 
         def work(s: Any) -> None:
             compiled.statistics(s.full, s.half, s.kind, s.offsets, NO_ROWS, s.start, s.stop, s.place.start, *targets)
@@ -64,8 +61,40 @@ def columns(rows: Tensor, *, deviation: bool = False, ends: bool = False) -> Col
         out.mean[place] = centre.float()
         if deviation:
             out.deviation[place] = (block - centre).square_().mean(0).sqrt_().float()
-        if ends:
-            out.low[place], out.high[place] = block.amin(0), block.amax(0)
+    return out
+
+
+def beyond(rows: Tensor, b: float, drawn: Tensor, m: int) -> Tensor:
+    """Rows (m, d) just beyond the rows (h, d), against the direction of their mean; `drawn` (d,) is in [0, 1).
+
+    From the edge e outwards to b e where that is farther out, else to e / b; row k lies frac(drawn + k / m) of the way.
+    """
+    updates = UpdateMatrix.of(rows)
+    out = new_rows(m, rows.shape[1], device=rows.device)
+    if _compiles(rows):
+        from fedllm_sec.attacks.update import compiled
+
+        targets = np.float32(b), drawn.numpy(), out.numpy()
+
+        def work(s: Any) -> None:
+            compiled.beyond(s.full, s.half, s.kind, s.offsets, NO_ROWS, s.start, s.stop, s.place.start, *targets)
+
+        _stream(updates, work)
+        return out
+    for place, block in updates.blocks():
+        rises = block.double().mean(0) > 0
+        edge = torch.where(rises, block.amin(0), block.amax(0)).float()
+        step = torch.where(rises == (edge < 0), edge * (b - 1), edge * (1 / b - 1))
+        out[:, place] = between(edge, step, drawn[place], m)
+    return out
+
+
+def between(edge: Tensor, step: Tensor, drawn: Tensor, m: int) -> Tensor:
+    """Rows (m, d): edge + frac(drawn + k / m) * step, for drawn in [0, 1)."""
+    out = new_rows(m, len(edge), device=edge.device)
+    for k, row in enumerate(out):
+        torch.add(drawn, k / m, out=row)
+        row.frac_().mul_(step).add_(edge)
     return out
 
 
@@ -105,35 +134,6 @@ def scatter(rows: Tensor, perturbation: Perturbation, *, with_mean: bool = False
         wide = torch.cat([off, away[None], centre[None]])[:k]
         gram += (wide @ wide.T).cpu()
     return Scatter(mean, direction, gram)
-
-
-def beyond(seen: Columns, b: float) -> tuple[Tensor, Tensor]:
-    """Where values just beyond the rows begin, against the direction of their mean, and how far they reach: (d,) each.
-
-    From the edge e outwards to b e where that is farther out, else to e / b. Uses up the memory of `seen`.
-    """
-    if _compiles(seen.mean):
-        from fedllm_sec.attacks.update import compiled
-
-        compiled.beyond(seen.mean.numpy(), seen.low.numpy(), seen.high.numpy(), np.float32(b))
-        return seen.low, seen.high
-    rises = seen.mean > 0
-    edge = torch.where(rises, seen.low, seen.high)
-    return edge, torch.where(rises == (edge < 0), edge * (b - 1), edge * (1 / b - 1))
-
-
-def between(edge: Tensor, step: Tensor, drawn: Tensor, m: int) -> Tensor:
-    """Rows (m, d): edge + frac(drawn + k / m) * step, for drawn in [0, 1)."""
-    out = new_rows(m, len(edge), device=edge.device)
-    if _compiles(edge):
-        from fedllm_sec.attacks.update import compiled
-
-        compiled.between(edge.numpy(), step.numpy(), drawn.numpy(), out.numpy())
-        return out
-    for k, row in enumerate(out):
-        torch.add(drawn, k / m, out=row)
-        row.frac_().mul_(step).add_(edge)
-    return out
 
 
 def _compiles(rows: Tensor) -> bool:

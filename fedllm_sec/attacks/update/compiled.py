@@ -1,4 +1,4 @@
-"""Compiled: column statistics and the scatter of rows, over tiles of 512 columns that stay in the cache.
+"""Compiled: column statistics and the scatter of rows, over tiles of columns that stay in the cache.
 
 Values are taken relative to the first row before they are added up, so float32 is enough also where all rows share a
 large common part.
@@ -13,24 +13,31 @@ import numpy as np
 from fedllm_sec.kernels.compiled import addresses, compiled, load_tile, stored_lines
 from fedllm_sec.kernels.compiled_pairs import TILE, inner_products
 
+NARROW = 128  # columns of a tile that is not for inner products: 32 rows of it stay in the first cache
+
+
+@compiled
+def mean_of(tile, n, base, centre):
+    """`base` + `centre` is the mean of the first n rows."""
+    base[:] = tile[0]
+    centre[:] = 0
+    for i in range(1, n):
+        row = tile[i]
+        for c in range(row.size):
+            centre[c] += row[c] - base[c]
+    scale = np.float32(1.0 / n)
+    for c in range(centre.size):
+        centre[c] *= scale
+
 
 @compiled
 def centre_rows(tile, n, base, centre):
     """Subtract the mean of the first n rows from them; `base` + `centre` is that mean."""
-    base[:] = tile[0]
-    centre[:] = 0
+    mean_of(tile, n, base, centre)
     for i in range(n):
         row = tile[i]
         for c in range(TILE):
-            row[c] -= base[c]
-            centre[c] += row[c]
-    scale = np.float32(1.0 / n)
-    for c in range(TILE):
-        centre[c] *= scale
-    for i in range(n):
-        row = tile[i]
-        for c in range(TILE):
-            row[c] -= centre[c]
+            row[c] = (row[c] - base[c]) - centre[c]
 
 
 @compiled
@@ -55,41 +62,65 @@ def ordered(word):
 @compiled
 def ends(words, n, least, most):
     """Bits of each column's minimum and maximum: on integers these are one instruction for eight columns."""
-    for c in range(TILE):
+    columns = words.shape[1]
+    for c in range(columns):
         least[c] = most[c] = ordered(words[0, c])
     for i in range(1, n):
         row = words[i]
-        for c in range(TILE):
-            least[c] = min(least[c], ordered(row[c]))
-        for c in range(TILE):
-            most[c] = max(most[c], ordered(row[c]))
-    for c in range(TILE):
+        for c in range(columns):
+            word = ordered(row[c])
+            least[c] = min(least[c], word)
+            most[c] = max(most[c], word)
+    for c in range(columns):
         least[c] = ordered(least[c])
         most[c] = ordered(most[c])
 
 
 @compiled
-def statistics(full, half, kind, offsets, extra, start, stop, out_start, mean, deviation, low, high):
-    """Mean of each column, and where the arrays are not empty deviation, minimum and maximum."""
+def statistics(full, half, kind, offsets, extra, start, stop, out_start, mean, deviation):
+    """Mean of each column, and where the array is not empty its deviation."""
     n = offsets.size
     tile = np.zeros((n, TILE), np.float32)
-    bits, words = tile.view(np.uint32), tile.view(np.int32)
-    least, most = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    bits = tile.view(np.uint32)
     base, centre, spread = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for place in range(start, stop, TILE):
         width = min(TILE, stop - place)
         at = out_start + place - start
         load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
-        if low.size:
-            ends(words, n, least, most)
-            low[at : at + width] = least.view(np.float32)[:width]
-            high[at : at + width] = most.view(np.float32)[:width]
         centre_rows(tile, n, base, centre)
         for c in range(width):
             mean[at + c] = base[c] + centre[c]
         if deviation.size:
             root_mean_square(tile, n, spread)
             deviation[at : at + width] = spread[:width]
+
+
+@compiled
+def beyond(full, half, kind, offsets, extra, start, stop, out_start, b, drawn, out):
+    """Fill columns of `out`, (m, d), with values beyond the rows, against their mean's sign; see columns.beyond."""
+    n, m = offsets.size, out.shape[0]
+    tile = np.zeros((n, NARROW), np.float32)
+    bits, words = tile.view(np.uint32), tile.view(np.int32)
+    least, most = np.empty(NARROW, np.int32), np.empty(NARROW, np.int32)
+    low, high = least.view(np.float32), most.view(np.float32)
+    base, centre = np.empty(NARROW, np.float32), np.empty(NARROW, np.float32)
+    for place in range(start, stop, NARROW):
+        width = min(NARROW, stop - place)
+        at = out_start + place - start
+        load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
+        ends(words, n, least, most)
+        mean_of(tile, n, base, centre)
+        for c in range(width):
+            rises = base[c] + centre[c] > 0
+            edge = low[c] if rises else high[c]
+            low[c] = edge
+            high[c] = edge * (b - 1) if rises == (edge < 0) else edge * (1 / b - 1)
+        share = drawn[at : at + width]
+        for k in range(m):
+            shift, row = np.float32(k / m), out[k, at : at + width]
+            for c in range(width):
+                u = share[c] + shift
+                row[c] = low[c] + (u - 1 if u >= 1 else u) * high[c]
 
 
 @compiled
@@ -138,27 +169,3 @@ def scatter(full, half, kind, offsets, extra, start, stop, out_start, perturbati
             for j in range(i, k):
                 gram[i, j] += inner[i, j]
     return tile[0, 0]  # it lives as long as its addresses are used
-
-
-@compiled
-def beyond(mean, low, high, b):
-    """Turn `low` and `high` into edge and step: edge + [0, 1) * step lies beyond the rows, against their mean."""
-    for c in range(mean.size):
-        rises = mean[c] > 0
-        edge = low[c] if rises else high[c]
-        outward = rises == (edge < 0)
-        low[c] = edge
-        high[c] = edge * (b - 1) if outward else edge * (1 / b - 1)
-
-
-@compiled
-def between(edge, step, drawn, out):
-    """out[k] = edge + frac(drawn + k / m) * step for the m rows of `out`."""
-    m, d = out.shape
-    for start in range(0, d, 16 * TILE):
-        stop = min(start + 16 * TILE, d)
-        for k in range(m):
-            shift, row = np.float32(k / m), out[k]
-            for c in range(start, stop):
-                u = drawn[c] + shift
-                row[c] = edge[c] + (u - 1 if u >= 1 else u) * step[c]

@@ -96,10 +96,8 @@ def _against_krum(view: ThreatView, rows: Tensor, partial: bool) -> Tensor:
 def _against_trimmed_mean(view: ThreatView, rows: Tensor, b: float, partial: bool) -> Tensor:
     m, d = view.own.shape
     drawn = uniform(1, d, view.rng, rows.device)[0]
-    seen = columns(rows, deviation=partial, ends=not partial)
-    if partial:  # between 3 and 4 deviations beyond the mean
-        step = seen.mean.sign().neg_().mul_(seen.deviation)
-        return between(torch.add(seen.mean, step, alpha=3), step, drawn, m)
-    # away from the honest direction: from the edge to b times it, or to a b-th of it
-    edge, step = beyond(seen, b)
-    return between(edge, step, drawn, m)
+    if not partial:  # away from the honest direction
+        return beyond(rows, b, drawn, m)
+    seen = columns(rows, deviation=True)  # between 3 and 4 deviations beyond the mean
+    step = seen.mean.sign().neg_().mul_(seen.deviation)
+    return between(torch.add(seen.mean, step, alpha=3), step, drawn, m)
