@@ -11,6 +11,7 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.errors import DefenseError
+from fedllm_sec.kernels.sums import new_sums
 from fedllm_sec.protocols import Decision, RoundContext
 from fedllm_sec.updates import UpdateMatrix
 
@@ -55,8 +56,9 @@ class FoolsGold:
     def __init__(self, *, kappa: float = 1.0, history: bool = True) -> None:
         need(kappa > 0, "foolsgold", "kappa > 0", "Raise kappa.", kappa=kappa)
         self.kappa, self.history = kappa, history
-        self.place: dict[str, int] = {}  # client id -> row of `sums`
-        self.sums: Tensor | None = None  # (clients seen, d) float32
+        self.place: dict[str, int] = {}  # client id -> its number in `sums`
+        self.sums: Tensor | None = None  # of the clients seen
+        self.d = 0  # values for each client
 
     def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
         one_each = len(set(updates.ids)) == updates.n
@@ -69,22 +71,24 @@ class FoolsGold:
 
     def _accumulate(self, updates: UpdateMatrix) -> Tensor:
         """Add this round to the history; inner products of the sums of this round's clients, (n, n), in their order."""
-        if self.sums is not None and self.sums.shape[1] != updates.d:
+        if self.sums is not None and self.d != updates.d:
             raise DefenseError(
-                f"foolsgold: the history has {self.sums.shape[1]} values for each client, the rows have {updates.d}. "
+                f"foolsgold: the history has {self.d} values for each client, the rows have {updates.d}. "
                 "Start a new run where the trained parameters change."
             )
         new = [name for name in updates.ids if name not in self.place]
         if new:
-            fresh = torch.zeros(len(new), updates.d, device=updates.compute_device)
-            self.sums = fresh if self.sums is None else torch.cat([self.sums, fresh])
+            fresh = new_sums(len(new), updates.d, updates.compute_device)
+            self.sums = fresh if self.sums is None else torch.cat([self.sums, fresh], dim=1)
             self.place |= {name: len(self.place) + i for i, name in enumerate(new)}
+            self.d = updates.d
         assert self.sums is not None
         return kernels.accumulate(self.sums, [self.place[name] for name in updates.ids], updates)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.sums is None else {"place": dict(self.place), "sums": self.sums}
+        return {} if self.sums is None else {"place": dict(self.place), "sums": self.sums, "d": self.d}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.place = {name: int(row) for name, row in state.get("place", {}).items()}
         self.sums = state["sums"].clone().contiguous() if "sums" in state else None
+        self.d = int(state.get("d", 0))

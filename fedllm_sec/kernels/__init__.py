@@ -25,6 +25,7 @@ from torch import Tensor
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels import networks, torch_backend
 from fedllm_sec.kernels.mixed import mixed_pairs
+from fedllm_sec.kernels.sums import TILE
 from fedllm_sec.updates import UpdateMatrix, exact_zeros
 
 LARGEST_NETWORK = 2048  # rows; beyond, columns are sorted by torch.sort
@@ -70,18 +71,22 @@ def row_norms(updates: UpdateMatrix) -> Tensor:
 
 
 def accumulate(sums: Tensor, places: Sequence[int], updates: UpdateMatrix) -> Tensor:
-    """Add row i of the matrix to row places[i] of `sums`, (m, d) float32, in place, for rules that remember.
+    """Add row i of the matrix to client places[i] of running sums (see `sums.py`), in place, for rules that remember.
 
-    Returns the inner products of the rows of `sums` that were added to, (n, n) float64, from the same pass.
+    Returns the inner products of the sums that were added to, (n, n) float64, from the same pass.
     """
-    fits = sums.ndim == 2 and sums.shape[1] == updates.d and sums.dtype == torch.float32 and sums.is_contiguous()
-    if not fits or len(places) != updates.n or len(set(places)) != updates.n:
+    tiles = (updates.d + TILE - 1) // TILE
+    fits = sums.ndim == 3 and (sums.shape[0], sums.shape[2]) == (tiles, TILE)
+    if not (fits and sums.dtype == torch.float32 and sums.is_contiguous()):
         raise DefenseError(
-            f"accumulate: {updates.n} rows of {updates.d} do not fit places {list(places)} of sums of shape"
-            f" {tuple(sums.shape)}, {sums.dtype}. Give contiguous float32 sums (m, d) and one place for each row."
+            f"accumulate: rows of {updates.d} do not fit sums of shape {tuple(sums.shape)}, {sums.dtype}. "
+            "Make them with kernels.sums.new_sums."
         )
-    if min(places) < 0 or max(places) >= len(sums):
-        raise DefenseError(f"accumulate: places {list(places)} of {len(sums)} sums. Give 0..{len(sums) - 1}.")
+    clients = sums.shape[1]
+    if len(places) != updates.n or len(set(places)) != updates.n or min(places) < 0 or max(places) >= clients:
+        raise DefenseError(
+            f"accumulate: places {list(places)} for {updates.n} rows and {clients} sums. Give each row one of its own."
+        )
     backend = _backend(updates) if sums.device == updates.compute_device else torch_backend
     products: Tensor = backend.accumulate(sums, places, updates)
     return products

@@ -20,14 +20,13 @@ from fedllm_sec.kernels.compiled import (
     addresses,
     compiled,
     compiled_sums,
-    lines_of,
     load_tile,
     prefetch,
     stored_lines,
     window,
 )
+from fedllm_sec.kernels.sums import TILE
 
-TILE = 512
 CANCELS = 16.0  # D below (|x|^2 + |y|^2) / 16 has lost more than 4 bits
 TINY, HUGE = 1e-28, 1e36  # float32 squares are trusted where their sum is between these
 
@@ -244,27 +243,30 @@ def pair_sums(full, half, kind, offsets, extra, start, stop, extra_start, want_d
 
 
 @compiled
-def accumulate(full, half, kind, offsets, extra, start, stop, sums, sum_offsets, sum_start, wide, gram):
-    """Add each row to one of the flat `sums`, in place, and the sums' inner products to `gram`, (n, n), j >= i."""
+def accumulate(full, half, kind, offsets, extra, start, stop, sums, clients, places, sum_start, wide, gram):
+    """Add each row to its place in `sums`, which is tiles of TILE columns of `clients` rows, laid out flat.
+
+    The sums' inner products are added to `gram`, (n, n), j >= i.
+    """
     n = offsets.size
     size = (n + 2) // 3 * 3
     tile = np.zeros((size, TILE), np.float32)
     bits = tile.view(np.uint32)
     copied = addresses(tile)
     stored = np.empty(size, np.int64)
-    lines = lines_of(sums, sum_offsets + sum_start, TILE)
-    if kind == FULL:
-        lines = np.concatenate((lines_of(full, offsets + start, TILE), lines))
+    lines, step = stored_lines(full, half, kind, offsets, start, TILE)
     inner = np.zeros((size, size))
     wild = np.zeros(n, np.bool_)
-    for place in range(start, stop, TILE):
-        width = min(TILE, stop - place)
+    place = start
+    while place < stop:
+        at = sum_start + place - start
+        width = min(TILE - at % TILE, stop - place)
         direct = kind == FULL and width == TILE
         if not direct:
             tile[:] = 0
             load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
         for i in range(n):
-            begin = sum_offsets[i] + sum_start + place - start
+            begin = (at // TILE * clients + places[i]) * TILE + at % TILE
             stored[i] = address(sums) + begin * 4
             total = sums[begin : begin + width]
             if direct:
@@ -277,9 +279,11 @@ def accumulate(full, half, kind, offsets, extra, start, stop, sums, sum_offsets,
                     total[c] += copy[c]
                     copy[c] = total[c]
         stored[n:] = stored[0]
-        rows = stored if direct else copied
-        ahead = (place - start + TILE) * 4 if place + 2 * TILE <= stop else -1
-        inner_products(rows, inner, lines, ahead)
-        mark_wild(rows, n, inner, wild, wide)
+        place += width
+        # the sums of a tile lie together, and the processor sees them coming
+        inner_products(
+            stored if direct else copied, inner, lines, (place - start) * step if place + TILE <= stop else -1
+        )
+        mark_wild(stored if direct else copied, n, inner, wild, wide)
         add(inner, n, gram)
     return tile[0, 0]  # it lives as long as its addresses are used

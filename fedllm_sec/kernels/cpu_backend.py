@@ -132,9 +132,9 @@ def pair_sums(updates: UpdateMatrix, extra: Tensor | None, distances: bool) -> t
 
 
 def accumulate(sums: Tensor, places: Sequence[int], updates: UpdateMatrix) -> Tensor:
-    """Add row i to row places[i] of `sums`, in place; the inner products of these sums: (n, n) float64."""
-    target = sums.view(-1).numpy()
-    where = np.array(places, dtype=np.int64) * sums.shape[1]
+    """Add row i to client places[i] of the running `sums`; the inner products of these sums: (n, n) float64."""
+    target, clients = sums.view(-1).numpy(), sums.shape[1]
+    where = np.array(places, dtype=np.int64)
     n = updates.n
     wide = n * n * updates.d < WIDE
 
@@ -142,7 +142,7 @@ def accumulate(sums: Tensor, places: Sequence[int], updates: UpdateMatrix) -> Te
         some = np.zeros((n, n))
         compiled_pairs.accumulate(
             *(s.full, s.half, s.kind, s.offsets, NO_ROWS, s.start, s.stop),
-            *(target, where, s.place.start, wide, some),
+            *(target, clients, where, s.place.start, wide, some),
         )
         return some
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.kernels.networks import HIGH_ONLY, LOW_ONLY, Network
+from fedllm_sec.kernels.sums import TILE, plain_rows
 from fedllm_sec.updates import UpdateMatrix
 
 SLICE = 4096  # columns of one float32 inner product
@@ -125,11 +126,17 @@ def pair_sums(
 
 
 def accumulate(sums: Tensor, places: Sequence[int], updates: UpdateMatrix) -> Tensor:
-    """Add row i to row places[i] of `sums`, in place; the inner products of these sums: (n, n) float64."""
+    """Add row i to client places[i] of the running `sums`; the inner products of these sums: (n, n) float64."""
     where = torch.tensor(places, device=sums.device)
+    gram = torch.zeros(updates.n, updates.n, dtype=torch.float64)
     for place, block in updates.blocks():
-        sums[:, place].index_add_(0, where, block.to(sums.device))
-    return pair_sums(UpdateMatrix.of(sums, chunk_mb=updates.chunk_mb).select(places), None, False)[0]
+        tiles = slice(place.start // TILE, (place.stop + TILE - 1) // TILE)
+        columns = slice(place.start - tiles.start * TILE, place.stop - tiles.start * TILE)
+        rows = plain_rows(sums[tiles, where], (tiles.stop - tiles.start) * TILE)
+        rows[:, columns] += block.to(sums.device)
+        sums[tiles, where] = rows.view(updates.n, -1, TILE).transpose(0, 1)
+        gram += pair_sums(UpdateMatrix.of(rows[:, columns], chunk_mb=updates.chunk_mb), None, False)[0]
+    return gram
 
 
 def square_sums(updates: UpdateMatrix) -> Tensor:

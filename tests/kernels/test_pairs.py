@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fedllm_sec import kernels
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels import torch_backend
+from fedllm_sec.kernels.sums import new_sums, plain_rows
 from fedllm_sec.updates import UpdateMatrix
 
 
@@ -150,17 +151,26 @@ def test_threads_and_block_widths_change_no_bit():
         assert torch.equal(single.sq_distances, plain.sq_distances)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_mb", [None, 0.01])
 @pytest.mark.parametrize("n", [1, 5, 32])
-def test_running_sums_and_their_inner_products_come_from_one_pass(n):
-    rows, sums = rows_of(19, n, 1500), rows_of(20, n + 2, 1500)
+def test_running_sums_and_their_inner_products_come_from_one_pass(n, chunk_mb, dtype):
+    rows, d = rows_of(19, n, 1500).to(dtype), 1500
     places = torch.randperm(n + 2, generator=torch.Generator().manual_seed(0))[:n].tolist()
-    wanted = sums.clone()
-    wanted[places] += rows
-    gram = kernels.accumulate(sums, places, UpdateMatrix.of(rows))
-    assert torch.equal(sums, wanted)
-    torch.testing.assert_close(gram, direct(wanted[places])[0], rtol=1e-5, atol=1e-3)
-    with pytest.raises(DefenseError, match="one place for each row"):
+    sums, wanted = new_sums(n + 2, d), torch.zeros(n + 2, d)
+    mixed = torch.eye(n, dtype=torch.float64) * 2  # formed a block at a time, wherever blocks begin
+    for updates, added in (
+        (UpdateMatrix.of(rows, chunk_mb=chunk_mb), rows.float()),
+        (UpdateMatrix.of(rows, chunk_mb=chunk_mb).mix(mixed), 2 * rows.float()),
+    ):
+        wanted[places] += added
+        gram = kernels.accumulate(sums, places, updates)
+        assert torch.equal(plain_rows(sums, d), wanted)
+        torch.testing.assert_close(gram, direct(wanted[places])[0], rtol=1e-5, atol=1e-3)
+    with pytest.raises(DefenseError, match="one of its own"):
         kernels.accumulate(sums, [0] * (n + 1), UpdateMatrix.of(rows))
+    with pytest.raises(DefenseError, match="new_sums"):
+        kernels.accumulate(torch.zeros(n + 2, d), places, UpdateMatrix.of(rows))
 
 
 # ---------------------------------------------------------------- mixed rows
