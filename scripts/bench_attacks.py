@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=32)
     parser.add_argument("--m", type=int, default=6)
     parser.add_argument("--d", type=int, default=4_200_000)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()

@@ -341,7 +341,7 @@ def disk_table(args: argparse.Namespace) -> Iterator[str]:
                 whole, own, peak = math.inf, math.inf, 0
                 if state == "dropped" and name != "kernels.sq_distances":
                     continue  # the disk decides, and takes minutes
-                for _ in range(3 if state != "dropped" else 1):
+                for _ in range(5 if state != "dropped" else 1):
                     if state == "dropped":
                         forget(path)
                     whole = min(whole, clock.once(lambda: read_once(path)))

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedllm_sec.kernels.compiled import addresses, compiled, load_tile, stored_lines
+from fedllm_sec.kernels.compiled import addresses, compiled, load_tile, prefetch, stored_lines
+from fedllm_sec.kernels.compiled_columns import TILE as NARROW
+from fedllm_sec.kernels.compiled_columns import flip
 from fedllm_sec.kernels.compiled_pairs import TILE, inner_products
-
-NARROW = 128  # columns of a tile that is not for inner products: 32 rows of it stay in the first cache
 
 
 @compiled
@@ -54,26 +54,26 @@ def root_mean_square(tile, n, out):
 
 
 @compiled
-def ordered(word):
-    """float32 bits as an integer of the same order, and back: negative numbers count downwards."""
-    return word ^ ((word >> np.int32(31)) & np.int32(0x7FFFFFFF))
+def ends(words, least, most, lines, ahead):
+    """Bits of each column's minimum and maximum, as `flip` gives them; uses up `words`.
 
-
-@compiled
-def ends(words, n, least, most):
-    """Bits of each column's minimum and maximum: on integers these are one instruction for eight columns."""
-    columns = words.shape[1]
-    for c in range(columns):
-        least[c] = most[c] = ordered(words[0, c])
-    for i in range(1, n):
+    Meanwhile the cache lines `ahead` bytes from `lines` are asked for, unless `ahead` is negative.
+    """
+    n = words.shape[0]
+    share = (lines.size + n - 1) // n if ahead >= 0 else 0
+    for i in range(n):
+        for line in range(i * share, min((i + 1) * share, lines.size)):
+            prefetch(lines[line] + ahead)
         row = words[i]
-        for c in range(columns):
-            word = ordered(row[c])
-            least[c] = min(least[c], word)
-            most[c] = max(most[c], word)
-    for c in range(columns):
-        least[c] = ordered(least[c])
-        most[c] = ordered(most[c])
+        flip(row)
+        if i == 0:
+            least[:] = row
+            most[:] = row
+        for c in range(NARROW):
+            least[c] = min(least[c], row[c])
+            most[c] = max(most[c], row[c])
+    flip(least)
+    flip(most)
 
 
 @compiled
@@ -104,12 +104,14 @@ def beyond(full, half, kind, offsets, extra, start, stop, out_start, b, drawn, o
     least, most = np.empty(NARROW, np.int32), np.empty(NARROW, np.int32)
     low, high = least.view(np.float32), most.view(np.float32)
     base, centre = np.empty(NARROW, np.float32), np.empty(NARROW, np.float32)
+    lines, step = stored_lines(full, half, kind, offsets, start, NARROW)
     for place in range(start, stop, NARROW):
         width = min(NARROW, stop - place)
         at = out_start + place - start
+        ahead = (place - start + NARROW) * step if place + 2 * NARROW <= stop else -1
         load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
-        ends(words, n, least, most)
         mean_of(tile, n, base, centre)
+        ends(words, least, most, lines, ahead)
         for c in range(width):
             rises = base[c] + centre[c] > 0
             edge = low[c] if rises else high[c]
