@@ -13,7 +13,8 @@ import numpy as np
 from fedllm_sec.kernels.compiled import addresses, compiled, load_tile, prefetch, stored_lines
 from fedllm_sec.kernels.compiled_columns import TILE as NARROW
 from fedllm_sec.kernels.compiled_columns import flip
-from fedllm_sec.kernels.compiled_pairs import TILE, inner_products
+from fedllm_sec.kernels.compiled_pairs import inner_products
+from fedllm_sec.kernels.sums import TILE
 
 
 @compiled
