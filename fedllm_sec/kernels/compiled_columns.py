@@ -122,7 +122,7 @@ def order_statistics(
     n = offsets.size
     tile = np.zeros((n, TILE), np.float32)
     bits = tile.view(np.uint32)
-    words = tile.view(np.int32)
+    words, stored = tile.view(np.int32), full.view(np.int32)
     total = np.empty(TILE)
     middle = np.empty(TILE)
     chosen = np.empty(TILE, np.float32)
@@ -130,9 +130,16 @@ def order_statistics(
     for place in range(start, stop, TILE):
         width = min(TILE, stop - place)
         ahead = (place - start + TILE) * step if place + 2 * TILE <= stop else -1
-        load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
-        for i in range(n):
-            flip(words[i])
+        if kind == FULL and width == TILE:  # in one go
+            for i in range(n):
+                begin = offsets[i] + place
+                source, row = stored[begin : begin + TILE], words[i]
+                for c in range(TILE):
+                    row[c] = source[c] ^ ((source[c] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        else:
+            load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
+            for i in range(n):
+                flip(words[i])
         exchange(words, lows, highs, kinds, lines, ahead)
         for r in range(first, last):
             flip(words[r])
