@@ -25,7 +25,7 @@ from torch import Tensor
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels import networks, torch_backend
 from fedllm_sec.kernels.mixed import mixed_pairs
-from fedllm_sec.kernels.sums import TILE
+from fedllm_sec.kernels.sums import TILE, tiles
 from fedllm_sec.updates import UpdateMatrix, exact_zeros
 
 LARGEST_NETWORK = 2048  # rows; beyond, columns are sorted by torch.sort
@@ -75,8 +75,7 @@ def accumulate(sums: Tensor, places: Sequence[int], updates: UpdateMatrix) -> Te
 
     Returns the inner products of the sums that were added to, (n, n) float64, from the same pass.
     """
-    tiles = (updates.d + TILE - 1) // TILE
-    fits = sums.ndim == 3 and (sums.shape[0], sums.shape[2]) == (tiles, TILE)
+    fits = sums.ndim == 3 and (sums.shape[0], sums.shape[2]) == (tiles(updates.d), TILE)
     if not (fits and sums.dtype == torch.float32 and sums.is_contiguous()):
         raise DefenseError(
             f"accumulate: rows of {updates.d} do not fit sums of shape {tuple(sums.shape)}, {sums.dtype}. "

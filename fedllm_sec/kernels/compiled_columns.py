@@ -80,10 +80,16 @@ def sign_sums(full, half, kind, offsets, extra, start, stop, out, out_start):
 
 
 @compiled
+def ordered(word):
+    """float32 bits as an integer of the same order, and back: negative numbers count downwards."""
+    return word ^ ((word >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@compiled
 def flip(words):
-    """float32 bits to integers in the same order, and back: negative numbers count downwards."""
+    """`ordered` of a tile's row, in place."""
     for c in range(TILE):
-        words[c] ^= (words[c] >> np.int32(31)) & np.int32(0x7FFFFFFF)
+        words[c] = ordered(words[c])
 
 
 @compiled
@@ -135,7 +141,7 @@ def order_statistics(
                 begin = offsets[i] + place
                 source, row = stored[begin : begin + TILE], words[i]
                 for c in range(TILE):
-                    row[c] = source[c] ^ ((source[c] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+                    row[c] = ordered(source[c])
         else:
             load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
             for i in range(n):

@@ -279,11 +279,10 @@ def accumulate(full, half, kind, offsets, extra, start, stop, sums, clients, pla
                     total[c] += copy[c]
                     copy[c] = total[c]
         stored[n:] = stored[0]
+        rows = stored if direct else copied
         place += width
-        # the sums of a tile lie together, and the processor sees them coming
-        inner_products(
-            stored if direct else copied, inner, lines, (place - start) * step if place + TILE <= stop else -1
-        )
-        mark_wild(stored if direct else copied, n, inner, wild, wide)
+        ahead = (place - start) * step if place + TILE <= stop else -1  # of the rows: the sums are foreseen without
+        inner_products(rows, inner, lines, ahead)
+        mark_wild(rows, n, inner, wild, wide)
         add(inner, n, gram)
     return tile[0, 0]  # it lives as long as its addresses are used

@@ -12,9 +12,14 @@ from torch import Tensor
 TILE = 512  # columns
 
 
+def tiles(d: int) -> int:
+    """How many tiles hold d values."""
+    return (d + TILE - 1) // TILE
+
+
 def new_sums(m: int, d: int, device: torch.device | str = "cpu") -> Tensor:
     """Zeros for m clients of d values; the last tile is padded. More clients: torch.cat along dimension 1."""
-    return torch.zeros((d + TILE - 1) // TILE, m, TILE, device=device)
+    return torch.zeros(tiles(d), m, TILE, device=device)
 
 
 def plain_rows(sums: Tensor, d: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.kernels.networks import HIGH_ONLY, LOW_ONLY, Network
-from fedllm_sec.kernels.sums import TILE, plain_rows
+from fedllm_sec.kernels.sums import TILE, plain_rows, tiles
 from fedllm_sec.updates import UpdateMatrix
 
 SLICE = 4096  # columns of one float32 inner product
@@ -130,11 +130,11 @@ def accumulate(sums: Tensor, places: Sequence[int], updates: UpdateMatrix) -> Te
     where = torch.tensor(places, device=sums.device)
     gram = torch.zeros(updates.n, updates.n, dtype=torch.float64)
     for place, block in updates.blocks():
-        tiles = slice(place.start // TILE, (place.stop + TILE - 1) // TILE)
-        columns = slice(place.start - tiles.start * TILE, place.stop - tiles.start * TILE)
-        rows = plain_rows(sums[tiles, where], (tiles.stop - tiles.start) * TILE)
+        touched = slice(place.start // TILE, tiles(place.stop))
+        columns = slice(place.start - touched.start * TILE, place.stop - touched.start * TILE)
+        rows = plain_rows(sums[touched, where], (touched.stop - touched.start) * TILE)
         rows[:, columns] += block.to(sums.device)
-        sums[tiles, where] = rows.view(updates.n, -1, TILE).transpose(0, 1)
+        sums[touched, where] = rows.view(updates.n, -1, TILE).transpose(0, 1)
         gram += pair_sums(UpdateMatrix.of(rows[:, columns], chunk_mb=updates.chunk_mb), None, False)[0]
     return gram
 

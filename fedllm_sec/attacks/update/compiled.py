@@ -18,8 +18,9 @@ from fedllm_sec.kernels.sums import TILE
 
 
 @compiled
-def mean_of(tile, n, base, centre):
-    """`base` + `centre` is the mean of the first n rows."""
+def mean_of(tile, base, centre):
+    """`base` + `centre` becomes the mean of the rows."""
+    n = tile.shape[0]
     base[:] = tile[0]
     centre[:] = 0
     for i in range(1, n):
@@ -32,10 +33,10 @@ def mean_of(tile, n, base, centre):
 
 
 @compiled
-def centre_rows(tile, n, base, centre):
-    """Subtract the mean of the first n rows from them; `base` + `centre` is that mean."""
-    mean_of(tile, n, base, centre)
-    for i in range(n):
+def centre_rows(tile, base, centre):
+    """Subtract the mean of the rows from them; `base` + `centre` is that mean."""
+    mean_of(tile, base, centre)
+    for i in range(tile.shape[0]):
         row = tile[i]
         for c in range(TILE):
             row[c] = (row[c] - base[c]) - centre[c]
@@ -61,15 +62,13 @@ def ends(words, least, most, lines, ahead):
     Meanwhile the cache lines `ahead` bytes from `lines` are asked for, unless `ahead` is negative.
     """
     n = words.shape[0]
+    least[:], most[:] = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     share = (lines.size + n - 1) // n if ahead >= 0 else 0
     for i in range(n):
         for line in range(i * share, min((i + 1) * share, lines.size)):
             prefetch(lines[line] + ahead)
         row = words[i]
         flip(row)
-        if i == 0:
-            least[:] = row
-            most[:] = row
         for c in range(NARROW):
             least[c] = min(least[c], row[c])
             most[c] = max(most[c], row[c])
@@ -88,7 +87,7 @@ def statistics(full, half, kind, offsets, extra, start, stop, out_start, mean, d
         width = min(TILE, stop - place)
         at = out_start + place - start
         load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
-        centre_rows(tile, n, base, centre)
+        centre_rows(tile, base, centre)
         for c in range(width):
             mean[at + c] = base[c] + centre[c]
         if deviation.size:
@@ -111,7 +110,7 @@ def beyond(full, half, kind, offsets, extra, start, stop, out_start, b, drawn, o
         at = out_start + place - start
         ahead = (place - start + NARROW) * step if place + 2 * NARROW <= stop else -1
         load_tile(full, half, kind, offsets, extra, place, 0, width, tile, bits)
-        mean_of(tile, n, base, centre)
+        mean_of(tile, base, centre)
         ends(words, least, most, lines, ahead)
         for c in range(width):
             rises = base[c] + centre[c] > 0
@@ -148,7 +147,7 @@ def scatter(full, half, kind, offsets, extra, start, stop, out_start, perturbati
             tile[:] = 0
         at = out_start + place - start
         load_tile(full, half, kind, offsets, extra, place, 0, width, stored, bits)
-        centre_rows(stored, n, base, centre)
+        centre_rows(stored, base, centre)
         away = tile[n]
         for c in range(TILE):
             middle[c] = base[c] + centre[c]

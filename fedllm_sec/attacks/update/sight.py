@@ -90,13 +90,11 @@ def random_directions(m: int, d: int, lengths: float | None, rng: torch.Generato
     """Rows (m, d) of numbers that are uniform in [-1, 1], scaled to a length, or as they are."""
     out = new_rows(m, d, device=device)
     noise = pieces(m, d, rng, lambda n: uniform(n, d, rng, device, low=-1.0))
-    factors = [1.0] * m
-    if lengths is not None:
-        drawn = [[number for _, number in row] for row in (noise if d <= STRETCH else noise[:1])]  # else all as long
-        squares = [sum(float(kernels.row_norms(UpdateMatrix.of(part[None]))) ** 2 for part in row) for row in drawn]
-        sizes = [max(math.sqrt(square), torch.finfo(torch.float32).tiny) for square in squares]
-        factors = [lengths / size for size in sizes] * (m // len(sizes))
-    for row, parts, factor in zip(out, noise, factors, strict=True):
+    factor = 1.0
+    for i, (row, parts) in enumerate(zip(out, noise, strict=True)):
+        if lengths is not None and (i == 0 or d <= STRETCH):  # beyond, all rows are shifted copies of the first
+            squares = sum(float(kernels.row_norms(UpdateMatrix.of(numbers[None]))) ** 2 for _, numbers in parts)
+            factor = lengths / max(math.sqrt(squares), torch.finfo(torch.float32).tiny)
         for at, numbers in parts:
             torch.mul(numbers, factor, out=row[at])
     return out
