@@ -66,11 +66,11 @@ def test_the_quickstart_without_attack_learns_and_rarely_gives_the_attackers_ans
 )
 def test_hostile_rows_ruin_the_mean_and_a_robust_rule_holds(attack, rule):
     attack = {**attack, "malicious": {"count": 3}}
-    hurt = last_round(attack=attack, enable_defense=False)
-    held = last_round(attack=attack, defense={"rule": rule})
+    hurt = last_round(attack=attack, enable_defense=False, rounds=8)
+    held = last_round(attack=attack, defense={"rule": rule}, rounds=8)  # after 6 the median is at 0.81, still climbing
     if attack["update"][0]["name"] != "inf_nan":  # screening is always on: there is no undefended mean to hurt
         assert hurt.quality["accuracy"]["value"] <= 0.5
-    assert held.quality["accuracy"]["value"] >= 0.75  # the median of a few clients learns slower
+    assert held.quality["accuracy"]["value"] >= 0.85
 
 
 @pytest.mark.slow
