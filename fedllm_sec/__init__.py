@@ -1,6 +1,6 @@
 """fedllm_sec: attack and defend federated fine-tuning of language models.
 
-Start with `fedllm_sec.protocols`, then `fedllm_sec.federation`. The numerics alone are two calls:
+Start with `fedllm_sec.protocols`, then `fedllm_sec.rounds.federation`. The numerics alone are two calls:
 
     d = fedllm_sec.aggregate(rows, "multi_krum", f=2)   # rows: (n, d), d.update: (d,)
     bad = fedllm_sec.forge(honest, "alie", m=2)         # (h, d) honest rows, (m, d) malicious ones
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedllm_sec import kernels as kernels
     from fedllm_sec.api import aggregate as aggregate
+    from fedllm_sec.matrix.updates import Layout as Layout
+    from fedllm_sec.matrix.updates import UpdateMatrix as UpdateMatrix
     from fedllm_sec.protocols import Decision as Decision
     from fedllm_sec.protocols import RoundContext as RoundContext
-    from fedllm_sec.updates import Layout as Layout
-    from fedllm_sec.updates import UpdateMatrix as UpdateMatrix
 
 __version__ = "0.1.0"
 
@@ -27,8 +27,8 @@ _PUBLIC = {
     "forge": "fedllm_sec.attacks.forge",
     "Decision": "fedllm_sec.protocols",
     "RoundContext": "fedllm_sec.protocols",
-    "UpdateMatrix": "fedllm_sec.updates",
-    "Layout": "fedllm_sec.updates",
+    "UpdateMatrix": "fedllm_sec.matrix.updates",
+    "Layout": "fedllm_sec.matrix.updates",
 }
 
 

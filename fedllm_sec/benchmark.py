@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.errors import FedError, RecipeError
-from fedllm_sec.resolve import did_you_mean
+from fedllm_sec.recipe.resolve import did_you_mean
 
 # what launchers set for one process of several; accelerate would make them work on one run together
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         rank, world, local_rank, local_world = take_ranks()
-        from fedllm_sec.grid import load
+        from fedllm_sec.grid.grid import load
 
         grid = load(options.grid, options.overrides)
         chosen = choose(grid, options.only)
@@ -110,8 +110,8 @@ def run(
     grid: Any, chosen: list[Any], command: str, jobs: int, rank: int, world: int, local_rank: int, local_world: int
 ) -> int:
     """Run what is left of the chosen cells, then write tables and report; 1 where a cell failed."""
-    from fedllm_sec import cells, results, workers
-    from fedllm_sec.history import write_json
+    from fedllm_sec.grid import cells, results, workers
+    from fedllm_sec.records.history import write_json
     from fedllm_sec.train import quiet
 
     quiet()
@@ -170,7 +170,7 @@ def _cells(number: int) -> str:
 
 def line_of(cell: Any, seconds: float) -> str:
     """What came out of a cell, in a line."""
-    from fedllm_sec import cells
+    from fedllm_sec.grid import cells
 
     if cells.status(cell) != "done":
         error = cells.error_of(cell)
@@ -188,7 +188,7 @@ def line_of(cell: Any, seconds: float) -> str:
 
 def listing(grid: Any, chosen: Sequence[Any]) -> str:
     """The cells with where they stand."""
-    from fedllm_sec import cells
+    from fedllm_sec.grid import cells
 
     width = max(len(cell.slug) for cell in chosen)
     lines = [f"{cell.slug:<{width}}  {cells.status(cell)}{'  (twin)' if cell.twin is None else ''}" for cell in chosen]

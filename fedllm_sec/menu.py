@@ -13,7 +13,7 @@ from typing import Any
 
 from fedllm_sec import algorithms, attacks, defenses, models
 from fedllm_sec.data import partition
-from fedllm_sec.resolve import Menu, did_you_mean, settings_of
+from fedllm_sec.recipe.resolve import Menu, did_you_mean, settings_of
 
 # Where the names come from, and where they stand in a recipe.
 MENUS: dict[str, Menu] = {

@@ -7,7 +7,7 @@
 A check returns nothing, or raises AssertionError with the name of the property that does not hold.
 """
 
+from fedllm_sec.attacks.conformance import check_attack
 from fedllm_sec.defenses.conformance import check_defense
-from fedllm_sec.testing_attacks import check_attack
 
 __all__ = ["check_attack", "check_defense"]

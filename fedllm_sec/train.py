@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec import recipe as recipes
 from fedllm_sec.errors import FedError, RecipeError
-from fedllm_sec.history import RoundRecord, RunFolder, read_history, write_json
-from fedllm_sec.outcomes import lifespan
-from fedllm_sec.recipe import Recipe
-from fedllm_sec.resolve import did_you_mean
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.recipe.reading import Recipe
+from fedllm_sec.recipe.resolve import did_you_mean
+from fedllm_sec.records.history import RoundRecord, RunFolder, read_history, write_json
+from fedllm_sec.records.outcomes import lifespan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{options.recipe}: fine ({len(variants)} run{'s' if len(variants) > 1 else ''}).")
             return 0
         if options.explain:
-            from fedllm_sec.explain import explain
+            from fedllm_sec.build.explain import explain
 
             print(explain(variants))
             return 0
@@ -73,7 +73,7 @@ def _command(options: argparse.Namespace) -> str:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
     """The runs a recipe asks for, by variant name ("" where it is one run); all mistakes at once."""
-    from fedllm_sec.build import menu_problems, rehearse
+    from fedllm_sec.build.federation import menu_problems, rehearse
 
     raw = recipes.read(path, overrides)
     if "axes" in raw:
@@ -106,7 +106,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
 
 def run_all(variants: dict[str, Recipe], command: str) -> Path:
     """Run every variant, then write one report over them; gives the folder."""
-    from fedllm_sec.loaded import Loaded
+    from fedllm_sec.build.loaded import Loaded
 
     quiet()
     first = next(iter(variants.values()))
@@ -133,7 +133,7 @@ def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) 
     import torch
     from accelerate import Accelerator
 
-    from fedllm_sec.compute import Machine
+    from fedllm_sec.rounds.compute import Machine
 
     threads = [n for n in (recipe.compute.threads, most_threads) if n is not None]
     if threads:
@@ -162,7 +162,7 @@ def run_one(recipe: Recipe, machine: Any, command: str, loaded: Any, say: Callab
     """
     import torch
 
-    from fedllm_sec.build import build, run, save
+    from fedllm_sec.build.federation import build, run, save
 
     on_terminal, say = say is None, say or functools.partial(print, flush=True)
     folder, text = RunFolder(Path(recipe.output.folder)), recipes.dump(recipe)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from fedllm_sec.attacks import MENU, needs
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, ThreatView
-from fedllm_sec.resolve import resolve
+from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("byzantine_zero", {}), ("byzantine_random", {}), ("byzantine_flip", {}), ("gaussian", {}),

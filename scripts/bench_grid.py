@@ -21,10 +21,10 @@ from typing import Any
 
 import yaml
 
-from fedllm_sec import cells, grid
-from fedllm_sec.build import build, run
-from fedllm_sec.history import read_history
-from fedllm_sec.loaded import Loaded
+from fedllm_sec.build.federation import build, run
+from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.grid import cells, grid
+from fedllm_sec.records.history import read_history
 from fedllm_sec.train import make_machine, quiet
 
 QUICK = Path(__file__).parents[1] / "recipes" / "grids" / "quick.yaml"

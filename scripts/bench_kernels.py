@@ -37,9 +37,9 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses import MENU
+from fedllm_sec.matrix.rowfile import save_rows
+from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
 from fedllm_sec.protocols import RoundContext
-from fedllm_sec.rowfile import save_rows
-from fedllm_sec.updates import UpdateMatrix, new_rows
 
 Call = Callable[[], Any]
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from fedllm_sec import memory
-from fedllm_sec.build import build
-from fedllm_sec.build_text import load_task
-from fedllm_sec.client import endless, make_optimizer, train_locally
-from fedllm_sec.compute import Machine
+from fedllm_sec.build.federation import build
+from fedllm_sec.build.text import load_task
+from fedllm_sec.matrix import memory
+from fedllm_sec.rounds.client import endless, make_optimizer, train_locally
+from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import generator_for
 from fedllm_sec.train import load, quiet
 

@@ -19,14 +19,14 @@ import torch
 from accelerate import Accelerator
 
 from fedllm_sec.algorithms import fedavg
-from fedllm_sec.client import LocalTraining, make_optimizer
-from fedllm_sec.compute import Machine
 from fedllm_sec.defenses import MENU as DEFENSES
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.federation import Federation, play_round
 from fedllm_sec.models import MENU as MODELS
 from fedllm_sec.protocols import Client, Labelled
-from fedllm_sec.resolve import resolve
+from fedllm_sec.recipe.resolve import resolve
+from fedllm_sec.rounds.client import LocalTraining, make_optimizer
+from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.rounds.federation import Federation, play_round
 from fedllm_sec.tasks.classify import Classify
 
 SHAPE, CLASSES = (1, 28, 28), 10

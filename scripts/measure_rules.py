@@ -21,10 +21,10 @@ from torch import Tensor
 
 import fedllm_sec
 from fedllm_sec.defenses import MENU
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
-from fedllm_sec.resolve import settings_of
+from fedllm_sec.recipe.resolve import settings_of
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 HONEST, BAD, D, ROUNDS, SEEDS = 15, 5, 4096, 6, 3
 LAYOUT = Layout(tuple(f"layers.{i // 2}.lora_{'AB'[i % 2]}" for i in range(8)), ((8, 64), (64, 8)) * 4)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from fedllm_sec import recipe as recipes
-from fedllm_sec.build import build, menu_problems, run
-from fedllm_sec.compute import Machine
+from fedllm_sec.build.federation import build, menu_problems, run
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.rounds.compute import Machine
 
 
 def made(raw: dict[str, Any]):

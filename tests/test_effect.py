@@ -8,12 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fedllm_sec import recipe as recipes
-from fedllm_sec.build import build, menu_problems
-from fedllm_sec.compute import Machine
-from fedllm_sec.federation import run
-from fedllm_sec.history import RoundRecord
-from fedllm_sec.loaded import Loaded
+from fedllm_sec.build.federation import build, menu_problems
+from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.records.history import RoundRecord
+from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.rounds.federation import run
 from tests.conftest import ROOT
 
 LOADED = Loaded()  # one base model for all runs of this file

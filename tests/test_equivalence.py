@@ -17,12 +17,12 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from fedllm_sec import recipe as recipes
-from fedllm_sec.build import menu_problems
-from fedllm_sec.compute import Machine
+from fedllm_sec.build.federation import menu_problems
+from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.errors import ResumeError
-from fedllm_sec.history import RunFolder
-from fedllm_sec.loaded import Loaded
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.records.history import RunFolder
+from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.train import run_one
 
 LOADED = Loaded()  # one base model for all runs of this file
@@ -148,7 +148,7 @@ def test_the_size_of_column_blocks_does_not_change_a_run(small, tmp_path):
 
 def test_gradient_accumulation_gives_the_same_gradient(small, tmp_path):
     torch.set_num_threads(1)
-    from fedllm_sec.build import build
+    from fedllm_sec.build.federation import build
 
     recipe = recipes.check(small, menu_problems)
     federation = build(recipe, Machine(Accelerator(cpu=True)))

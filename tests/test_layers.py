@@ -1,4 +1,4 @@
-"""Imports go one way: each part may import only what lies below it."""
+"""Imports go one way: a room of the package imports only rooms on lower floors."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ import fedllm_sec
 
 PACKAGE = Path(fedllm_sec.__file__).parent
 
-# part -> layer; a module may import its own part and parts of lower layers. Parts of layer 3 do not import each other.
-LAYERS = {
-    "errors": 0, "seeds": 0, "resolve": 1, "history": 1, "rowfile": 1, "fetching": 1,
-    "outcomes": 2, "sections": 2, "updates": 2, "loaded": 3,
-    "recipe": 3, "kernels": 3, "protocols": 4,
-    "tasks": 5, "models": 5, "data": 5, "attacks": 5, "defenses": 5, "algorithms": 5, "evaluation": 5,
-    "api": 6, "client": 6, "compute": 6, "memory": 6, "parts": 6, "testing": 8, "testing_attacks": 7, "federation": 7,
-    "build_text": 8, "build_arrays": 8, "build_characters": 8, "build_threat": 8, "distillation": 8,
-    "build_transfer": 9, "rehearsal": 9, "build": 10, "menu": 11, "cost": 11, "fedml": 11, "explain": 12, "train": 13,
-    "axes": 4, "grid": 11, "cells": 14, "workers": 15, "results": 15, "benchmark": 16,
-    "report": 3, "__init__": 20,
-}  # fmt: skip
+# From the ground up: a room may import itself and the rooms of lower floors, so no two rooms import each other.
+FLOORS = (
+    {"errors", "seeds"},
+    {"recipe", "matrix", "records"},
+    {"kernels", "models", "report"},
+    {"protocols"},
+    {"tasks", "data", "attacks", "defenses", "algorithms", "evaluation"},
+    {"rounds", "api", "testing", "menu"},
+    {"build"},
+    {"train", "fedml"},
+    {"grid"},
+    {"benchmark"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+DOORS = ("__init__.py", "__main__.py", "recipe/__main__.py")  # what a person types: may open onto any room
 
 
-def part_of(path: Path) -> str:
+def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path) -> set[str]:
+def imported_rooms(path: Path) -> set[str]:
     found = set()
     module = ast.parse(path.read_text())
-    # what stands under `if __name__ == "__main__"` runs only where nobody imports the module
-    module.body = [
-        node for node in module.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))
-    ]
     for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedllm_sec"):
             rest = (node.module or "").split(".")[1:]
@@ -48,18 +47,33 @@ def imported_parts(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_imports_only_what_lies_below_it(path: Path):
-    own = part_of(path)
-    if own == "__init__":
+def test_a_module_imports_only_rooms_on_lower_floors(path: Path):
+    if path.relative_to(PACKAGE).as_posix() in DOORS:
         return
-    assert own in LAYERS, f"{own} has no layer: give it one here"
-    for other in imported_parts(path) - {own}:
-        assert LAYERS[other] < LAYERS[own], f"{path.name} ({own}) imports {other}, which is not below it"
+    own = room_of(path)
+    assert own in FLOOR, f"{own} is on no floor: give it one here"
+    for other in imported_rooms(path) - {own}:
+        assert FLOOR[other] < FLOOR[own], f"{path.name} ({own}) imports {other}, which is not below it"
+
+
+def test_the_top_of_the_package_stays_small():
+    names = [p.name for p in PACKAGE.iterdir() if p.name != "__pycache__"]
+    assert len(names) <= 26, f"{len(names)} entries: is a room missing? {sorted(names)}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_tells_one_story(path: Path):
+    assert len(path.read_text().splitlines()) <= 320, f"{path.name} holds more than one story: cut it"
+
+
+@pytest.mark.parametrize("room", sorted(p.parent for p in PACKAGE.rglob("__init__.py")), ids=lambda p: p.name)
+def test_a_room_says_what_it_is_for(room: Path):
+    assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), f"{room.name}/__init__.py says nothing"
 
 
 def test_report_reads_history_only():
     for path in (PACKAGE / "report").rglob("*.py"):
-        assert imported_parts(path) <= {"report", "history", "errors", "outcomes"}, path
+        assert imported_rooms(path) <= {"report", "records", "errors"}, path
 
 
 def test_importing_the_package_does_nothing_heavy():

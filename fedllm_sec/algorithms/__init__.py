@@ -11,7 +11,7 @@ from fedllm_sec.algorithms.local import DriftCorrection, DynamicRegularizer, Fed
 from fedllm_sec.algorithms.server import Adaptive, ControlledSgd, DynamicServer, EffectiveSteps, Sgd
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import Algorithm
-from fedllm_sec.resolve import Entry
+from fedllm_sec.recipe.resolve import Entry
 
 
 def fedavg(*, server_lr: float = 1.0, server_momentum: float = 0.0) -> Algorithm:

@@ -25,7 +25,7 @@ from fedllm_sec.attacks.update.simple import (
     model_replacement,
 )
 from fedllm_sec.attacks.update.spread import alie, ipm, min_max, min_sum, tailored
-from fedllm_sec.resolve import Entry
+from fedllm_sec.recipe.resolve import Entry
 
 # fmt: off
 MENU: dict[str, Entry] = {

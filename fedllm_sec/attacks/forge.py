@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fedllm_sec.attacks import MENU
 from fedllm_sec.errors import AttackError, RecipeError
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, ThreatView
-from fedllm_sec.resolve import resolve
+from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 
 def forge(

@@ -1,0 +1,1 @@
+"""Reading data sets, and dealing their rows to clients."""

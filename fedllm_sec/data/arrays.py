@@ -12,7 +12,7 @@ import torch
 
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import Labelled
-from fedllm_sec.resolve import did_you_mean
+from fedllm_sec.recipe.resolve import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fedllm_sec.errors import DataError
-from fedllm_sec.resolve import Entry
+from fedllm_sec.recipe.resolve import Entry
 
 Shards = list[np.ndarray]
 Partition = Callable[[np.ndarray, int, np.random.Generator], Shards]  # labels (rows,), clients, rng

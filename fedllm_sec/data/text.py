@@ -10,7 +10,7 @@ import numpy as np
 
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import TEXT_COLUMNS
-from fedllm_sec.resolve import did_you_mean
+from fedllm_sec.recipe.resolve import did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset

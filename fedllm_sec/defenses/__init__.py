@@ -20,7 +20,7 @@ from fedllm_sec.defenses.residual import residual_reweighting
 from fedllm_sec.defenses.similarity import FoolsGold
 from fedllm_sec.defenses.spectral import caf, dnc, smea
 from fedllm_sec.defenses.trust import fltrust, monna
-from fedllm_sec.resolve import Entry
+from fedllm_sec.recipe.resolve import Entry
 
 # fmt: off
 MENU: dict[str, Entry] = {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import bucket_matrix, need, need_f, random_order
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.protocols import RoundContext
-from fedllm_sec.updates import UpdateMatrix
 
 
 def clip_factors(norms: Tensor, radius: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import LocalContext
-from fedllm_sec.resolve import did_you_mean
+from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.seeds import generator_for
 
 

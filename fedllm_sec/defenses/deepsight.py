@@ -9,8 +9,8 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.cluster import cosine_distances, hdbscan_labels
 from fedllm_sec.defenses.filters import by_id, clip_factors, midpoint
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 
 def output_layer(layout: Layout, layer: str | None) -> str:

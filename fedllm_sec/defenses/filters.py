@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need, need_f
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
-from fedllm_sec.updates import UpdateMatrix
 
 
 def by_id(ids: Sequence[str]) -> Tensor:

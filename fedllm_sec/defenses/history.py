@@ -15,8 +15,8 @@ from fedllm_sec.defenses.filters import by_id, midpoint
 from fedllm_sec.defenses.geometric import geometric_median
 from fedllm_sec.defenses.similarity import cosines, foolsgold_weights
 from fedllm_sec.errors import DefenseError
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
-from fedllm_sec.updates import UpdateMatrix
 
 TINY = torch.finfo(torch.float64).tiny
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import lowest, need, need_f
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
-from fedllm_sec.updates import UpdateMatrix
 
 
 def krum_scores(sq_distances: Tensor, neighbours: int) -> Tensor:

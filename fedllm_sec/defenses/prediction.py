@@ -11,8 +11,8 @@ from torch import Tensor
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.filters import by_id
 from fedllm_sec.defenses.history import RowMemory
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
-from fedllm_sec.updates import UpdateMatrix
 
 REFERENCES = 20  # uniform samples for the gap statistic
 

@@ -15,8 +15,8 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import lowest, need, need_f
 from fedllm_sec.defenses.filters import by_id, mask_of, subsets
 from fedllm_sec.defenses.geometric import central_row
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
-from fedllm_sec.updates import UpdateMatrix
 
 
 def centred_products(sq_distances: Tensor, weights: Tensor) -> Tensor:

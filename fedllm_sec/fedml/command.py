@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from fedllm_sec import recipe as recipes
-from fedllm_sec.build import menu_problems, rehearse
+from fedllm_sec.build.federation import menu_problems, rehearse
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.fedml.notes import flatten
 from fedllm_sec.fedml.translate import line, translate
+from fedllm_sec.recipe import reading as recipes
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from fedllm_sec.models.lenet import lenet
 from fedllm_sec.models.logistic import logistic
 from fedllm_sec.models.resnet import resnet, resnet18
 from fedllm_sec.models.rnn import lstm
-from fedllm_sec.resolve import Entry
+from fedllm_sec.recipe.resolve import Entry
 
 # the kind is the task that a model serves
 MENU: dict[str, Entry] = {

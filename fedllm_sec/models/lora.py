@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.resolve import did_you_mean
-from fedllm_sec.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.recipe.resolve import did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fedllm_sec.sections import Model
+    from fedllm_sec.recipe.sections import Model
 
 
 def source_of(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedllm_sec.errors import FedError
-from fedllm_sec.history import write_atomic
+from fedllm_sec.records.history import write_atomic
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
 from fedllm_sec.report.page import render, summary_text

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from fedllm_sec.history import RoundRecord
+from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.report.measures import defense_name, plain, plural
 from fedllm_sec.report.plots import (
     BLUE,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedllm_sec.history import RoundRecord
+from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.report.runs import Run, methods
 
 

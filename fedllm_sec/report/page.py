@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.history import write_atomic
+from fedllm_sec.records.history import write_atomic
 from fedllm_sec.report import client_plots, plots, tables, words
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid

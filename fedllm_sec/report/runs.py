@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fedllm_sec.errors import FedError, ResumeError
-from fedllm_sec.history import RoundRecord, read_history
+from fedllm_sec.records.history import RoundRecord, read_history
 
 try:
     VERSION = version("fedllm_sec")

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import AttackError, DataError
+from fedllm_sec.matrix.updates import Layout
 from fedllm_sec.tasks.flat import flatten
-from fedllm_sec.updates import Layout
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from fedllm_sec.sections import Data
+    from fedllm_sec.recipe.sections import Data
 
 GROUPED_BATCHES = 8  # rows are sorted by length within so many batches at a time
 

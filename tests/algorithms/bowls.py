@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fedllm_sec.attacks.threat import Threat
-from fedllm_sec.compute import Machine
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.federation import Federation
 from fedllm_sec.protocols import Algorithm, Client, LocalTraining, ThreatView
-from fedllm_sec.resolve import resolve
+from fedllm_sec.recipe.resolve import resolve
+from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.rounds.federation import Federation
 from tests.toy import Quadratic
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fedllm_sec import recipe as recipes
 from fedllm_sec.algorithms.gkt import transfer_loss
-from fedllm_sec.build import build, menu_problems, rehearse, run
-from fedllm_sec.compute import Machine
+from fedllm_sec.build.federation import build, menu_problems, rehearse, run
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.rounds.compute import Machine
 
 DIGITS: dict[str, Any] = {
     "seed": 2,

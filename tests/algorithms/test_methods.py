@@ -8,8 +8,8 @@ import torch
 from fedllm_sec.algorithms import fedavg, feddyn, fednova, fedprox, fedsgd, scaffold
 from fedllm_sec.algorithms.fitting import step_factors
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.federation import run
 from fedllm_sec.protocols import LocalTraining
+from fedllm_sec.rounds.federation import run
 from tests.algorithms.bowls import STEEP, bowl, federate, optimum, sgd
 
 

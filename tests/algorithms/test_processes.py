@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fedllm_sec import recipe as recipes
-from fedllm_sec.build import menu_problems, rehearse
+from fedllm_sec.build.federation import menu_problems, rehearse
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe import reading as recipes
 from tests.test_equivalence import finish, launch
 
 DIGITS: dict[str, Any] = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedllm_sec.algorithms import MENU, fednova
-from fedllm_sec.federation import run
 from fedllm_sec.protocols import Algorithm, Client, LocalTraining
+from fedllm_sec.rounds.federation import run
 from tests.algorithms.bowls import bowl, federate, optimum, sgd
 
 METHODS = [name for name in MENU if name != "fedgkt"]

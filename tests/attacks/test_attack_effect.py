@@ -7,11 +7,11 @@ import torch
 
 import fedllm_sec
 from fedllm_sec import kernels
+from fedllm_sec.attacks.conformance import train_with
 from fedllm_sec.attacks.local.stealth import PGD
 from fedllm_sec.defenses import MENU as DEFENSES
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.testing_attacks import train_with
-from fedllm_sec.updates import UpdateMatrix
 
 D = 400
 
@@ -124,8 +124,8 @@ def test_a_projected_backdoor_passes_norm_clipping_untouched():
 
 
 def test_the_gauge_hides_a_long_model_update_behind_short_factors():
+    from fedllm_sec.attacks.conformance import example_view
     from fedllm_sec.attacks.update.gauge import lora_gauge
-    from fedllm_sec.testing_attacks import example_view
 
     view = example_view(m=1)
     loud, quiet = lora_gauge(view, factor=20.0), view.own

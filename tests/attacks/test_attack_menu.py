@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedllm_sec.attacks import KNOWLEDGE, MENU, NOT_FINITE, needs
+from fedllm_sec.attacks.conformance import check_attack, example_view
 from fedllm_sec.errors import AttackError
-from fedllm_sec.resolve import settings_of
-from fedllm_sec.testing_attacks import check_attack, example_view
+from fedllm_sec.recipe.resolve import settings_of
 
 TARGETS = {"data_text": {"target": "Sports"}, "data": {"target": "Sports"}, "data_image": {"target": 1}}
 SETTINGS = {"label_flip": {"mapping": {"World": "Sports"}}, "safety_misalign": {}}

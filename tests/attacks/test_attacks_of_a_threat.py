@@ -9,10 +9,10 @@ import torch
 from fedllm_sec.attacks import MENU, NOT_FINITE, needs
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.errors import AttackError
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision
-from fedllm_sec.resolve import resolve
+from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 LAYOUT = Layout(("q.lora_A.default.weight", "q.lora_B.default.weight"), ((4, 30), (20, 4)))
 UPDATE = [name for name, entry in MENU.items() if entry.kind == "update"]

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from fedllm_sec import recipe as recipes
-from fedllm_sec.build import build, menu_problems
-from fedllm_sec.compute import Machine
-from fedllm_sec.federation import run
-from fedllm_sec.history import RoundRecord
-from fedllm_sec.loaded import Loaded
+from fedllm_sec.build.federation import build, menu_problems
+from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.records.history import RoundRecord
+from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.rounds.federation import run
 
 LOADED = Loaded()
 SLOW = pytest.mark.slow

@@ -4,13 +4,13 @@ import pytest
 import torch
 from datasets import Dataset
 
+from fedllm_sec.attacks.conformance import images, text_rows
 from fedllm_sec.attacks.data.distributed import DBA
 from fedllm_sec.attacks.data.images import EdgeCase, PixelTrigger, Semantic
 from fedllm_sec.attacks.data.labels import LabelFlip
 from fedllm_sec.errors import AttackError
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.testing_attacks import images, text_rows
 
 
 def rng():

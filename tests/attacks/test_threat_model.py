@@ -8,16 +8,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fedllm_sec import recipe as recipes
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.attacks.update.riders import Mimic
-from fedllm_sec.build import build, menu_problems, rehearse
-from fedllm_sec.compute import Machine
+from fedllm_sec.build.federation import build, menu_problems, rehearse
+from fedllm_sec.build.loaded import poison_key
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.federation import run
-from fedllm_sec.loaded import poison_key
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.protocols import ThreatView
-from fedllm_sec.updates import UpdateMatrix
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.rounds.federation import run
 
 IDS = [f"c{i}" for i in range(10)]
 DIGITS: dict[str, Any] = {

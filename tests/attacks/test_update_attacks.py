@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fedllm_sec
+from fedllm_sec.attacks.conformance import example_view
 from fedllm_sec.attacks.update.columns import beyond, columns, scatter
 from fedllm_sec.attacks.update.fang import fang, krum_would_take
 from fedllm_sec.attacks.update.gauge import lora_gauge, lora_pairs
@@ -16,10 +17,9 @@ from fedllm_sec.attacks.update.search import strongest
 from fedllm_sec.attacks.update.simple import model_replacement
 from fedllm_sec.attacks.update.spread import alie_z, largest, tailored
 from fedllm_sec.errors import AttackError
+from fedllm_sec.matrix.updates import Layout
 from fedllm_sec.protocols import Decision
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.testing_attacks import example_view
-from fedllm_sec.updates import Layout
 
 LINE = torch.tensor([[0.0], [0.0], [3.0]])  # mean 1, population deviation sqrt 2
 

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 KINDS = ("random", "heavy_tailed", "tiny", "huge")
 

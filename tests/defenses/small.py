@@ -2,9 +2,9 @@
 
 import torch
 
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 
 def matrix(rows, **given):

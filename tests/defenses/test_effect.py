@@ -5,10 +5,10 @@ import torch
 
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
-from fedllm_sec.resolve import resolve
+from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 D, CLIENTS, ATTACKERS, ROUNDS = 60, 16, 3, 40
 

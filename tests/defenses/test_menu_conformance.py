@@ -7,7 +7,7 @@ import torch
 
 from fedllm_sec import Decision, kernels
 from fedllm_sec.defenses import MENU
-from fedllm_sec.resolve import settings_of
+from fedllm_sec.recipe.resolve import settings_of
 from fedllm_sec.testing import check_defense
 
 # Settings for the kit's 16 clients, where a name needs some.

@@ -8,9 +8,9 @@ import torch
 
 from fedllm_sec import defenses as menu
 from fedllm_sec.defenses.checks import random_order
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.seeds import generator_for
-from fedllm_sec.updates import Layout, UpdateMatrix
 from tests.defenses import references as ref
 
 D = 43

@@ -13,7 +13,7 @@ import pytest
 
 from fedllm_sec.errors import FedError
 from fedllm_sec.evaluation.intervals import wilson
-from fedllm_sec.history import write_json
+from fedllm_sec.records.history import write_json
 from fedllm_sec.report.grid import details, heat, tables, words
 from fedllm_sec.report.grid.folder import DONE, FAILED, PARTIAL, UNREADABLE, WAITING, read_grid
 from fedllm_sec.report.grid.intervals import difference, over_seeds

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedllm_sec.history import write_json
+from fedllm_sec.records.history import write_json
 from fedllm_sec.report.__main__ import main
 from fedllm_sec.report.page import write_report
 from tests.report.browser import Browser, chromium

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedllm_sec.errors import FedError
-from fedllm_sec.history import write_json
+from fedllm_sec.records.history import write_json
 from fedllm_sec.report.runs import read_runs
 
 MakeRun = Callable[..., Path]

@@ -9,14 +9,14 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from fedllm_sec import recipe as recipes
-from fedllm_sec.build import menu_problems
-from fedllm_sec.build_text import load_task
-from fedllm_sec.compute import Machine
+from fedllm_sec.build.federation import menu_problems
+from fedllm_sec.build.text import load_task
 from fedllm_sec.errors import AttackError, RecipeError
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
 from fedllm_sec.models.lora import product_gap, save_adapter
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.tasks.causal_lm import CausalLM
-from fedllm_sec.updates import Layout, UpdateMatrix
 
 
 def make(raw) -> CausalLM:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedllm_sec.attacks.data.labels import LabelFlip
-from fedllm_sec.build_characters import CharacterFlip
+from fedllm_sec.build.characters import CharacterFlip
 from fedllm_sec.data.characters import cut
 from fedllm_sec.errors import AttackError
 from fedllm_sec.evaluation.characters import CharEvaluation

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fedllm_sec.errors import AttackError
-from fedllm_sec.resolve import did_you_mean
+from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.seeds import generator_for
 
 if TYPE_CHECKING:

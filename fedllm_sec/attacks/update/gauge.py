@@ -10,8 +10,8 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.attacks.update.simple import need_positive
 from fedllm_sec.errors import AttackError
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix, new_rows
 from fedllm_sec.protocols import ThreatView
-from fedllm_sec.updates import Layout, UpdateMatrix, new_rows
 
 A_FACTOR = re.compile(r"(^|\.)lora_A(\.|$)(.*\.)?weight$")
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import AttackError, CohortError, DefenseError
+from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.protocols import Decision, ThreatView
-from fedllm_sec.updates import UpdateMatrix
 
 
 def known_rule(view: ThreatView, name: str) -> tuple[Callable[[UpdateMatrix], Decision], Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.errors import AttackError, CohortError
+from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
 from fedllm_sec.protocols import ThreatView
-from fedllm_sec.updates import UpdateMatrix, new_rows
 
 STRETCH = 2**20  # numbers from one generator
 PIECE = 2**15  # of these, how many are drawn and scaled while they are in the cache

@@ -11,8 +11,8 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.attacks.update.sight import median_norm, noisy, random_directions, repeat
 from fedllm_sec.errors import AttackError
+from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
 from fedllm_sec.protocols import ThreatView
-from fedllm_sec.updates import UpdateMatrix, new_rows
 
 
 def need_positive(value: float, place: str) -> None:

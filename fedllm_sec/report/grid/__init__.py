@@ -1,0 +1,1 @@
+"""The page of a grid: its heat-maps, curves, tables and sentences."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from fedllm_sec.outcomes import lifespan
+from fedllm_sec.records.outcomes import lifespan
 from fedllm_sec.report.client_plots import clients_of, malicious_of
 from fedllm_sec.report.grid.folder import Cell, Grid
 from fedllm_sec.report.grid.numbers import View

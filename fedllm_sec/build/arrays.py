@@ -1,0 +1,169 @@
+"""The parts of a run of a small model on arrays: rows, shards, the task, held-out rows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedllm_sec.attacks.data.images import EdgeCase, Semantic
+from fedllm_sec.attacks.data.labels import LabelFlip
+from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
+from fedllm_sec.build.parts import Parts, Split, make_model, poison
+from fedllm_sec.data import arrays
+from fedllm_sec.errors import AttackError, RecipeError
+from fedllm_sec.evaluation.arrays import ArrayEvaluation
+from fedllm_sec.evaluation.samples import Features, SampleEvaluation
+from fedllm_sec.models.darts import genotype
+from fedllm_sec.protocols import Labelled
+from fedllm_sec.recipe.sections import ArrayData, Recipe
+from fedllm_sec.records.history import write_atomic, write_json
+from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.seeds import generator_for, seed_for
+from fedllm_sec.tasks.classify import Classify
+from fedllm_sec.tasks.gan import Gan
+from fedllm_sec.tasks.nas import Nas
+
+GRID = 8  # generated images in a row and in a column of samples.png
+
+
+def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, loaded: Loaded) -> Parts:
+    """Data are read, split and poisoned before the model is made; what `loaded` holds already is used again."""
+    train, test = loaded.get("rows", data_key(recipe), lambda: load_rows(recipe))
+
+    def deal() -> tuple[Labelled, dict[str, Labelled]]:
+        root, shares = split(train.y.numpy())
+        return arrays.subset(train, root), {id: arrays.subset(train, rows) for id, rows in shares.items()}
+
+    def moved(rows: Mapping[str, Labelled]) -> dict[str, Labelled]:
+        return {id: arrays.to_device(part, machine.device) for id, part in rows.items()}
+
+    root, shards = loaded.get("split", split_key(recipe), deal)
+    poisoned = loaded.get(
+        "poisoned shard", poison_key(recipe), lambda: moved(poison(recipe.seed, threat, shards, test))
+    )
+    task_key = recipe.model_dump_json(include={"task", "model", "data", "seed"})
+    evaluation: Any
+    if recipe.task == "gan":
+        task = loaded.get("task", task_key, lambda: gan_task(recipe, machine, train))
+        evaluation = sample_evaluation(recipe, task, train, test)
+    else:
+        task = loaded.get("task", task_key, lambda: classify_task(recipe, machine, train))
+        evaluation = loaded.get(
+            "evaluation", probe_key(recipe), lambda: make_evaluation(recipe, test, threat, machine.device)
+        )
+    return Parts(
+        task=task,
+        shards=loaded.get("shard", split_key(recipe), lambda: moved(shards)),
+        poisoned=poisoned,
+        root=arrays.to_device(root, machine.device) if len(root.y) else None,
+        evaluation=evaluation,
+    )
+
+
+def load_rows(recipe: Recipe) -> tuple[Labelled, Labelled]:
+    """Clean training and test rows."""
+    data: ArrayData = recipe.data
+    train, test = arrays.load(data.name, data.config, data.train, data.test, data.image, data.label, data.classes)
+
+    def drawn(part: str) -> np.random.Generator:
+        return np.random.default_rng(seed_for(recipe.seed, "rows", part))
+
+    return arrays.sample(train, data.train_rows, drawn("train")), arrays.sample(test, data.test_rows, drawn("test"))
+
+
+def classify_task(recipe: Recipe, machine: Machine, train: Labelled) -> Classify:
+    """The classifier, or the search for one; its input is normalised by each channel's training mean and deviation."""
+    axes = (0, *range(2, train.x.ndim))
+    kind = Nas if recipe.task == "nas" else Classify
+    return kind(
+        make_model(recipe, tuple(train.x.shape[1:]), train.classes),
+        machine.device,
+        mean=train.x.mean(axes),
+        std=train.x.std(axes).clamp_min(1e-3),
+        flip=recipe.data.flip,
+        crop=recipe.data.crop,
+    )
+
+
+def gan_task(recipe: Recipe, machine: Machine, train: Labelled) -> Gan:
+    """Generator and discriminator; images of training are neither mirrored nor shifted."""
+    if recipe.data.flip or recipe.data.crop:
+        raise RecipeError("data: flip and crop do not act on a GAN's images. Remove them.")
+    return Gan(make_model(recipe, tuple(train.x.shape[1:]), train.classes), machine.device)
+
+
+def sample_evaluation(recipe: Recipe, task: Gan, train: Labelled, test: Labelled) -> SampleEvaluation:
+    """Held-out images in the principal components of the training images, and fixed noise to compare them with."""
+    settings = recipe.evaluate
+    rng = generator_for(recipe.seed, "evaluation")
+    features = Features.of(train.x)
+    real = test.x[torch.randperm(len(test.y), generator=rng)[: settings.samples]]
+    noise = torch.randn(settings.samples, task.model.noise, generator=rng)
+    return SampleEvaluation(features, features(real), noise, settings.batch_size)
+
+
+def make_evaluation(recipe: Recipe, test: Labelled, threat: Threat | None, device: torch.device) -> ArrayEvaluation:
+    """Held-out rows for quality, and triggered and clean ones for the attack."""
+    settings = recipe.evaluate
+    rng = np.random.default_rng(seed_for(recipe.seed, "evaluation"))
+    quality = arrays.sample(test, settings.rows, rng)
+    evaluation = ArrayEvaluation(test=arrays.to_device(quality, device), batch_size=settings.batch_size)
+    if threat is None or not threat.data:
+        return evaluation
+    attack = threat.data[0]  # the first is the one whose success is measured
+    triggered = arrays.sample(attack.probe(test), settings.attack_rows, rng)
+    clean = arrays.sample(arrays.subset(test, innocent(attack, test)), settings.attack_rows, rng)
+    if len(triggered.y) == 0 or len(clean.y) == 0:
+        raise AttackError("attack.data.0: the test set has no row on which its success could be measured.")
+    evaluation.triggered = arrays.to_device(triggered, device)
+    evaluation.clean = arrays.to_device(clean, device)
+    classes = range(test.classes)
+    evaluation.hits = torch.tensor([[bool(attack.success(said, truth)) for said in classes] for truth in classes])
+    return evaluation
+
+
+def innocent(attack: Any, test: Labelled) -> torch.Tensor:
+    """Numbers of the clean rows on which the attack should not show: not of its target, nor those it acts on as is."""
+    wanted = torch.tensor([bool(attack.success(c, c)) for c in range(test.classes)])
+    spared = ~wanted[test.y]
+    if isinstance(attack, LabelFlip):
+        spared &= ~torch.isin(test.y, torch.tensor([int(c) for c in attack.mapping]))
+    elif isinstance(attack, EdgeCase):
+        spared[attack.rows(test)] = False
+    elif isinstance(attack, Semantic):
+        spared[attack.rows(test, attack.probe_listed)] = False
+    return spared.nonzero().flatten()
+
+
+def save_model(task: Any, folder: Path) -> None:
+    """Write the model's parameters to model.safetensors, a GAN's samples.png, a search's genotype.json."""
+    from safetensors.torch import save
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in task.layout.split(task.parameters.detach()).items()}
+    write_atomic(folder / "model.safetensors", save(tensors))
+    if isinstance(task, Gan):
+        task.model.eval()
+        noise = torch.randn(GRID * GRID, task.model.noise, generator=generator_for(0, "grid"))
+        write_atomic(folder / "samples.png", grid(task.samples(noise).cpu()))
+        task.model.train()
+    if isinstance(task, Nas):
+        found = {kind: genotype(tensors[f"arch_{kind}"], task.model.nodes) for kind in ("normal", "reduce")}
+        write_json(folder / "genotype.json", found)
+
+
+def grid(images: torch.Tensor) -> bytes:
+    """Images (GRID * GRID, channels, height, width) from 0 to 1 side by side, as a PNG file."""
+    from PIL import Image
+
+    _, channels, height, width = images.shape
+    rows = images.view(GRID, GRID, channels, height, width).permute(0, 3, 1, 4, 2)
+    pixels = (rows.reshape(GRID * height, GRID * width, channels) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

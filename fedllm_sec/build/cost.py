@@ -1,0 +1,164 @@
+"""What a recipe costs, counted before it runs: parameters, bytes on the wire, local steps. No weight is loaded.
+
+Models are made on torch's meta device, where tensors have a shape and no memory: a language model from its
+configuration alone. Data are read where a count depends on them: shard sizes where clients train for epochs, the shape
+of images, the number of characters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedllm_sec.algorithms.gkt import EdgeNet, KnowledgeTransfer
+from fedllm_sec.build import arrays as build_arrays
+from fedllm_sec.build import characters as build_characters
+from fedllm_sec.build import text as build_text
+from fedllm_sec.build.federation import local_training, make_algorithm, split_rows
+from fedllm_sec.build.parts import make_model
+from fedllm_sec.errors import FedError
+from fedllm_sec.models.lora import add_adapter, source_of
+from fedllm_sec.recipe.sections import Model, Recipe
+
+FLOAT = 4  # bytes of a float32: rows and trained vectors
+# NF4 with double quantisation: 4 bits a weight, 8 bits more for 64 weights, 32 bits more for 64 * 256
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of a model, and the bytes of those that stay frozen."""
+
+    trained: int  # d
+    frozen: int = 0
+    frozen_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training data as the model sees them: shape and classes of an input (None for text), rows of each client."""
+
+    shape: tuple[int, ...] | None
+    classes: int | None
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """None where it cannot be counted here; `reasons` says why. Bytes are for one client and one round."""
+
+    cohort: int  # n, clients of a round
+    weights: Weights | None
+    received: float | None
+    sent: float | None
+    steps: float | None  # local steps of all clients of a round
+    exact: bool  # whether every round has so many; else it is the mean over cohorts of unequal shards
+    sizes: tuple[int, ...] | None
+    deltas: bool = True  # whether clients send deltas, so that there is an update matrix
+    reasons: tuple[str, ...] = ()
+
+
+def cost(recipe: Recipe) -> Cost:
+    """The cost of one run."""
+    clients, method = recipe.clients, make_algorithm(recipe)
+    n = clients.per_round or clients.total
+    training, reasons = method.prepare(local_training(recipe), None), []
+    rows, weights = None, None
+    if recipe.task != "causal_lm" or training.steps is None:
+        try:
+            rows = rows_of(recipe)
+        except FedError as error:
+            reasons.append(str(error))
+    steps, exact = None, True
+    if training.steps is not None:
+        steps = float(training.steps * n)
+    elif rows is not None:
+        each = [training.steps_of(size) for size in rows.sizes]
+        steps, exact = n * sum(each) / len(each), n == len(each) or len(set(each)) == 1
+    sizes = rows.sizes if rows is not None else None
+    if isinstance(method, KnowledgeTransfer):
+        return _transfer_cost(recipe, method, n, rows, steps, exact, tuple(reasons))
+    try:
+        weights = weights_of(recipe, rows)
+    except FedError as error:
+        reasons.append(str(error))
+    if weights is None:
+        return Cost(n, None, None, None, steps, exact, sizes, reasons=tuple(reasons))
+    sent = float(FLOAT * weights.trained)
+    received = sent * (2 if method.control is not None else 1)
+    return Cost(n, weights, received, sent, steps, exact, sizes, reasons=tuple(reasons))
+
+
+def _transfer_cost(
+    recipe: Recipe,
+    method: KnowledgeTransfer,
+    n: int,
+    rows: Rows | None,
+    steps: float | None,
+    exact: bool,
+    reasons: tuple[str, ...],
+) -> Cost:
+    """FedGKT: features, logits and labels of every row go up, logits come down; the server's net stays where it is."""
+    if rows is None or rows.shape is None or rows.classes is None:
+        return Cost(n, None, None, None, steps, exact, None, False, reasons)
+    with torch.device("meta"):
+        edge = EdgeNet(rows.shape, rows.classes, channels=method.channels)
+        features = edge.features(torch.zeros(1, *rows.shape))
+        server = make_model(recipe, tuple(features.shape[1:]), rows.classes)
+    row, mean = features.numel(), sum(rows.sizes) / len(rows.sizes)
+    sent = mean * (FLOAT * (row + rows.classes) + 8)  # a label is an int64
+    weights = Weights(sum(p.numel() for p in server.parameters()))
+    return Cost(n, weights, mean * FLOAT * rows.classes, sent, steps, exact, rows.sizes, False, reasons)
+
+
+# ---------------------------------------------------------------- counting
+
+
+def rows_of(recipe: Recipe) -> Rows:
+    """Reads the training data and splits them as the run will."""
+    shape: tuple[int, ...] | None = None
+    classes: int | None = None
+    if recipe.task == "causal_lm":
+        labels = build_text.class_numbers(build_text.load_rows(recipe)[0])
+    elif recipe.task == "next_char":
+        text = build_characters.load_text(recipe)
+        shape, classes, labels = (recipe.data.length,), len(text.alphabet), text.speakers
+    else:
+        train, _ = build_arrays.load_rows(recipe)
+        shape, classes, labels = tuple(train.x.shape[1:]), train.classes, train.y.numpy()
+    shares = split_rows(recipe, labels)[1]
+    return Rows(shape, classes, tuple(len(rows) for rows in shares.values()))
+
+
+def weights_of(recipe: Recipe, rows: Rows | None) -> Weights | None:
+    """The parameters of the recipe's model; None where the data say its size and cannot be read."""
+    if recipe.task == "causal_lm":
+        return language_model(recipe.model)
+    if rows is None or rows.shape is None or rows.classes is None:
+        return None
+    with torch.device("meta"):
+        made = make_model(recipe, rows.shape, rows.classes)
+    return Weights(sum(p.numel() for p in made.parameters()))
+
+
+def language_model(model: Model) -> Weights:
+    """The base model and its adapter, from the configuration alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source_of(model.name))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise FedError(f'model.name: the configuration of "{model.name}" cannot be read ({reason}).') from error
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
+        head = base.get_output_embeddings()
+        packed = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head}
+        frozen = sum(p.numel() for p in base.parameters())
+        held = sum(
+            p.numel() * (NF4 if model.load_in_4bit and id(p) in packed else p.element_size()) for p in base.parameters()
+        )
+        plain = model.model_copy(update={"load_in_4bit": False, "gradient_checkpointing": False})
+        adapted = add_adapter(base, plain, 0)
+    return Weights(sum(p.numel() for p in adapted.parameters() if p.requires_grad), frozen, round(held))

@@ -1,0 +1,184 @@
+"""What a recipe would do, in words and numbers: `python -m fedllm_sec.train --explain recipe.yaml`. Nothing trains."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm_sec.algorithms.gkt import KnowledgeTransfer
+from fedllm_sec.build.cost import FLOAT, Cost, cost
+from fedllm_sec.build.federation import make_algorithm
+from fedllm_sec.build.threat import attacking, make_threat
+from fedllm_sec.menu import lines as menu_lines
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.report.runs import Run, methods
+from fedllm_sec.report.words import attack_card, defense_steps
+
+WIDTH = 110
+# What of a recipe its cost depends on: variants that share it are counted once.
+COUNTED = {"seed", "rounds", "task", "model", "data", "clients", "algorithm", "enable_defense", "defense"}
+
+
+def explain(variants: Mapping[str, Recipe]) -> str:
+    """The resolved recipe, then for each variant what differs, who attacks, what defends, and what it costs."""
+    first, *_ = variants.values()
+    out = [recipes.dump(first).rstrip()]
+    counted: dict[str, Cost] = {}
+    for name, recipe in variants.items():
+        key = recipe.model_dump_json(include=COUNTED)
+        if key not in counted:
+            counted[key] = cost(recipe)
+        title = name or "this run"
+        out += ["", f"{title}: {recipe.output.folder}", "=" * len(f"{title}: {recipe.output.folder}")]
+        if recipe is not first:
+            out += _section("Differs from the recipe above in", differences(first, recipe) or ["nothing"])
+        out += method(recipe) + threat(recipe) + defense(recipe) + bill(recipe, counted[key])
+    return "\n".join(out)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """`key.sub: new value` for everything that is not the same; the folder is left out."""
+
+    def walk(a: Any, b: Any, place: str) -> Iterable[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in dict.fromkeys([*a, *b]):
+                if a.get(key) != b.get(key):
+                    yield from walk(a.get(key), b.get(key), f"{place}.{key}" if place else key)
+        else:
+            yield f"{place}: {json.dumps(b, ensure_ascii=False)}"
+
+    skip = {"output": {"folder"}}
+    return list(walk(old.model_dump(mode="json", exclude=skip), new.model_dump(mode="json", exclude=skip), ""))
+
+
+# ---------------------------------------------------------------- words
+
+
+def _section(title: str, texts: Iterable[str]) -> list[str]:
+    wrapped = [textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ") for text in texts]
+    return [title, *(line for part in wrapped for line in part)]
+
+
+def _as_run(recipe: Recipe) -> Run:
+    """A run before its first round, as the report reads it."""
+    content = recipe.model_dump(mode="json")
+    return Run("", Path(recipe.output.folder), content, "", {}, ())
+
+
+def threat(recipe: Recipe) -> list[str]:
+    """Who attacks, when, what they see and what they do."""
+    run = _as_run(recipe)
+    card = attack_card(run, took_part=False)
+    if not card:
+        block = recipe.attack
+        watched = (
+            " (its trigger is tried on the clean model: the base rate)" if block is not None and block.data else ""
+        )
+        return _section("Threat", [f"nobody attacks{watched}"])
+    made = make_threat(recipe)
+    assert made is not None
+    active = sum(made.active(r) for r in range(1, recipe.rounds + 1))
+    n, total = recipe.clients.per_round or recipe.clients.total, recipe.clients.total
+    who, m = f"clients {', '.join(sorted(made.malicious))}", len(made.malicious)
+    if made.redrawn is not None:
+        who, m = f"in some round of this run: clients {', '.join(sorted(attacking(recipe, made)))}", made.redrawn
+    extra = {
+        "Who attacks": [who, *([f"about {n * m / total:.3g} of the {n} clients of a round"] if n < total else [])],
+        "When": [f"active in {active} of {recipe.rounds} rounds"],
+        "What they do": _meanings(run.attack, "data", "local", "update"),
+    }
+    return [line for title, texts in card for line in _section(title, [*texts, *extra.get(title, [])])]
+
+
+def defense(recipe: Recipe) -> list[str]:
+    """What clients do for their defense, and the server with the rows."""
+    if isinstance(make_algorithm(recipe), KnowledgeTransfer):
+        return _section("Defense", ["none: clients keep their own nets, so there are no rows to aggregate"])
+    run = _as_run(recipe)
+    return _section("Defense", [*defense_steps(run), *_meanings(run.defense, "client", "before", "rule", "after")])
+
+
+def method(recipe: Recipe) -> list[str]:
+    """The FL method, by its own documentation."""
+    return _section("FL method", _meanings({"algorithm": recipe.algorithm}, "algorithm"))
+
+
+def _meanings(block: Mapping[str, Any], *kinds: str) -> list[str]:
+    """What each method of a block is, by its own documentation, with the settings that were left at their defaults."""
+    known = {
+        line.name: line for line in menu_lines() if line.menu in ("attack", "defense", "defense.client", "algorithm")
+    }
+    found = []
+    for entry in methods(block, *kinds):
+        line = known.get(entry["name"])
+        if line is None:
+            found.append(f"{entry['name']}: code from outside the package")
+            continue
+        unset = [f"{s.name}={s.default!r}" for s in line.settings if s.name not in entry and s.default is not None]
+        found.append(
+            f"{line.name}: {line.summary} [{line.paper}]" + (f" Left at: {', '.join(unset)}." if unset else "")
+        )
+    return found
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 980 B, 72.5 kB, 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def bill(recipe: Recipe, counted: Cost) -> list[str]:
+    """The expected cost as aligned lines; what cannot be counted here says why."""
+    n, rounds, weights = counted.cohort, recipe.rounds, counted.weights
+    rows: list[tuple[str, str]] = []
+    if weights is None:
+        rows.append(("trained parameters d", "not counted (below)"))
+    else:
+        total = weights.trained + weights.frozen
+        share = f" of {total:,} ({100 * weights.trained / total:.3g} %)" if weights.frozen else " (all)"
+        rows.append(
+            ("trained parameters d", f"{weights.trained:,}{share}" + ("" if counted.deltas else ", the server's net"))
+        )
+    if counted.sent is not None and counted.received is not None:
+        both = counted.sent + counted.received
+        rows.append(("a client, a round", f"receives {size(counted.received)}, sends {size(counted.sent)}"))
+        rows.append(("all clients, a round", f"{n} x {size(both)} = {size(n * both)}"))
+        rows.append(("all clients, the run", f"{rounds} rounds: {size(rounds * n * both)}"))
+    if not counted.deltas:
+        rows.append(("update matrix", "none: features and logits travel, not deltas"))
+    elif weights is not None:
+        d = weights.trained
+        rows.append(("update matrix", f"{n} x {d:,} float32 = {size(FLOAT * n * d)}"))
+        if recipe.enable_attack and recipe.attack is not None and recipe.attack.knowledge != "own":
+            rows.append(("attackers' sight", f"a copy of the honest rows, up to {size(FLOAT * n * d)}"))
+        if weights.frozen:
+            kind = f"4 bits, the rest {recipe.model.dtype}" if recipe.model.load_in_4bit else recipe.model.dtype
+            rows.append(("frozen base model", f"{size(weights.frozen_bytes)} ({kind})"))
+    rows.append(("local steps", _steps(recipe, counted)))
+    if counted.sizes is not None:
+        low, high = min(counted.sizes), max(counted.sizes)
+        rows.append(("rows of a client", f"{low:,}" if low == high else f"{low:,} to {high:,}"))
+    if recipe.enable_defense and recipe.defense is not None and recipe.defense.root_rows:
+        rows.append(("the server", f"trains once a round, on its own {recipe.defense.root_rows} clean rows"))
+    texts = [f"{what:<22}{much}" for what, much in rows]
+    texts += [f"not counted: {reason}" for reason in dict.fromkeys(counted.reasons)]
+    return _section("Expected cost (activations and libraries come on top)", texts)
+
+
+def _steps(recipe: Recipe, counted: Cost) -> str:
+    if counted.steps is None:
+        return "not counted (below)"
+    about = "" if counted.exact else "about "
+    each, total = counted.steps / counted.cohort, recipe.rounds * counted.steps
+    steps = f"{each:,.4g} step" + ("s" if each != 1 else "")
+    return f"{recipe.rounds} rounds x {counted.cohort} clients x {about}{steps} = {about}{total:,.0f}"

@@ -1,0 +1,236 @@
+"""Running the cells of a grid: any number of processes walk over them, each cell is run by one at a time.
+
+A process holds a cell through a lock that the operating system takes back when the process ends, however it ends: a
+killed process leaves nothing to clean up, and its cell goes on from its last whole round wherever it is found next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.errors import ResumeError
+from fedllm_sec.grid.grid import Cell, Grid
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.records.history import changes, write_json
+from fedllm_sec.train import make_machine, run_one
+
+FORMAT = 1  # of grid.json
+WAIT = 0.5  # seconds between looks at cells that other processes run
+
+
+# ---------------------------------------------------------------- where a cell stands
+
+
+def status(cell: Cell) -> str:
+    """done, failed, unfinished or not started, from the cell's folder alone."""
+    if (cell.folder / "summary.json").exists():
+        return "done"
+    if (cell.folder / "error.json").exists():
+        return "failed"
+    history = cell.folder / "history.jsonl"
+    return "unfinished" if history.exists() and history.stat().st_size else "not started"
+
+
+def error_of(cell: Cell) -> dict[str, Any]:
+    """What error.json says: type, message, traceback and time."""
+    try:
+        content = json.loads((cell.folder / "error.json").read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def settled(cell: Cell, started: float) -> bool:
+    """Nothing is left to do: done, or failed since `started` (an older failure is tried again)."""
+    return status(cell) == "done" or float(error_of(cell).get("time", 0.0)) >= started
+
+
+# ---------------------------------------------------------------- running
+
+
+@contextlib.contextmanager
+def held(grid: Path, cell: Cell) -> Iterator[bool]:
+    """Whether this process has the cell to itself; until the end of the block."""
+    path = grid / ".locks" / cell.slug
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield True
+
+
+def holder(grid: Path, cell: Cell) -> int | None:
+    """The process that last held the cell."""
+    try:
+        return int((grid / ".locks" / cell.slug).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def walk(
+    grid: Path,
+    cells: Sequence[Cell],
+    *,
+    command: str,
+    started: float,
+    tell: Callable[[Cell, float], None],
+    most_threads: int | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Run every cell that nobody else runs, and wait for those that others do: at the end all are settled.
+
+    `tell` hears of each cell run here and its seconds; `between` is called after every round.
+    """
+    loaded, machine, configured = Loaded(), None, None
+    while True:
+        elsewhere = False
+        for cell in cells:
+            if settled(cell, started):
+                continue
+            with held(grid, cell) as mine:
+                if not mine:
+                    elsewhere = True
+                    continue
+                if settled(cell, started):
+                    continue
+                begun, wanted = time.monotonic(), cell.recipe.compute
+                try:
+                    if machine is None or wanted != configured:
+                        _forget_accelerator()
+                        machine, configured = make_machine(cell.recipe, grid, most_threads), wanted
+                    (cell.folder / "error.json").unlink(missing_ok=True)
+                    run_one(cell.recipe, machine, f"{command} --only {cell.slug}", loaded, lambda line: between())
+                except Exception as error:  # whatever a cell dies of, the others go on
+                    loaded.clear()
+                    record_error(cell, error)
+            tell(cell, time.monotonic() - begun)
+        if not elsewhere:
+            return
+        between()
+        time.sleep(WAIT)
+
+
+def record_error(cell: Cell, error: BaseException) -> None:
+    """Write error.json into the cell's folder."""
+    told = "".join(traceback.format_exception(error))
+    write_json(
+        cell.folder / "error.json",
+        {"type": type(error).__name__, "message": str(error), "traceback": told, "time": time.time()},
+    )
+
+
+def _forget_accelerator() -> None:
+    """accelerate keeps one configuration for the whole process; cells may want another precision."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+
+
+# ---------------------------------------------------------------- before anything runs
+
+
+def describe(grid: Grid, command: str) -> dict[str, Any]:
+    """The content of grid.json, which the report reads."""
+    return {
+        "format": FORMAT,
+        "name": grid.name,
+        "version": _version(),
+        "command": command,
+        "axes": {axis: [*labels] for axis, labels in grid.axes.items()},
+        "cells": [
+            {
+                "folder": f"cells/{cell.slug}",
+                "axes": dict(cell.axes),
+                "twin": None if cell.twin is None else f"cells/{cell.twin}",
+                "is_twin": cell.twin is None,
+            }
+            for cell in grid.cells
+        ],
+    }
+
+
+def refuse_conflicts(grid: Grid) -> None:
+    """An error that names everything in the grid's folder which this grid cannot go on with; nothing is written."""
+    problems = _grid_conflicts(grid)
+    for cell in grid.cells:
+        problems += _cell_conflicts(cell)
+    if problems:
+        lines = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        raise ResumeError(f"{grid.folder}: nothing was run and nothing changed:{lines}")
+
+
+def _grid_conflicts(grid: Grid) -> list[str]:
+    strange = [name for name in ("recipe.yaml", "history.jsonl", "comparison.json") if (grid.folder / name).exists()]
+    if strange:
+        return [f"it is the folder of another run ({strange[0]}). Give output.folder another name."]
+    path = grid.folder / "grid.json"
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        made_by, layout, name = found["version"], found["format"], found["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"grid.json cannot be read ({error}). Restore it, or remove it: it is written anew."]
+    if layout != FORMAT or made_by != _version():
+        return [
+            f"grid.json was written by fedllm_sec {made_by} (format {layout}), this is {_version()} (format {FORMAT}). "
+            "Go on with that version, or give output.folder another name."
+        ]
+    if name != grid.name:
+        return [f"it holds the grid {name!r}, not {grid.name!r}. Give output.folder another name."]
+    return []
+
+
+def _cell_conflicts(cell: Cell) -> list[str]:
+    folder, place = cell.folder, f"cells/{cell.slug}"
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        return [f"{place} is not a folder. Move it away."]
+    recipe = folder / "recipe.yaml"
+    if not recipe.exists():
+        if status(cell) in ("done", "unfinished"):
+            return [f"{place} has a history but no recipe.yaml. Restore it, or move the folder away."]
+        return []
+    try:
+        old = recipe.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"{place}/recipe.yaml cannot be read ({error}). Restore it, or move the folder away."]
+    new = recipes.dump(cell.recipe)
+    different = [] if old == new else changes(old, new)
+    if different:
+        return [
+            f"{place} was made with another recipe: {'; '.join(different[:3])}. Undo the change, move the folder away, "
+            "or give output.folder another name."
+        ]
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        made_by = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("fedllm_sec")
+        if made_by != _version():
+            return [
+                f"{place} was made by fedllm_sec {made_by}, this is {_version()}. Go on with that version, move the "
+                "folder away, or give output.folder another name."
+            ]
+    return []
+
+
+def _version() -> str | None:
+    try:
+        return version("fedllm_sec")
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,241 @@
+"""The results of a grid as tidy tables: a row for every cell, and a row for every cell over its seeds.
+
+A cell that failed or was not reached is a row with its status and no measures: nothing is left out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedllm_sec.evaluation.intervals import bootstrap, wilson
+from fedllm_sec.grid.cells import error_of, status
+from fedllm_sec.grid.grid import Cell, Grid
+from fedllm_sec.records.history import RoundRecord, read_history, write_atomic
+from fedllm_sec.records.outcomes import quality_drop
+
+ATTACK = ("asr", "false_trigger")
+COUNTS = ("rounds", "skipped_rounds", "quarantined", "defense_peak_mb")  # and seconds: averaged without an interval
+SEED = "seed"
+
+
+def write(grid: Grid) -> list[Path]:
+    """results.csv, results.parquet and results_by_cell.csv in the grid's folder."""
+    import pandas
+
+    rows = table(grid)
+    frame = pandas.DataFrame(rows)
+    for column in frame.columns:
+        kinds = {type(v) for v in frame[column] if v is not None and v == v}
+        if len(kinds) > 1 and kinds != {int, float}:  # a column of several types is text
+            frame[column] = [None if v is None or v != v else str(v) for v in frame[column]]
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    means = pandas.DataFrame(over_seeds(rows, grid.axes))
+    made = {
+        "results.csv": frame.to_csv(index=False).encode(),
+        "results.parquet": buffer.getvalue(),
+        "results_by_cell.csv": means.to_csv(index=False).encode(),
+    }
+    for name, data in made.items():
+        write_atomic(grid.folder / name, data)
+    return [grid.folder / name for name in made]
+
+
+# ---------------------------------------------------------------- a row for every cell
+
+
+def table(grid: Grid) -> list[dict[str, Any]]:
+    """One row a cell, in the grid's order; every row has every column.
+
+    Measures are those of the last evaluated round of a cell that is done. `X_drop` is what a quality measure lost
+    against the twin (above 0: worse, also for loss), `asr_rise` and `false_trigger_rise` what the attack gained.
+    """
+    summaries = {cell.slug: _summary(cell) for cell in grid.cells}
+    varied = varying_keys(grid)
+    rows = []
+    for cell in grid.cells:
+        flat = flatten(_settings(cell))
+        state = status(cell) if summaries[cell.slug] is not None or status(cell) != "done" else "unfinished"
+        row: dict[str, Any] = {"cell": cell.slug, "status": state, "error": None, "is_twin": cell.twin is None}
+        if state == "failed":
+            error = error_of(cell)
+            row["error"] = f"{error.get('type', 'error')}: {error.get('message', '')}"
+        row |= {axis: flat.get(axis, label) for axis, label in cell.axes.items()}
+        row |= {key: flat.get(key) for key in varied if key not in row}
+        summary = summaries[cell.slug]
+        if state == "done" and summary is not None:
+            row |= measures(summary, read_history(cell.folder))
+            row |= against(summary, summaries.get(cell.twin) if cell.twin is not None else None)
+        rows.append(row)
+    columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _summary(cell: Cell) -> dict[str, Any] | None:
+    try:
+        found = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    settings = cell.recipe.model_dump(mode="json", exclude={"output", "variants", "enable_attack", "enable_defense"})
+    return dict(settings)
+
+
+def varying_keys(grid: Grid) -> list[str]:
+    """The recipe keys in which at least two cells differ."""
+    flat = [flatten(_settings(cell)) for cell in grid.cells]
+    keys = dict.fromkeys(key for row in flat for key in row)
+    return [key for key in keys if len({json.dumps(row.get(key)) for row in flat}) > 1]
+
+
+def flatten(value: Any, place: str = "") -> dict[str, Any]:
+    """Leaves by their place: {"clients.lr": 0.001, "attack.update.0.name": "alie"}; None and empty blocks have none."""
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        parts = enumerate(value)  # type: ignore[assignment]
+    elif isinstance(value, list):
+        return {place: ", ".join(map(str, value))} if value else {}
+    else:
+        return {} if value is None else {place: value}
+    return {k: v for key, part in parts for k, v in flatten(part, f"{place}.{key}" if place else str(key)).items()}
+
+
+def measures(summary: Mapping[str, Any], records: Sequence[RoundRecord]) -> dict[str, Any]:
+    """Numbers of one run by column."""
+    row: dict[str, Any] = {"rounds": summary.get("rounds")}
+    for name, given in {**(summary.get("quality") or {}), **(summary.get("attack") or {})}.items():
+        if isinstance(given, Mapping):
+            row[name] = _number(given.get("value"))
+            row |= {f"{name}_{part}": _number(given.get(part)) for part in ("low", "high", "n")}
+        elif given is not None:
+            row[name] = _number(given)
+    attacked = [r for r in records if r.attacking]
+    for name in ("tpr", "fpr", "auc"):
+        row[f"detection_{name}"] = _mean((r.detection or {}).get(name) for r in attacked)
+    row["robustness"] = _mean(r.robustness for r in attacked)
+    for name in ("norm_rank", "cosine_rank"):
+        row[f"stealth_{name}"] = _mean((r.stealth or {}).get(name) for r in attacked)
+    lifespan = summary.get("lifespan") or {}
+    row |= {f"lifespan_{name}": lifespan.get(name) for name in ("value", "at_least")}
+    row["skipped_rounds"], row["quarantined"] = summary.get("skipped_rounds"), summary.get("quarantined")
+    row |= {f"{name}_seconds": seconds for name, seconds in (summary.get("seconds") or {}).items()}
+    row["defense_peak_mb"] = max((r.memory_mb["defense"] for r in records if "defense" in r.memory_mb), default=None)
+    return row
+
+
+def against(summary: Mapping[str, Any], twin: Mapping[str, Any] | None) -> dict[str, float]:
+    """What a run lost, and its attack gained, against its twin."""
+    if twin is None:
+        return {}
+    drops = {f"{name}_drop": value for name, value in quality_drop(summary, twin).items()}
+    rises = {}
+    for name in ATTACK:
+        own, base = ((run.get("attack") or {}).get(name) for run in (summary, twin))
+        if own is not None and base is not None:
+            rises[f"{name}_rise"] = own["value"] - base["value"]
+    return drops | rises
+
+
+def _number(value: Any) -> Any:
+    """JSON has no infinity; the history writes it as text."""
+    return float(value) if isinstance(value, str) else value
+
+
+def _mean(values: Any) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+# ---------------------------------------------------------------- over seeds
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """A row for the cells that differ in the seed only: the mean of every measure with its interval.
+
+    `seeds` of them exist and `done` are in the means. With two or more, X_low and X_high are a bootstrap interval of
+    the mean over seeds; with one, they are the Wilson interval of that run's rate, and say nothing about other seeds.
+    X_pooled_low and X_pooled_high are the Wilson interval of the rows of all seeds together: how well they were
+    counted, not how much seeds differ.
+    """
+    names = [axis for axis in axes if axis != SEED]
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    fixed = {"cell", "status", "error", "is_twin", SEED, *names}
+    numeric = [key for key in (rows[0] if rows else ()) if key not in fixed and "." not in key and _measured(rows, key)]
+    made = []
+    for labels, members in groups.items():
+        done = [row for row in members if row["status"] == "done"]
+        found: dict[str, Any] = {**dict(zip(names, labels, strict=True)), "seeds": len(members), "done": len(done)}
+        found["failed"] = sum(row["status"] == "failed" for row in members)
+        for key in numeric:
+            if not key.endswith(("_low", "_high", "_n")):
+                found |= _averaged(key, done)
+        made.append(found)
+    columns = sorted({key: None for row in made for key in row}, key=lambda key: _place(key, [*made[0], *numeric]))
+    return [{column: row.get(column) for column in columns} for row in made]
+
+
+def _place(column: str, order: Sequence[str]) -> tuple[int, str]:
+    """A measure's mean, then its intervals and count, where its mean stands."""
+    stem = column
+    while stem not in order and "_" in stem:
+        stem = stem.rpartition("_")[0]
+    return order.index(stem) if stem in order else len(order), column
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return any(isinstance(row[key], (int, float)) and not isinstance(row[key], bool) for row in rows)
+
+
+def _averaged(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    known = [row for row in rows if row[key] is not None]
+    values = [float(row[key]) for row in known]
+    found: dict[str, Any] = {key: fmean(values) if values else None}
+    if key in COUNTS or key.endswith("_seconds"):
+        return found
+    if len(values) > 1:
+        found[f"{key}_low"], found[f"{key}_high"] = bootstrap(values)
+    elif f"{key}_n" in (rows[0] if rows else {}):
+        found |= {f"{key}_{part}": known[0][f"{key}_{part}"] if known else None for part in ("low", "high")}
+    if len(values) > 1 and all(row.get(f"{key}_n") for row in known):
+        n = sum(int(row[f"{key}_n"]) for row in known)
+        pooled = wilson(round(sum(row[key] * row[f"{key}_n"] for row in known)), n)
+        found |= {f"{key}_pooled_{part}": (pooled or {}).get(part) for part in ("low", "high")} | {f"{key}_n": n}
+    return found
+
+
+# ---------------------------------------------------------------- on the terminal
+
+
+def as_text(grid: Grid) -> str:
+    """Attack by defense: the main quality measure and, after a slash, attack success, as means over the rest."""
+    rows = table(grid)
+    quality = next((q for q in ("accuracy", "exact_match", "loss") if any(r.get(q) is not None for r in rows)), None)
+    if quality is None:
+        return "no cell is done yet."
+    attacks, defenses = grid.axes["attack"], grid.axes["defense"]
+
+    def cell(attack: str, defense: str) -> str:
+        members = [row for row in rows if row["attack"] == attack and row["defense"] == defense]
+        done = [row for row in members if row["status"] == "done"]
+        if not members:
+            return ""
+        if not done:
+            return members[0]["status"]
+        found = [_mean(row.get(key) for row in done) for key in (quality, "asr")]
+        text = " / ".join(f"{value:.2f}" for value in found if value is not None)
+        return text if len(done) == len(members) else f"{text} ({len(done)} of {len(members)})"
+
+    lines = [[f"{quality} / ASR", *defenses], *([attack, *(cell(attack, d) for d in defenses)] for attack in attacks)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(f"{part:<{w}}" for part, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,5 @@
+"""The update matrix (n clients x d parameters) and where its rows lie: memory, a device, a file."""
+
+from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+
+__all__ = ["Layout", "UpdateMatrix"]

@@ -1,0 +1,275 @@
+"""Reading recipes: one YAML file, strict and typed, with `key.sub=value` overrides after it.
+
+What may stand in it is in `fedllm_sec.recipe.sections`; `task` chooses which of the recipe classes there applies.
+Unknown keys, wrong types and contradictions are all reported together, with the place, the value and a way out, before
+any model is loaded. `fedllm_sec.build.federation` adds what only the menus know (names and settings of methods).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe.resolve import did_you_mean, type_problems
+from fedllm_sec.recipe.sections import TASKS, CharRecipe, Data, Recipe, TextRecipe
+
+# ---------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-4 is a number, `no` and `off` are words, a key given twice is an error."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in pairs if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise RecipeError(f'line {key_node.start_mark.line + 1}: the key "{key}" is given twice. Keep one.')
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """YAML text to plain values, with the line in the error."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{place}, line {mark.line + 1}" if mark else place
+        raise RecipeError(f"{where}: not YAML ({getattr(error, 'problem', None) or error}).") from error
+
+
+def override(raw: dict[str, Any], assignment: str) -> None:
+    """Apply one `key.sub=value` to the raw recipe; a number in the key picks from a list."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise RecipeError(f'override "{assignment}": write key.sub=value, e.g. clients.lr=1e-3.')
+    assign(raw, key, parse_yaml(text, f"override {key}"))
+
+
+def assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set the place `key.sub` of the raw recipe; a number in the key picks from a list."""
+    parts = key.split(".")
+    here: Any = raw
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(here, list):
+            if not part.isdigit() or int(part) >= len(here):
+                raise RecipeError(f'override {key}: "{part}" is no place in a list of {len(here)}.')
+            if last:
+                here[int(part)] = value
+            else:
+                here = here[int(part)]
+        elif isinstance(here, dict):
+            if last:
+                here[part] = value
+            else:
+                if here.get(part) is None:
+                    here[part] = {}
+                here = here[part]
+        else:
+            raise RecipeError(f'override {key}: "{".".join(parts[:depth])}" is {here!r}, which has no parts.')
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of `raw` with `value` at the place `key.sub`; a block is merged with the one that stands there."""
+    made = copy.deepcopy(raw)
+    here: Any = made
+    for part in key.split("."):
+        if isinstance(here, dict):
+            here = here.get(part)
+        elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+            here = here[int(part)]
+        else:
+            here = None
+    assign(made, key, merge({"": here}, {"": copy.deepcopy(value)})[""])
+    return made
+
+
+def merge(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with nested `changes` laid over it; lists, and blocks that name another method, are replaced whole."""
+    merged = dict(raw)
+    for key, value in changes.items():
+        old = merged.get(key)
+        another = (
+            isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+        )
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and not another else value
+    return merged
+
+
+def _keys_at(kind: type[Recipe], place: tuple[Any, ...]) -> Iterable[str]:
+    """The keys that the section at `place` knows."""
+    model: Any = kind
+    for part in place:
+        if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        model = sections[0] if sections else model
+    return model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else ()
+
+
+def _schema_problems(error: pydantic.ValidationError, kind: type[Recipe]) -> list[str]:
+    problems, of_type = [], []
+    for e in error.errors():
+        place = ".".join(str(part) for part in e["loc"])
+        if e["type"] == "extra_forbidden":
+            problems.append(f"{place}: unknown key.{did_you_mean(str(e['loc'][-1]), _keys_at(kind, e['loc'][:-1]))}")
+        elif e["type"] == "missing":
+            problems.append(f"{place}: is needed and has no default.")
+        else:
+            of_type.append(e)
+    return problems + type_problems(of_type)
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """What the types alone cannot say."""
+    found = []
+    clients, attack = recipe.clients, recipe.attack
+    if clients.per_round is not None and clients.per_round > clients.total:
+        found.append(f"clients.per_round: {clients.per_round} is more than clients.total={clients.total}. Lower it.")
+    if (clients.local_steps is None) == (clients.local_epochs is None):
+        found.append("clients: give either local_steps or local_epochs, and only one of them.")
+    if clients.betas is not None and clients.optimizer != "adamw":
+        found.append(f"clients.betas: {clients.optimizer} has none. Drop them, or set clients.optimizer: adamw.")
+    if recipe.enable_attack and attack is None:
+        found.append("enable_attack: true, but there is no attack block. Add one or set it to false.")
+    if recipe.enable_defense and recipe.defense is None:
+        found.append("enable_defense: true, but there is no defense block. Add one or set it to false.")
+    if attack is not None and recipe.enable_attack:
+        who = attack.malicious
+        given = [name for name in ("count", "share", "ids") if getattr(who, name) is not None]
+        if len(given) != 1:
+            found.append(f"attack.malicious: give exactly one of count, share, ids; got {given or 'none'}.")
+        m = who.count or (len(set(who.ids)) if who.ids is not None else round((who.share or 0.0) * clients.total))
+        if len(given) == 1 and not 1 <= m < clients.total:
+            found.append(
+                f"attack.malicious: {m} of {clients.total} clients; needs at least 1 attacker and 1 honest client. "
+                "Change it or set enable_attack: false."
+            )
+        for number in who.ids or []:
+            if not 0 <= number < clients.total:
+                found.append(f"attack.malicious.ids: {number} is not one of the clients 0 to {clients.total - 1}.")
+        if who.redraw and who.ids is not None:
+            found.append(
+                "attack.malicious: ids names the attackers, redraw draws them. Give count or share, or no redraw."
+            )
+        if not (attack.data or attack.local or attack.update):
+            found.append("attack: names no method under data, local or update, so it could not act. Add one.")
+        if attack.start > recipe.rounds:
+            found.append(f"attack.start: {attack.start} is after the last round {recipe.rounds}. Lower it.")
+        if attack.stop is not None and attack.stop < attack.start:
+            found.append(f"attack.stop: {attack.stop} is before attack.start={attack.start}. Raise it.")
+    if isinstance(recipe, TextRecipe):
+        found += _template_problems(recipe.data)
+    if isinstance(recipe, CharRecipe):
+        found += _text_problems(recipe)
+    return found
+
+
+def _template_problems(data: Data) -> list[str]:
+    found = []
+    for name in ("template", "template_with_context", "answer"):
+        text = getattr(data, name)
+        if text is None:
+            continue
+        used = set(re.findall(r"{(\w*)}", text))
+        allowed = {"response"} if name == "answer" else {"text", "context"}
+        if not used <= allowed:
+            found.append(f"data.{name}: uses {sorted(used - allowed)}; it may use {sorted(allowed)}.")
+        if name == "answer" and used != {"response"}:
+            found.append('data.answer: must contain {response}, e.g. " {response}".')
+        if name != "answer" and "text" not in used:
+            found.append(f"data.{name}: must contain {{text}}, where triggers go.")
+    return found
+
+
+def _text_problems(recipe: CharRecipe) -> list[str]:
+    found = []
+    if not recipe.data.name:
+        found.append("data.name: is needed: the path of a text file.")
+    if recipe.clients.partition.get("name") == "by_speaker" and not recipe.data.by_speaker:
+        found.append(
+            "clients.partition: by_speaker needs sequences that each hold one speaker's words. "
+            "Set data.by_speaker: true, or use {name: by_block}."
+        )
+    if recipe.enable_attack and recipe.attack is not None:
+        found += [
+            f"attack.data.{i}.name: {block.get('name')!r} does not act on characters. Use label_flip, e.g. "
+            "{name: label_flip, mapping: {e: a}}, or an update attack."
+            for i, block in enumerate(recipe.attack.data)
+            if block.get("name") != "label_flip"
+        ]
+    return found
+
+
+def check(raw: Any, menu_problems: Callable[[dict[str, Any]], list[str]]) -> Recipe:
+    """A validated recipe, or one RecipeError that lists every mistake."""
+    if not isinstance(raw, dict):
+        raise RecipeError(f"the recipe must be a mapping of sections, got {type(raw).__name__}.")
+    problems: list[str] = []
+    recipe: Recipe | None = None
+    task = raw.get("task", "causal_lm")
+    if not isinstance(task, str) or task not in TASKS:
+        problems.append(f'task: there is no "{task}".{did_you_mean(str(task), TASKS)}')
+        task = "causal_lm"
+        raw = {key: value for key, value in raw.items() if key not in ("task", "model", "data", "evaluate")}
+    kind = TASKS[task]
+    try:
+        recipe = kind.model_validate(raw)
+        problems += _contradictions(recipe)
+    except pydantic.ValidationError as error:
+        problems += _schema_problems(error, kind)
+    problems += menu_problems(raw)
+    if problems or recipe is None:
+        raise RecipeError(problems)
+    return recipe
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The raw recipe: the file with its overrides, not yet validated."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}).") from error
+    raw = parse_yaml(text, str(path)) or {}
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: must be a mapping of sections, got {type(raw).__name__}.")
+    for assignment in overrides:
+        override(raw, assignment)
+    return raw
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

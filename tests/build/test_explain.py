@@ -1,0 +1,179 @@
+"""--explain says who does what and what it will cost, and its counts are those of the run it stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fedllm_sec.build.cost import cost, language_model
+from fedllm_sec.build.explain import bill, differences, explain, size
+from fedllm_sec.build.federation import build, menu_problems, run
+from fedllm_sec.models.lora import add_adapter, load_base
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.recipe.sections import Lora, Model
+from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.train import load, main
+
+DIGITS: dict[str, Any] = {
+    "rounds": 3,
+    "task": "classify",
+    "model": {"name": "logistic"},
+    "data": {"name": "digits"},
+    "clients": {
+        "total": 4,
+        "local_epochs": 1,
+        "batch_size": 20,
+        "lr": 0.05,
+        "optimizer": "sgd",
+        "max_grad_norm": None,
+        "partition": {"name": "dirichlet"},
+    },
+}
+
+
+def checked(raw: dict[str, Any]) -> recipes.Recipe:
+    return recipes.check(raw, menu_problems)
+
+
+def machine() -> Machine:
+    from accelerate import Accelerator
+
+    return Machine(Accelerator(cpu=True))
+
+
+def test_the_adapter_is_counted_without_loading_a_weight_as_it_is_when_loaded():
+    model = Model(lora=Lora(r=3, target_modules=["q_proj", "up_proj"], train="B"))
+    counted = language_model(model)
+    base, _ = load_base(model, torch.device("cpu"))
+    frozen = sum(p.numel() for p in base.parameters())
+    adapted = add_adapter(base, model, 0)
+    assert counted.trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert counted.frozen == frozen
+    assert counted.frozen_bytes == 4 * frozen
+
+
+def test_four_bits_shrink_the_linear_layers_alone():
+    whole, packed = (language_model(Model(dtype="bfloat16", load_in_4bit=four)) for four in (False, True))
+    base, _ = load_base(Model(), torch.device("cpu"))
+    head = base.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    assert whole.frozen_bytes - packed.frozen_bytes == pytest.approx(linear * (2 - 0.5159), rel=1e-3)
+
+
+def test_the_expected_steps_and_bytes_are_those_of_the_run():
+    recipe = checked(DIGITS)
+    counted = cost(recipe)
+    federation = build(recipe, machine())
+    taken = sum(federation.training.steps_of(federation.task.size(c.shard)) for c in federation.clients)
+    assert counted.steps == taken
+    assert counted.exact
+    assert counted.sizes == tuple(federation.task.size(c.shard) for c in federation.clients)
+    assert counted.weights is not None
+    assert counted.weights.trained == federation.task.layout.size == 650
+    assert counted.sent == counted.received == 2600
+
+
+def test_a_changing_cohort_of_unequal_shards_gives_a_mean_and_says_about():
+    recipe = checked({**DIGITS, "clients": {**DIGITS["clients"], "per_round": 2}})
+    counted = cost(recipe)
+    assert not counted.exact
+    assert any("2 clients x about" in line for line in bill(recipe, counted))
+
+
+def test_scaffold_sends_its_control_to_every_client_too():
+    raw = {
+        **DIGITS,
+        "algorithm": {"name": "scaffold"},
+        "clients": {**DIGITS["clients"], "local_epochs": None, "local_steps": 2},
+    }
+    counted = cost(checked(raw))
+    assert (counted.received, counted.sent) == (5200, 2600)
+
+
+def test_fedgkt_sends_features_and_has_no_update_matrix():
+    recipe = checked({**DIGITS, "model": {"name": "cnn", "hidden": 16}, "algorithm": {"name": "fedgkt"}})
+    counted = cost(recipe)
+    mean = sum(counted.sizes or ()) / 4
+    assert counted.sent == mean * (4 * (16 * 8 * 8 + 10) + 8)
+    assert counted.received == mean * 4 * 10
+    assert any("none: features and logits travel" in line for line in bill(recipe, counted))
+    assert counted.weights is not None
+    assert counted.weights.trained == build(recipe, machine()).task.layout.size
+
+
+def test_what_cannot_be_counted_says_why_and_the_rest_is_given():
+    recipe = checked({"model": {"name": "nobody/nothing-of-this-name"}, "clients": {"local_steps": 3, "total": 5}})
+    text = "\n".join(bill(recipe, cost(recipe)))
+    assert "trained parameters d  not counted" in text
+    assert 'the configuration of "nobody/nothing-of-this-name" cannot be read' in text
+    assert "10 rounds x 5 clients x 3 steps = 150" in text
+
+
+def test_data_that_are_not_here_leave_the_small_model_uncounted(tmp_path: Path):
+    recipe = checked({**DIGITS, "data": {"name": str(tmp_path / "none.npz")}})
+    text = " ".join("\n".join(bill(recipe, cost(recipe))).split())
+    assert "no such file" in text
+    assert "local steps not counted" in text
+
+
+def test_the_words_say_who_when_with_what_and_against_what(small: dict[str, Any], tmp_path: Path):
+    small["attack"] |= {"start": 2, "knowledge": "cohort"}
+    small["variants"] = {"clean": {"enable_attack": False, "enable_defense": False}, "defended": {"seed": 2}}
+    small["output"] = {"folder": "runs/x"}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(small, sort_keys=False))
+    text = explain(load(path))
+    clean, _, defended = text.partition("defended: runs/x/defended")
+    assert "rounds: 2" in clean  # the resolved recipe
+    assert "lr_schedule: constant" in clean  # with its defaults
+    assert "nobody attacks" in clean
+    assert "plain mean of the updates" in clean
+    assert "seed: 2" in defended
+    assert "1 of 4 clients, drawn once, by the seed" in defended
+    assert "active in 1 of 2 rounds" in defended
+    assert "the updates of all other clients of the round" in defended
+    assert 'poison their data: text_trigger (trigger=" cf", target="Sports", rate=0.5)' in defended
+    assert "Left at: position='end'" in defended
+    assert "aggregates: trimmed_mean (f=1)" in defended
+    assert "attackers' sight" in defended
+
+
+def test_the_named_clients_are_the_ones_that_attack(small: dict[str, Any]):
+    small["data"] |= {"train_rows": 40, "test_rows": 30}
+    small["rounds"] = 1
+    recipe = checked(small)
+    text = explain({"": recipe})
+    (record,) = run(build(recipe, machine()), 1)
+    assert f"clients {', '.join(record.malicious)}" in text
+
+
+def test_attackers_who_are_redrawn_are_those_of_some_round():
+    attack = {"malicious": {"count": 1, "redraw": True}, "update": [{"name": "byzantine_flip"}]}
+    recipe = checked({**DIGITS, "enable_attack": True, "attack": attack})
+    records = list(run(build(recipe, machine()), 3))
+    ever = sorted({id for record in records for id in record.malicious})
+    assert len(ever) < 4
+    assert f"in some round of this run: clients {', '.join(ever)}" in explain({"": recipe})
+
+
+def test_explaining_trains_nothing_and_writes_nothing(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(yaml.safe_dump(DIGITS))
+    assert main(["--explain", "r.yaml", "rounds=7"]) == 0
+    assert "7 rounds x 4 clients" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_differences_name_the_key_and_the_new_value():
+    old, new = checked(DIGITS), checked({**DIGITS, "seed": 4, "algorithm": {"name": "fedprox", "mu": 0.1}})
+    assert differences(old, new) == ["seed: 4", 'algorithm.name: "fedprox"', "algorithm.mu: 0.1"]
+
+
+def test_sizes_are_written_with_three_digits():
+    assert [size(n) for n in (0, 980, 999.6, 72_500, 1_234_567, 3e9, 5e12)] == [
+        "0 B", "980 B", "1 kB", "72.5 kB", "1.23 MB", "3 GB", "5 TB",
+    ]  # fmt: skip

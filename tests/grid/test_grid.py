@@ -1,0 +1,248 @@
+"""A grid file becomes cells: what varies, what is left out, the twins, and every mistake at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedllm_sec.errors import RecipeError
+from fedllm_sec.grid import grid
+from fedllm_sec.grid.axes import label_of
+from fedllm_sec.grid.results import flatten, over_seeds, varying_keys
+from tests.conftest import ROOT
+
+BASE: dict[str, Any] = {
+    "rounds": 2,
+    "task": "classify",
+    "model": {"name": "logistic"},
+    "data": {"name": "digits"},
+    "clients": {"total": 6, "local_steps": 2, "batch_size": 8, "lr": 1e-2, "partition": {"name": "iid"}},
+    "attack": {"malicious": {"count": 2}, "update": [{"name": "byzantine_flip", "scale": 5.0}]},
+    "defense": {"rule": {"name": "krum", "f": 1}},
+    "compute": {"threads": 1},
+}
+ATTACKS = {"flip": {}, "zero": {"update": [{"name": "byzantine_zero"}]}}
+DEFENSES = {"none": None, "median": {"rule": {"name": "median"}}}
+
+
+def made(axes: Any, *, base: Any = None, overrides: tuple[str, ...] = (), **more: Any) -> grid.Grid:
+    return grid.make({"base": base or BASE, "axes": axes, **more}, Path("here.yaml"), overrides)
+
+
+def problems(axes: Any, **more: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        made(axes, **more)
+    return str(caught.value)
+
+
+def test_cells_are_all_combinations_and_the_twin_that_nobody_named():
+    found = made({"attack": ATTACKS, "defense": DEFENSES})
+    assert [c.slug for c in found.cells] == ["none__none", "flip__none", "flip__median", "zero__none", "zero__median"]
+    assert [c.twin for c in found.cells] == [None, *["none__none"] * 4]
+    assert found.axes == {"attack": ["none", "flip", "zero"], "defense": ["none", "median"]}
+    by_slug = {c.slug: c.recipe for c in found.cells}
+    assert not by_slug["none__none"].enable_attack
+    assert by_slug["flip__none"].enable_attack
+    assert not by_slug["flip__none"].enable_defense
+    assert by_slug["zero__median"].defense.rule == {"name": "median"}
+    assert by_slug["flip__none"].output.folder == "runs/here/cells/flip__none"
+
+
+def test_every_combination_of_the_other_axes_has_its_own_twin():
+    found = made({"attack": {"flip": {}}, "defense": DEFENSES, "seed": [0, 7], "clients.lr": [0.1, 1e-3]})
+    twins = {c.slug: c.recipe for c in found.cells if c.twin is None}
+    assert {(r.seed, r.clients.lr) for r in twins.values()} == {(0, 0.1), (0, 1e-3), (7, 0.1), (7, 1e-3)}
+    for cell in found.cells:
+        if cell.twin is not None:
+            assert (twins[cell.twin].seed, twins[cell.twin].clients.lr) == (cell.recipe.seed, cell.recipe.clients.lr)
+    assert len(found.cells) == 4 * 3
+
+
+def test_combinations_that_come_to_the_same_run_are_one_cell():
+    found = made({"attack": {"none": None, "flip": {}}, "defense": DEFENSES, "attack.malicious.count": [1, 2]})
+    assert {c.slug for c in found.cells} == {
+        "none__none", "none__median", "flip__none__count-1", "flip__none__count-2",
+        "flip__median__count-1", "flip__median__count-2",
+    }  # fmt: skip
+    assert {c.twin for c in found.cells} == {None, "none__none"}
+    assert {c.recipe.attack.malicious.count for c in found.cells if c.recipe.enable_attack} == {1, 2}
+
+
+def test_a_run_without_attack_keeps_the_probe_of_its_first_data_attack_and_nothing_else():
+    base = {
+        **BASE,
+        "attack": {
+            "malicious": {"count": 2},
+            "knowledge": "cohort",
+            "data": [{"name": "pixel_trigger", "target": 1}],
+            "update": [{"name": "alie", "z": 1.0}],
+        },
+    }
+    twin = made({"defense": DEFENSES}, base={**base, "enable_attack": True}).cells[0].recipe
+    assert twin.attack.data == [{"name": "pixel_trigger", "target": 1}]
+    assert twin.attack.update == []
+    assert twin.defense is None
+
+
+def test_axes_may_be_recipe_keys_with_values_blocks_or_names_of_ones_own():
+    found = made(
+        {
+            "clients.partition": [{"name": "iid"}, {"name": "dirichlet", "alpha": 0.5}],
+            "algorithm": {"prox": {"name": "fedprox", "mu": 0.1}, "avg": {"name": "fedavg"}},
+            "size": {"small": {"clients": {"total": 4}, "rounds": 1}, "large": {}},
+        }
+    )
+    assert list(found.axes) == ["attack", "defense", "clients.partition", "algorithm", "size"]
+    assert found.axes["clients.partition"] == ["iid", "dirichlet(alpha=0.5)"]
+    small = next(c.recipe for c in found.cells if c.axes["size"] == "small" and c.axes["algorithm"] == "prox")
+    assert (small.clients.total, small.rounds, small.algorithm) == (4, 1, {"name": "fedprox", "mu": 0.1})
+    assert "none__none__partition-dirichlet-alpha=0.5__algorithm-avg__size-large" in {c.slug for c in found.cells}
+
+
+def test_a_base_that_attacks_is_named_after_its_methods():
+    found = made({"seed": [0, 1]}, base={**BASE, "enable_attack": True, "enable_defense": True})
+    assert [c.slug for c in found.cells][:2] == ["none__none__seed-0", "byzantine_flip__krum__seed-0"]
+    assert found.axes["attack"] == ["none", "byzantine_flip"]
+    assert found.axes["defense"] == ["none", "krum"]
+
+
+def test_exclude_leaves_cells_out_and_twins_stay():
+    found = made(
+        {"attack": ATTACKS, "defense": DEFENSES, "seed": [0, 1]},
+        exclude=[{"attack": ["flip"], "defense": "median"}, {"seed": 1, "attack": "zero"}],
+    )
+    assert {c.slug for c in found.cells} == {
+        "none__none__seed-0", "none__none__seed-1", "flip__none__seed-0", "flip__none__seed-1",
+        "zero__none__seed-0", "zero__median__seed-0",
+    }  # fmt: skip
+
+
+def test_the_command_line_changes_the_base_and_whole_axes(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**BASE, "output": {"folder": "runs/base"}}))
+    path = tmp_path / "g.yaml"
+    path.write_text(yaml.safe_dump({"base": "base.yaml", "axes": {"attack": ATTACKS, "seed": [0]}}))
+    found = grid.load(path, ["rounds=5", "axes.seed=[3, 4]", f"output.folder={tmp_path}/out"])
+    assert found.axes["seed"] == ["3", "4"]
+    assert found.folder == tmp_path / "out"
+    assert {c.recipe.rounds for c in found.cells} == {5}
+    assert grid.load(path).folder == Path("runs/g")
+    assert "seed" not in grid.load(path, ["axes.seed=null"]).axes
+    with pytest.raises(RecipeError, match=r"override seed: seed is an axis.*axes\.seed="):
+        grid.load(path, ["seed=3"])
+
+
+def test_equal_data_lie_next_to_each_other_in_the_order_of_running():
+    found = made({"attack": ATTACKS, "seed": [0, 1]})
+    assert [c.recipe.seed for c in found.run_order()] == [0, 0, 0, 1, 1, 1]
+    assert {c.slug for c in found.run_order()} == {c.slug for c in found.cells}
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"sed": [0, 1]}, 'axes.sed: names no recipe key. Did you mean "seed"?'),
+        ({"clients.lrr": [0.1]}, 'axes.clients.lrr: names no recipe key. Did you mean "lr"?'),
+        ({"atack": {"flip": {"update": []}}}, 'Did you mean "attack"?'),
+        ({"attack": {"flip": {"updates": []}}}, 'attack.updates: unknown key. Did you mean "update"?'),
+        ({"defense": {"m": {"rule": {"name": "medain"}}}}, 'there is no "medain". Did you mean "median"?'),
+        ({"seed": []}, "axes.seed: has no label, which makes a grid of zero cells"),
+        ({}, "it has no cells"),
+        (None, "it has no cells"),
+        ({"seed": 3}, "axes.seed: 3: must be a list of values"),
+        ({"seed": [1, 1]}, "axes.seed: 1 stands there twice"),
+        ({"attack": {"flip": 3}}, "axes.attack.flip: 3: must be a block"),
+        ({"attack": {"none": {"update": []}}}, "axes.attack.none: means switched off"),
+        ({"enable_attack": [True, False]}, "axes.enable_attack: cannot be an axis"),
+        ({"size": {"a b": {"rounds": 1}, "a/b": {"rounds": 3}}}, "two cells would have the folder cells/none__none__"),
+        ({"defense.rule": [{"name": "median"}, {"name": "mean"}]}, "median and mean come to the same recipe"),
+        ({"seed.sub": [1]}, "seed"),
+    ],
+)
+def test_mistakes_in_axes_are_named(axes, words):
+    assert words in problems(axes)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"exclude": [{"attack": ["flip", "zero"]}]}, "leaves no cell"),
+        ({"exclude": [{"attac": "flip"}]}, 'exclude.0: there is no axis attac. Did you mean "attack"?'),
+        ({"exclude": [{"attack": "flop"}]}, 'exclude.0.attack: there is no label flop. Did you mean "flip"?'),
+        ({"exclude": {"attack": "flip"}}, "must be a list of maps"),
+        ({"axis": {}}, 'axis: no key of a grid. Did you mean "axes"?'),
+        ({"overrides": 3}, "overrides: 3: must be a block"),
+        ({"base": 3}, "base: 3: must be the path of a recipe"),
+        ({"base": "gone.yaml"}, "gone.yaml: cannot be read"),
+        ({"name": "../up"}, "name: '../up'"),
+    ],
+)
+def test_mistakes_around_axes_are_named(more, words):
+    raw = {"base": BASE, "axes": {"attack": ATTACKS}, **more}
+    with pytest.raises(RecipeError) as caught:
+        grid.make(raw, Path("here.yaml"))
+    assert words in str(caught.value)
+
+
+def test_all_mistakes_of_all_cells_come_together_with_the_cells_they_are_in():
+    text = problems(
+        {
+            "attack": {"flip": {}, "bad": {"update": [{"name": "byzantine_flipp"}]}},
+            "defense": {"none": None, "krum": {"rule": {"name": "krum", "f": 5}}},
+        }
+    )
+    assert '"byzantine_flipp"' in text
+    assert "(2 cells, first bad__none)" in text
+    assert "needs n >= 2f + 3" in text
+    assert "(cell flip__krum)" in text
+
+
+def test_labels_of_values_can_be_read():
+    assert [label_of(v) for v in (0.1, 1, True, None, "x", [1, 2])] == ["0.1", "1", "true", "null", "x", "1,2"]
+    assert label_of({"name": "dirichlet", "alpha": 0.1}) == "dirichlet(alpha=0.1)"
+    assert label_of({"data": [{"name": "text_trigger"}], "update": [{"name": "alie"}]}) == "text_trigger+alie"
+
+
+def test_the_recipe_keys_that_vary_are_found_wherever_they_are():
+    found = made({"attack": ATTACKS, "clients.lr": [0.1, 0.2]})
+    assert {"clients.lr", "attack.update.0.name", "attack.update.0.scale"} <= {*varying_keys(found)}
+    assert not {"rounds", "seed", "output.folder"} & {*varying_keys(found)}
+    assert flatten({"a": {"b": [{"c": 1}, {"c": None}], "d": []}, "e": [1, 2]}) == {"a.b.0.c": 1, "e": "1, 2"}
+
+
+def test_means_over_seeds_say_how_many_of_how_many_they_are_of():
+    def row(seed: int, status: str, value: float | None) -> dict[str, Any]:
+        rate = {"accuracy": value, "accuracy_low": 0.1, "accuracy_high": 0.9, "accuracy_n": value and 100}
+        return {"cell": f"c{seed}", "status": status, "error": None, "is_twin": False, "attack": "flip",
+                "defense": "none", "seed": seed, **rate}  # fmt: skip
+
+    axes = {"attack": ["flip"], "defense": ["none"], "seed": ["0", "1", "2"]}
+    (mean,) = over_seeds([row(0, "done", 0.5), row(1, "done", 0.7), row(2, "failed", None)], axes)
+    assert (mean["seeds"], mean["done"], mean["failed"]) == (3, 2, 1)
+    assert mean["accuracy"] == pytest.approx(0.6)
+    assert (mean["accuracy_low"], mean["accuracy_high"]) == pytest.approx((0.5, 0.7))  # two values: their range
+    assert mean["accuracy_n"] == 200
+    assert 0.52 < mean["accuracy_pooled_low"] < 0.6 < mean["accuracy_pooled_high"] < 0.67
+    (single,) = over_seeds([row(0, "done", 0.5)], axes)
+    assert (single["accuracy_low"], single["accuracy_high"]) == (0.1, 0.9)  # the Wilson interval of that run
+
+
+def test_the_shipped_quick_grid_is_five_attacks_by_six_defenses():
+    found = grid.load(ROOT / "recipes" / "grids" / "quick.yaml")
+    assert len(found.cells) == 5 * 6 + 1
+
+
+def test_a_recipe_is_no_grid_and_a_grid_no_recipe(tmp_path: Path):
+    from fedllm_sec.train import load
+
+    grids = ROOT / "recipes" / "grids"
+    with pytest.raises(RecipeError, match=r"is a grid. Run it with python -m fedllm_sec.benchmark"):
+        load(grids / "quick.yaml")
+    with pytest.raises(RecipeError, match="so it is no grid"):
+        grid.load(ROOT / "recipes" / "quickstart.yaml")
+    path = tmp_path / "twice.yaml"
+    path.write_text(f"base: {grids / 'quick.yaml'}\naxes: {{seed: [0]}}")
+    with pytest.raises(RecipeError, match=r"quick\.yaml is a grid; a grid varies a recipe"):
+        grid.load(path)

@@ -1,0 +1,151 @@
+"""The settings language: what a person writes is understood, and every mistake is named at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedllm_sec.build.federation import menu_problems
+from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.train import load
+
+GOOD = {"clients": {"local_steps": 2}}
+
+
+def problems(raw: dict) -> str:
+    with pytest.raises(RecipeError) as caught:
+        recipes.check(raw, menu_problems)
+    return str(caught.value)
+
+
+def test_scientific_numbers_and_no_mean_what_they_say():
+    parsed = recipes.parse_yaml("a: 1e-4\nb: no\nc: true\nd: 5\ne: 1.5E3\nf: off", "here")
+    assert parsed == {"a": 1e-4, "b": "no", "c": True, "d": 5, "e": 1500.0, "f": "off"}
+
+
+def test_no_switches_a_block_off_and_stays_text_elsewhere():
+    recipe = recipes.check({**GOOD, "enable_attack": "no", "compute": {"mixed_precision": "no"}}, menu_problems)
+    assert recipe.enable_attack is False
+    assert recipe.compute.mixed_precision == "no"
+
+
+def test_a_key_given_twice_is_an_error_with_its_line():
+    with pytest.raises(RecipeError, match=r"line 3.*seed.*twice"):
+        recipes.parse_yaml("seed: 1\nrounds: 2\nseed: 3", "here")
+
+
+def test_broken_yaml_names_the_line():
+    with pytest.raises(RecipeError, match="line 2"):
+        recipes.parse_yaml("a: 1\nb: [1, 2", "here")
+
+
+def test_all_mistakes_are_reported_together_with_suggestions():
+    text = problems(
+        {
+            "sed": 1,
+            "rounds": -2,
+            "clients": {"lrr": 1e-3, "local_steps": 2, "partition": {"name": "dirichlett"}},
+            "enable_defense": True,
+            "defense": {"rule": {"name": "multi_krumm", "f": 1}},
+        }
+    )
+    assert "5 mistakes" in text
+    assert 'sed: unknown key. Did you mean "seed"?' in text
+    assert "rounds: -2" in text
+    assert 'clients.lrr: unknown key. Did you mean "lr"?' in text
+    assert 'no "dirichlett". Did you mean "dirichlet"?' in text
+    assert 'no "multi_krumm". Did you mean "multi_krum"?' in text
+
+
+def test_settings_of_a_method_are_checked_against_its_signature():
+    text = problems({**GOOD, "defense": {"rule": {"name": "krum", "ff": 1}}})
+    assert 'defense.rule.ff: 1 is set, but there is no such setting. Did you mean "f"?' in text
+    assert "defense.rule.f: is needed and has no default" in text
+
+
+def test_a_method_of_the_wrong_kind_cannot_stand_in_a_place():
+    text = problems({**GOOD, "defense": {"rule": {"name": "norm_clipping"}}})
+    assert "norm_clipping is of kind 'before'" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"clients": {"total": 4, "per_round": 5, "local_steps": 1}}, "clients.per_round: 5"),
+        ({"clients": {}}, "either local_steps or local_epochs"),
+        ({"clients": {"local_steps": 1, "local_epochs": 1}}, "either local_steps or local_epochs"),
+        ({"clients": {"local_steps": 1, "optimizer": "sgd", "betas": [0.5, 0.9]}}, "clients.betas: sgd has none"),
+        ({"clients": {"local_steps": 1, "betas": [0.5, 1.0]}}, "clients.betas.1: 1.0"),
+        ({"enable_attack": True}, "no attack block"),
+        ({"enable_defense": True}, "no defense block"),
+        ({"enable_attack": True, "attack": {"malicious": {"count": 10}, "update": [{"name": "byzantine_flip"}]}},
+         "10 of 10 clients"),
+        ({"enable_attack": True, "attack": {"malicious": {"count": 0}, "update": []}}, "attack.malicious.count: 0"),
+        ({"enable_attack": True, "attack": {"malicious": {"count": 1, "share": 0.1}, "update": []}}, "exactly one"),
+        ({"enable_attack": True, "attack": {"malicious": {"count": 1}}}, "could not act"),
+        ({"enable_attack": True, "attack": {"malicious": {"ids": [12]}, "update": [{"name": "byzantine_flip"}]}},
+         "12 is not one of the clients"),
+        ({"data": {"template": "{txt}"}}, "data.template"),
+        ({"data": {"answer": "x"}}, "data.answer"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_named(change, words):
+    assert words in problems({**GOOD, **change})
+
+
+def test_overrides_reach_into_blocks_and_lists():
+    raw = {"clients": {"lr": 1.0}, "defense": {"before": [{"name": "nnm", "f": 1}]}}
+    for assignment in ("clients.lr=1e-3", "defense.before.0.f=2", "model.lora.r=4", "seed=7"):
+        recipes.override(raw, assignment)
+    assert raw["clients"]["lr"] == 1e-3
+    assert raw["defense"]["before"][0]["f"] == 2
+    assert raw["model"]["lora"]["r"] == 4
+    assert raw["seed"] == 7
+
+
+@pytest.mark.parametrize("assignment", ["lr", "=3", "defense.before.5.f=1", "seed.x=1"])
+def test_an_override_that_reaches_nothing_is_an_error(assignment):
+    with pytest.raises(RecipeError):
+        recipes.override({"seed": 1, "defense": {"before": []}}, assignment)
+
+
+def test_a_dumped_recipe_reads_back_as_itself():
+    recipe = recipes.check({**GOOD, "compute": {"mixed_precision": "no"}, "seed": 3}, menu_problems)
+    assert recipes.check(recipes.parse_yaml(recipes.dump(recipe), "dump"), menu_problems) == recipe
+
+
+def test_a_variant_that_names_another_method_replaces_its_block():
+    merged = recipes.merge({"defense": {"rule": {"name": "krum", "f": 3}}}, {"defense": {"rule": {"name": "median"}}})
+    assert merged == {"defense": {"rule": {"name": "median"}}}
+
+
+def test_f_too_large_for_the_cohort_is_found_before_a_model_loads(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("clients: {total: 8, local_steps: 1}\nenable_defense: true\ndefense: {rule: {name: krum, f: 3}}")
+    with pytest.raises(RecipeError, match=r"krum.*n=8.*f=3"):
+        load(path)
+
+
+def test_a_missing_recipe_is_a_clear_error(tmp_path: Path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load(tmp_path / "none.yaml")
+
+
+def test_outside_code_is_named_by_module_and_attribute(tmp_path: Path, monkeypatch):
+    (tmp_path / "my_rules.py").write_text(
+        "from fedllm_sec.protocols import Decision\n"
+        "from fedllm_sec import kernels\n"
+        "def norm_filter(updates, ctx, *, factor: float = 2.0):\n"
+        "    norms = kernels.row_norms(updates)\n"
+        "    return Decision.keep(updates, norms <= factor * norms.median())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    block = {"rule": {"name": "my_rules:norm_filter", "factor": "1e1"}}
+    recipes.check({**GOOD, "defense": block}, menu_problems)
+    assert "no function or class" in problems({**GOOD, "defense": {"rule": {"name": "my_rules:nothing"}}})
+    assert "cannot import" in problems({**GOOD, "defense": {"rule": {"name": "no_such_module:f"}}})
+    assert 'Did you mean "factor"?' in problems(
+        {**GOOD, "defense": {"rule": {"name": "my_rules:norm_filter", "facto": 1}}}
+    )
