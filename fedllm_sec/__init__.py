@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedllm_sec import kernels as kernels
     from fedllm_sec.api import aggregate as aggregate
-    from fedllm_sec.matrix.updates import Layout as Layout
-    from fedllm_sec.matrix.updates import UpdateMatrix as UpdateMatrix
+    from fedllm_sec.matrix import Layout as Layout
+    from fedllm_sec.matrix import UpdateMatrix as UpdateMatrix
     from fedllm_sec.protocols import Decision as Decision
     from fedllm_sec.protocols import RoundContext as RoundContext
 
@@ -27,8 +27,8 @@ _PUBLIC = {
     "forge": "fedllm_sec.attacks.forge",
     "Decision": "fedllm_sec.protocols",
     "RoundContext": "fedllm_sec.protocols",
-    "UpdateMatrix": "fedllm_sec.matrix.updates",
-    "Layout": "fedllm_sec.matrix.updates",
+    "UpdateMatrix": "fedllm_sec.matrix",
+    "Layout": "fedllm_sec.matrix",
 }
 
 

@@ -15,7 +15,7 @@ from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.defenses.screen import FLOATS, restore, screen
 from fedllm_sec.errors import DefenseError, RecipeError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for

@@ -21,6 +21,7 @@ from typing import Any
 
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.recipe.resolve import did_you_mean
+from fedllm_sec.train import heed_ctrl_c
 
 # what launchers set for one process of several; accelerate would make them work on one run together
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -35,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Attack x defense grids: every cell is a run of its own, and what is done is skipped.",
         epilog="example: python -m fedllm_sec.benchmark recipes/grids/quick.yaml --jobs 2 'axes.seed=[0, 1, 2]'",
     )
-    parser.add_argument("grid", type=Path, help="the YAML file of the grid")
+    parser.add_argument("grid", type=Path, help="the YAML file of the grid, or a shipped one: grids/quick")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings of the base recipe, or axes.NAME=[values]"
     )
@@ -48,6 +49,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments().parse_intermixed_args(argv)
     rank = 0
+    heed_ctrl_c()
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         rank, world, local_rank, local_world = take_ranks()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 
 # ---------------------------------------------------------------- clients and tasks
 

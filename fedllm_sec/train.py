@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import argparse
 import functools
-import platform
 import shlex
-import subprocess
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedllm_sec.errors import FedError, RecipeError
-from fedllm_sec.recipe import reading as recipes
-from fedllm_sec.recipe.reading import Recipe
+from fedllm_sec.recipe import reading, shipped
 from fedllm_sec.recipe.resolve import did_you_mean
-from fedllm_sec.records.history import RoundRecord, RunFolder, read_history, write_json
-from fedllm_sec.records.outcomes import lifespan
+from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.records.environment import environment
+from fedllm_sec.records.history import RunFolder, write_json
+from fedllm_sec.records.summary import round_line, scalars, summary
+
+if TYPE_CHECKING:
+    from fedllm_sec.build.loaded import Loaded
+    from fedllm_sec.build.plan import Plan
+    from fedllm_sec.rounds.compute import Machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,29 +35,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Federated fine-tuning under attack and defense, from one recipe.",
         epilog="example: accelerate launch -m fedllm_sec.train recipes/quickstart.yaml rounds=3 clients.lr=1e-3",
     )
-    parser.add_argument("recipe", type=Path, help="the YAML recipe")
+    parser.add_argument("recipe", type=Path, help="the YAML recipe, or the name of a shipped one, e.g. quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's")
-    parser.add_argument("--only", metavar="VARIANT", help="run this one of the recipe's variants")
+    parser.add_argument(
+        "--only", metavar="VARIANT", action="append", help="run this one of the recipe's variants; may be given again"
+    )
     parser.add_argument("--check", action="store_true", help="check the recipe and stop")
     parser.add_argument("--explain", action="store_true", help="say what it would do and cost, and stop")
     options = parser.parse_intermixed_args(argv)
+    heed_ctrl_c()
     try:
-        variants = load(options.recipe, options.overrides)
+        plans = load(options.recipe, options.overrides)
+        among = list(plans)
         if options.only is not None:
-            if options.only not in variants:
-                raise RecipeError(
-                    f'--only: there is no variant "{options.only}".{did_you_mean(options.only, variants)}'
-                )
-            variants = {"": variants[options.only]}
+            plans = chosen(plans, options.only)
         if options.check:
-            print(f"{options.recipe}: fine ({len(variants)} run{'s' if len(variants) > 1 else ''}).")
+            print(f"{options.recipe}: fine ({len(plans)} run{'s' if len(plans) > 1 else ''}).")
             return 0
         if options.explain:
             from fedllm_sec.build.explain import explain
 
-            print(explain(variants))
+            print(explain(plans))
             return 0
-        run_all(variants, _command(options))
+        run_all(plans, _command(options), among)
     except FedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,20 +67,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def heed_ctrl_c() -> None:
+    """A shell starts background jobs with SIGINT ignored: `kill -INT` and Ctrl-C are to stop those as well."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _command(options: argparse.Namespace) -> str:
-    only = [] if options.only is None else ["--only", options.only]
+    only = [word for name in options.only or () for word in ("--only", name)]
     words = ["accelerate", "launch", "-m", "fedllm_sec.train", str(options.recipe), *options.overrides, *only]
     return shlex.join(words)
 
 
-# ---------------------------------------------------------------- recipe
+# ---------------------------------------------------------------- file -> raw -> checked recipe -> plan
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Plan]:
     """The runs a recipe asks for, by variant name ("" where it is one run); all mistakes at once."""
-    from fedllm_sec.build.federation import menu_problems, rehearse
+    from fedllm_sec.build.names import checked
+    from fedllm_sec.build.plan import planned
 
-    raw = recipes.read(path, overrides)
+    path = shipped.find(path)
+    raw = reading.read(path, overrides)
     if "axes" in raw:
         raise RecipeError(f"{path}: is a grid. Run it with python -m fedllm_sec.benchmark {path}.")
     raw.setdefault("output", {})
@@ -84,16 +97,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
     changes = raw.pop("variants", None) or {"": {}}
     if not isinstance(changes, dict) or not all(isinstance(v, dict) for v in changes.values()):
         raise RecipeError("variants: must map names to blocks of overrides, e.g. {defended: {enable_defense: true}}.")
-    found: dict[str, Recipe] = {}
+    found: dict[str, Plan] = {}
     problems: dict[str, None] = {}
     for name, change in changes.items():
         try:
-            recipe = recipes.check(recipes.merge(raw, change), menu_problems)
-            rehearse(recipe)
+            recipe = checked(reading.merge(raw, change))
             if name:
                 folder = f"{recipe.output.folder}/{name}"
                 recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"folder": folder})})
-            found[name] = recipe
+            found[name] = planned(recipe)
         except RecipeError as error:
             problems.update(dict.fromkeys(error.problems))
     if problems:
@@ -101,34 +113,47 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
     return found
 
 
+def chosen(plans: dict[str, Plan], names: Sequence[str]) -> dict[str, Plan]:
+    """The variants of these names, in the recipe's order; one alone is a run like any other."""
+    for name in names:
+        if name not in plans:
+            raise RecipeError(f'--only: there is no variant "{name}".{did_you_mean(name, plans)}')
+    found = {name: plan for name, plan in plans.items() if name in names}
+    return found if len(found) > 1 else dict(zip([""], found.values(), strict=True))
+
+
 # ---------------------------------------------------------------- runs
 
 
-def run_all(variants: dict[str, Recipe], command: str) -> Path:
-    """Run every variant, then write one report over them; gives the folder."""
+def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = ()) -> Path:
+    """Run every variant, then write one report; gives the folder.
+
+    `among` are all variants of the recipe: the report is also about those that an earlier command ran.
+    """
     from fedllm_sec.build.loaded import Loaded
 
     quiet()
-    first = next(iter(variants.values()))
-    folder = Path(first.output.folder).parent if "" not in variants else Path(first.output.folder)
+    first = next(iter(plans.values())).recipe
+    folder = Path(first.output.folder).parent if "" not in plans else Path(first.output.folder)
     machine = make_machine(first, folder)
     loaded = Loaded()
-    for name, recipe in variants.items():
+    for name, plan in plans.items():
         if machine.main and name:
-            print(f"\n{name}: {recipe.output.folder}", flush=True)
-        run_one(recipe, machine, command, loaded)
+            print(f"\n{name}: {plan.recipe.output.folder}", flush=True)
+        run_one(plan, machine, command, loaded)
     if machine.main:
         from fedllm_sec.report.page import terminal_summary, write_report
 
-        if "" not in variants:
-            write_json(folder / "comparison.json", {"variants": list(variants), "command": command})
+        if "" not in plans:
+            there = [name for name in among or plans if name in plans or (folder / name / "history.jsonl").is_file()]
+            write_json(folder / "comparison.json", {"variants": there, "command": command})
         print("\n" + terminal_summary(folder))
         print(f"\nreport: {write_report(folder)}")
     machine.accelerator.end_training()
     return folder
 
 
-def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) -> Any:
+def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) -> Machine:
     """Device, precision, threads and processes as the recipe wants them; trackers write into `folder`."""
     import torch
     from accelerate import Accelerator
@@ -155,30 +180,33 @@ def _need_tracker(name: str) -> None:
         raise RecipeError(f"output.tracker: {name!r} is not installed. pip install {name}, or set it to null.")
 
 
-def run_one(recipe: Recipe, machine: Any, command: str, loaded: Any, say: Callable[[str], None] | None = None) -> None:
+def run_one(
+    plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None = None
+) -> None:
     """One run from where its folder stands to its last round, with the final adapter or model and summary.json.
 
     `loaded` is what the process keeps between runs; `say` gets a line a round instead of the terminal.
     """
     import torch
 
-    from fedllm_sec.build.federation import build, run, save
+    from fedllm_sec.build.federation import assemble, run, save
 
+    recipe = plan.recipe
     on_terminal, say = say is None, say or functools.partial(print, flush=True)
-    folder, text = RunFolder(Path(recipe.output.folder)), recipes.dump(recipe)
+    folder, text = RunFolder(Path(recipe.output.folder)), reading.dump(recipe)
     state = folder.resume(text)
     if state is not None and state["round"] >= recipe.rounds and (folder.path / "summary.json").exists():
         if machine.main:
             say(f"already done: {folder.path} ({state['round']} rounds). Remove the folder to run it again.")
         return
-    federation = build(recipe, machine, loaded)
+    federation = assemble(plan, machine, loaded)
     task = federation.task
     if state is not None:
         federation.load_state_dict(_to(state, machine.device))
         if machine.main:
             say(f"going on after round {federation.round} of {folder.path}")
     if machine.main:
-        folder.begin(text, environment(command, machine), state)
+        folder.begin(text, _environment(command, machine), state)
     if recipe.output.tracker is not None:
         for tracker in machine.accelerator.trackers:  # accelerate would log this run to the last one's too
             tracker.finish()
@@ -201,12 +229,25 @@ def run_one(recipe: Recipe, machine: Any, command: str, loaded: Any, say: Callab
             if every is not None and record.round % every == 0:
                 keep_model(f"{kind}-round-{record.round}")
         if recipe.output.tracker is not None:
-            machine.accelerator.log(_scalars(record), step=record.round)
+            machine.accelerator.log(scalars(record), step=record.round)
     if machine.main:
         keep_model(kind)
         stop = recipe.attack.stop if recipe.enable_attack and recipe.attack is not None else None
         write_json(folder.path / "summary.json", summary(folder.path, command, stop))
     machine.accelerator.wait_for_everyone()
+
+
+def _environment(command: str, machine: Machine) -> dict[str, Any]:
+    import torch
+
+    gpu = machine.device.type == "cuda"
+    return environment(
+        command,
+        device=torch.cuda.get_device_name(machine.device) if gpu else str(machine.device),
+        processes=machine.world,
+        placement=machine.placement,
+        mixed_precision=machine.accelerator.mixed_precision,
+    )
 
 
 def _to(value: Any, device: Any) -> Any:
@@ -228,111 +269,6 @@ def _progress(show: bool, round: Callable[[], int], rounds: int) -> Callable[[Se
         yield from tqdm(cohort, desc=f"round {round()}/{rounds}", unit="client", leave=False, disable=hide)
 
     return bar
-
-
-# ---------------------------------------------------------------- what people and programs read
-
-
-def round_line(record: RoundRecord, rounds: int) -> str:
-    """One line a round: what it did, in the order people ask."""
-    width = len(str(rounds))
-    parts = [f"round {record.round:>{width}}/{rounds}"]
-    if record.quality is not None:
-        parts.append(f"loss {record.quality['loss']:.3f}")
-        if record.quality.get("accuracy"):
-            parts.append(f"accuracy {record.quality['accuracy']['value']:.3f}")
-    if record.attack is not None:
-        parts.append(f"ASR {record.attack['asr']['value']:.3f}")
-        if record.attack.get("false_trigger"):
-            parts.append(f"false triggers {record.attack['false_trigger']['value']:.3f}")
-    if record.kept is not None:
-        dropped = [id + ("*" if id in record.malicious else "") for id in record.cohort if id not in record.kept]
-        parts.append("dropped " + (" ".join(dropped[:8]) + (" ..." if len(dropped) > 8 else "") if dropped else "none"))
-    if record.quarantined:
-        parts.append(f"quarantined {' '.join(record.quarantined)}")
-    if record.skipped:
-        parts.append(f"SKIPPED ({record.skipped})")
-    parts.append(f"step {record.update_norm:.3g}")
-    parts.append(f"{sum(record.seconds.values()):.1f} s")
-    return "  ".join(parts)
-
-
-def _scalars(record: RoundRecord) -> dict[str, float]:
-    """The numbers of a round for a tracker."""
-    flat: dict[str, float] = {"update_norm": record.update_norm}
-    if record.robustness is not None:
-        flat["robustness"] = record.robustness
-    for group in ("quality", "attack", "detection", "stealth"):
-        for name, value in (getattr(record, group) or {}).items():
-            number = value["value"] if isinstance(value, dict) else value
-            if number is not None:
-                flat[f"{group}/{name}"] = number
-    return flat
-
-
-def summary(folder: Path, command: str, stop: int | None = None) -> dict[str, Any]:
-    """The last measured round, the totals, and how long the attack outlived its last round `stop`."""
-    records = read_history(folder)
-    measured = [r for r in records if r.quality is not None]
-    last = measured[-1] if measured else None
-    names = sorted({name for r in records for name in r.seconds})
-    return {
-        "rounds": len(records),
-        "quality": last.quality if last else None,
-        "attack": last.attack if last else None,
-        "detection": last.detection if last else None,
-        "robustness": last.robustness if last else None,
-        "stealth": last.stealth if last else None,
-        "lifespan": lifespan(records, stop),
-        "skipped_rounds": sum(r.skipped is not None for r in records),
-        "quarantined": sum(len(r.quarantined) for r in records),
-        "seconds": {name: round(sum(r.seconds.get(name, 0.0) for r in records), 3) for name in names},
-        "command": command,
-    }
-
-
-def environment(command: str, machine: Any) -> dict[str, Any]:
-    """Where and with what the run was made."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "numba", "bitsandbytes")
-    return {
-        "command": command,
-        "fedllm_sec": installed("fedllm_sec"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: installed(name) for name in packages},
-        "device": _device_name(machine),
-        "processes": machine.world,
-        "placement": machine.placement,
-        "mixed_precision": machine.accelerator.mixed_precision,
-    }
-
-
-def _device_name(machine: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(machine.device) if machine.device.type == "cuda" else str(machine.device)
-
-
-def _commit() -> str | None:
-    """The git commit of the package's source, "-dirty" where it was changed; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def quiet() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fedllm_sec.attacks import MENU, needs
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, ThreatView
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for

@@ -37,8 +37,9 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses import MENU
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.rowfile import save_rows
-from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
+from fedllm_sec.matrix.updates import new_rows
 from fedllm_sec.protocols import RoundContext
 
 Call = Callable[[], Any]

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="rounds of each kind")
     options = parser.parse_args()
     quiet()
-    recipe = next(iter(load(options.recipe, [*options.overrides, "enable_attack=false"]).values()))
+    recipe = next(iter(load(options.recipe, [*options.overrides, "enable_attack=false"]).values())).recipe
     machine = Machine(Accelerator(), recipe.compute.placement)
     federation = build(recipe, machine)
     plain = load_task(recipe, machine)  # its own model, so that neither loop sees the other's flat vector

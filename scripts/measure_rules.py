@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fedllm_sec
 from fedllm_sec.defenses import MENU
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.recipe.resolve import settings_of
 from fedllm_sec.seeds import generator_for

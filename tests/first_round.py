@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from fedllm_sec.build.federation import build, menu_problems, run
-from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.build.federation import build, run
+from fedllm_sec.build.names import checked
 from fedllm_sec.rounds.compute import Machine
 
 
 def made(raw: dict[str, Any]):
     torch.set_num_threads(1)
-    return build(recipes.check(raw, menu_problems), Machine(Accelerator(cpu=True)))
+    return build(checked(raw), Machine(Accelerator(cpu=True)))
 
 
 def rows_of(raw: dict[str, Any], monkeypatch) -> tuple[Any, torch.Tensor]:

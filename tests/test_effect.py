@@ -8,8 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from fedllm_sec.build.federation import build, menu_problems
+from fedllm_sec.build.federation import build
 from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.build.names import checked
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.compute import Machine
@@ -24,7 +25,7 @@ def last_round(**changes: Any) -> RoundRecord:
     raw = recipes.read(ROOT / "recipes" / "quickstart.yaml")
     raw.pop("variants")
     raw = recipes.merge(recipes.merge(raw, {"evaluate": {"every": 99}, "compute": {"threads": 1}}), changes)
-    recipe = recipes.check(raw, menu_problems)
+    recipe = checked(raw)
     torch.set_num_threads(1)
     federation = build(recipe, Machine(Accelerator(cpu=True)), LOADED)
     *_, last = run(federation, recipe.rounds)

@@ -17,10 +17,10 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from fedllm_sec.build.federation import menu_problems
 from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import ResumeError
-from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.records.history import RunFolder
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.train import run_one
@@ -30,8 +30,8 @@ LOADED = Loaded()  # one base model for all runs of this file
 
 def run(raw: dict[str, Any], folder: Path) -> Path:
     torch.set_num_threads(1)
-    recipe = recipes.check({**raw, "output": {"folder": str(folder)}}, menu_problems)
-    run_one(recipe, Machine(Accelerator(cpu=True), recipe.compute.placement), "test", LOADED)
+    recipe = checked({**raw, "output": {"folder": str(folder)}})
+    run_one(planned(recipe), Machine(Accelerator(cpu=True), recipe.compute.placement), "test", LOADED)
     return folder
 
 
@@ -150,7 +150,7 @@ def test_gradient_accumulation_gives_the_same_gradient(small, tmp_path):
     torch.set_num_threads(1)
     from fedllm_sec.build.federation import build
 
-    recipe = recipes.check(small, menu_problems)
+    recipe = checked(small)
     federation = build(recipe, Machine(Accelerator(cpu=True)))
     task, shard = federation.task, federation.clients[0].shard
     gradients = []

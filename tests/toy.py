@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fedllm_sec.matrix.updates import Layout
+from fedllm_sec.matrix import Layout
 
 
 class Quadratic:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.attacks import MENU, NOT_FINITE
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import (
     TEXT_COLUMNS,
     Client,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks import MENU
 from fedllm_sec.errors import AttackError, RecipeError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, ThreatView
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import AttackError, CohortError, IdleAttack
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Client, DataAttack, Decision, LocalRule, ThreatView, UpdateAttack
 from fedllm_sec.seeds import generator_for, seed_for
 

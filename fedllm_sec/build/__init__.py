@@ -1,1 +1,7 @@
-"""From a recipe to the parts of a run: the plan, which needs no data, then data and model, then the federation."""
+"""From a recipe to a run that can begin: names, then the plan (no data), then parts and federation (data, a model)."""
+
+from fedllm_sec.build.federation import assemble, build, run, save
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import Plan, planned
+
+__all__ = ["Plan", "assemble", "build", "checked", "planned", "run", "save"]

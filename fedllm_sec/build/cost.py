@@ -15,8 +15,8 @@ from fedllm_sec.algorithms.gkt import EdgeNet, KnowledgeTransfer
 from fedllm_sec.build import arrays as build_arrays
 from fedllm_sec.build import characters as build_characters
 from fedllm_sec.build import text as build_text
-from fedllm_sec.build.federation import local_training, make_algorithm, split_rows
-from fedllm_sec.build.parts import make_model
+from fedllm_sec.build.parts import deal, make_model
+from fedllm_sec.build.plan import Plan
 from fedllm_sec.errors import FedError
 from fedllm_sec.models.lora import add_adapter, source_of
 from fedllm_sec.recipe.sections import Model, Recipe
@@ -59,15 +59,16 @@ class Cost:
     reasons: tuple[str, ...] = ()
 
 
-def cost(recipe: Recipe) -> Cost:
+def cost(plan: Plan) -> Cost:
     """The cost of one run."""
-    clients, method = recipe.clients, make_algorithm(recipe)
+    recipe, method = plan.recipe, plan.methods.algorithm
+    clients = recipe.clients
     n = clients.per_round or clients.total
-    training, reasons = method.prepare(local_training(recipe), None), []
+    training, reasons = method.prepare(plan.training, None), []
     rows, weights = None, None
     if recipe.task != "causal_lm" or training.steps is None:
         try:
-            rows = rows_of(recipe)
+            rows = rows_of(plan)
         except FedError as error:
             reasons.append(str(error))
     steps, exact = None, True
@@ -115,8 +116,9 @@ def _transfer_cost(
 # ---------------------------------------------------------------- counting
 
 
-def rows_of(recipe: Recipe) -> Rows:
+def rows_of(plan: Plan) -> Rows:
     """Reads the training data and splits them as the run will."""
+    recipe = plan.recipe
     shape: tuple[int, ...] | None = None
     classes: int | None = None
     if recipe.task == "causal_lm":
@@ -127,7 +129,7 @@ def rows_of(recipe: Recipe) -> Rows:
     else:
         train, _ = build_arrays.load_rows(recipe)
         shape, classes, labels = tuple(train.x.shape[1:]), train.classes, train.y.numpy()
-    shares = split_rows(recipe, labels)[1]
+    shares = deal(recipe, plan.ids, labels)[1]
     return Rows(shape, classes, tuple(len(rows) for rows in shares.values()))
 
 

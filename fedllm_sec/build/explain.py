@@ -10,8 +10,7 @@ from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build.cost import FLOAT, Cost, cost
-from fedllm_sec.build.federation import make_algorithm
-from fedllm_sec.build.threat import attacking, make_threat
+from fedllm_sec.build.plan import Plan
 from fedllm_sec.menu import lines as menu_lines
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.recipe.sections import Recipe
@@ -23,20 +22,21 @@ WIDTH = 110
 COUNTED = {"seed", "rounds", "task", "model", "data", "clients", "algorithm", "enable_defense", "defense"}
 
 
-def explain(variants: Mapping[str, Recipe]) -> str:
+def explain(plans: Mapping[str, Plan]) -> str:
     """The resolved recipe, then for each variant what differs, who attacks, what defends, and what it costs."""
-    first, *_ = variants.values()
+    first = next(iter(plans.values())).recipe
     out = [recipes.dump(first).rstrip()]
     counted: dict[str, Cost] = {}
-    for name, recipe in variants.items():
+    for name, plan in plans.items():
+        recipe = plan.recipe
         key = recipe.model_dump_json(include=COUNTED)
         if key not in counted:
-            counted[key] = cost(recipe)
+            counted[key] = cost(plan)
         title = name or "this run"
         out += ["", f"{title}: {recipe.output.folder}", "=" * len(f"{title}: {recipe.output.folder}")]
         if recipe is not first:
             out += _section("Differs from the recipe above in", differences(first, recipe) or ["nothing"])
-        out += method(recipe) + threat(recipe) + defense(recipe) + bill(recipe, counted[key])
+        out += method(recipe) + threat(plan) + defense(plan) + bill(recipe, counted[key])
     return "\n".join(out)
 
 
@@ -69,8 +69,9 @@ def _as_run(recipe: Recipe) -> Run:
     return Run("", Path(recipe.output.folder), content, "", {}, ())
 
 
-def threat(recipe: Recipe) -> list[str]:
+def threat(plan: Plan) -> list[str]:
     """Who attacks, when, what they see and what they do."""
+    recipe, made = plan.recipe, plan.methods.threat
     run = _as_run(recipe)
     card = attack_card(run, took_part=False)
     if not card:
@@ -79,13 +80,12 @@ def threat(recipe: Recipe) -> list[str]:
             " (its trigger is tried on the clean model: the base rate)" if block is not None and block.data else ""
         )
         return _section("Threat", [f"nobody attacks{watched}"])
-    made = make_threat(recipe)
     assert made is not None
     active = sum(made.active(r) for r in range(1, recipe.rounds + 1))
     n, total = recipe.clients.per_round or recipe.clients.total, recipe.clients.total
     who, m = f"clients {', '.join(sorted(made.malicious))}", len(made.malicious)
     if made.redrawn is not None:
-        who, m = f"in some round of this run: clients {', '.join(sorted(attacking(recipe, made)))}", made.redrawn
+        who, m = f"in some round of this run: clients {', '.join(sorted(plan.attackers()))}", made.redrawn
     extra = {
         "Who attacks": [who, *([f"about {n * m / total:.3g} of the {n} clients of a round"] if n < total else [])],
         "When": [f"active in {active} of {recipe.rounds} rounds"],
@@ -94,11 +94,11 @@ def threat(recipe: Recipe) -> list[str]:
     return [line for title, texts in card for line in _section(title, [*texts, *extra.get(title, [])])]
 
 
-def defense(recipe: Recipe) -> list[str]:
+def defense(plan: Plan) -> list[str]:
     """What clients do for their defense, and the server with the rows."""
-    if isinstance(make_algorithm(recipe), KnowledgeTransfer):
+    if isinstance(plan.methods.algorithm, KnowledgeTransfer):
         return _section("Defense", ["none: clients keep their own nets, so there are no rows to aggregate"])
-    run = _as_run(recipe)
+    run = _as_run(plan.recipe)
     return _section("Defense", [*defense_steps(run), *_meanings(run.defense, "client", "before", "rule", "after")])
 
 

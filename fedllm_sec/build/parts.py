@@ -1,9 +1,9 @@
-"""What a kind of task contributes to a federation, and what the kinds share: poisoning, making a small model."""
+"""What a kind of task contributes to a federation, and what the kinds share: dealing rows, poisoning, a small model."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 
 from fedllm_sec import models
 from fedllm_sec.attacks.threat import Threat
-from fedllm_sec.errors import AttackError
+from fedllm_sec.build.names import make
+from fedllm_sec.data import partition
+from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.protocols import Labelled
-from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.seeds import generator_for, seed_for
 
@@ -33,13 +34,41 @@ class Parts:
     evaluation: Any
 
 
+def deal(recipe: Recipe, ids: Sequence[str], labels: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Row numbers of the server's root set and of each client, drawn by the recipe's seed.
+
+    The rows are dealt to the clients first, then the root rows are drawn from all of them and taken away from who had
+    them: with and without root rows a client has the same shard but for those few rows.
+    """
+    shares = partition.split_rows(
+        make(recipe.clients.partition, partition.MENU, "clients.partition"),
+        labels,
+        len(ids),
+        np.random.default_rng(seed_for(recipe.seed, "partition")),
+    )
+    dealt = dict(zip(ids, shares, strict=True))
+    block = recipe.defense if recipe.enable_defense else None
+    if block is None or not block.root_rows:
+        return np.arange(0), dealt
+    if block.root_rows >= len(labels):
+        raise RecipeError(f"defense.root_rows: {block.root_rows} of {len(labels)} training rows. Lower it.")
+    drawn = np.random.default_rng(seed_for(recipe.seed, "root")).permutation(len(labels))
+    root = np.sort(drawn[: block.root_rows])
+    left = {id: rows[~np.isin(rows, root)] for id, rows in dealt.items()}
+    if bare := [id for id, rows in left.items() if len(rows) == 0 < len(dealt[id])]:
+        raise RecipeError(
+            f"defense.root_rows: {block.root_rows}: takes the last row of client {', '.join(bare)}. Lower it, or raise "
+            "data.train_rows."
+        )
+    return root, left
+
+
 def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn.Module:
     """The model of the recipe, its weights drawn by the seed."""
-    settings = {key: value for key, value in recipe.model.items() if key != "name"}
-    make = resolve(recipe.model["name"], settings, models.MENU, "model")
+    maker = make(recipe.model, models.MENU, "model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(recipe.seed, "model"))  # layers draw from torch's global generator
-        made: torch.nn.Module = make(shape, classes)
+        made: torch.nn.Module = maker(shape, classes)
     return made
 
 

@@ -11,7 +11,7 @@ import torch
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import AttackError, DefenseError, IdleAttack
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 from fedllm_sec.seeds import generator_for
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedllm_sec import attacks
 from fedllm_sec.attacks.threat import Threat, choose_malicious
+from fedllm_sec.build.names import make
 from fedllm_sec.protocols import Client
-from fedllm_sec.recipe.reading import Recipe
-from fedllm_sec.recipe.resolve import resolve
+from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.federation import sample
 from fedllm_sec.seeds import generator_for
 
@@ -31,16 +29,12 @@ def make_threat(recipe: Recipe) -> Threat | None:
     threat = _who_and_when(recipe)
     threat.knowledge, threat.collude = block.knowledge, block.collude
     threat.data, threat.local, threat.update = (
-        [_made(b, f"attack.{kind}.{i}") for i, b in enumerate(getattr(block, kind))]
+        [make(b, attacks.MENU, f"attack.{kind}.{i}") for i, b in enumerate(getattr(block, kind))]
         for kind in ("data", "local", "update")
     )
     if threat.redrawn is not None:
         threat.ever = attacking(recipe, threat)
     return threat
-
-
-def _made(block: dict[str, Any], place: str) -> Any:
-    return resolve(block["name"], {k: v for k, v in block.items() if k != "name"}, attacks.MENU, place)
 
 
 def _who_and_when(recipe: Recipe) -> Threat:

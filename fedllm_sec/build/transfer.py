@@ -11,7 +11,7 @@ from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.parts import Split
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import Client, LocalTraining
-from fedllm_sec.recipe.reading import Recipe
+from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.rounds.distillation import Distillation, Pupil, edge_pupil
 from fedllm_sec.seeds import seed_for

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import bucket_matrix, need, need_f, random_order
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 
 def need(holds: bool, rule: str, condition: str, way_out: str, **got: object) -> None:

@@ -17,7 +17,7 @@ from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.filters import by_id, clip_factors, midpoint
 from fedllm_sec.defenses.similarity import cosines
 from fedllm_sec.defenses.spectral import draw_coordinates, inside
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 

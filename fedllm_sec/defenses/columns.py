@@ -10,7 +10,7 @@ import torch
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need, need_f
 from fedllm_sec.defenses.claims import capped_count, row_weights
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 

@@ -16,7 +16,7 @@ from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.screen import screen
 from fedllm_sec.defenses.subject import Subject
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision
 from fedllm_sec.seeds import generator_for
 

@@ -22,7 +22,7 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import bucket_matrix, need, random_order
 from fedllm_sec.defenses.claims import row_weights
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 TINY = torch.finfo(torch.float64).tiny

@@ -15,7 +15,7 @@ from fedllm_sec.defenses.filters import by_id, midpoint
 from fedllm_sec.defenses.geometric import geometric_median
 from fedllm_sec.defenses.similarity import cosines, foolsgold_weights
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 TINY = torch.finfo(torch.float64).tiny

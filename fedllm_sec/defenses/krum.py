@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import lowest, need, need_f
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 

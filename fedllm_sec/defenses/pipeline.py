@@ -15,7 +15,7 @@ from fedllm_sec.defenses.accountant import compose, gaussian_epsilon, mean_sensi
 from fedllm_sec.defenses.after import weak_dp
 from fedllm_sec.defenses.before import norm_clipping
 from fedllm_sec.defenses.columns import mean
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import After, Before, Decision, Defense, RoundContext
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.filters import by_id
 from fedllm_sec.defenses.history import RowMemory
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 REFERENCES = 20  # uniform samples for the gap statistic

@@ -12,7 +12,7 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.filters import by_id
 from fedllm_sec.kernels import networks
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 CACHED = 2**18  # numbers of a block, so that a step of the networks finds its rows in the cache

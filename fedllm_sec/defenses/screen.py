@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 
 # float32 ends at 3.4e38. A row shorter than this can be added, clipped and mixed without overflow, and no training
 # step that is any use comes near it.

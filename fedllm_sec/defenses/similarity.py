@@ -12,7 +12,7 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels.sums import new_sums
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 

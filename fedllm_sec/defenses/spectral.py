@@ -15,7 +15,7 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import lowest, need, need_f
 from fedllm_sec.defenses.filters import by_id, mask_of, subsets
 from fedllm_sec.defenses.geometric import central_row
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 

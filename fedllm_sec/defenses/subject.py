@@ -14,7 +14,7 @@ from torch import Tensor
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 from fedllm_sec.recipe.resolve import resolve, settings_of
 from fedllm_sec.seeds import generator_for

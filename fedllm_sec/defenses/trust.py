@@ -9,7 +9,7 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import lowest, need, need_f
 from fedllm_sec.defenses.filters import mask_of
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 NO_ROOT = "the server's own update on clean data (root_update), and there is none this round"

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.evaluation.detection import auc
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 
 def measure_rows(updates: UpdateMatrix, update: Tensor, malicious: Collection[str]) -> dict[str, Any]:

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from fedllm_sec.build.federation import menu_problems, rehearse
-from fedllm_sec.errors import FedError, RecipeError
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
+from fedllm_sec.errors import RecipeError
 from fedllm_sec.fedml.notes import flatten
 from fedllm_sec.fedml.translate import line, translate
 from fedllm_sec.recipe import reading as recipes
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: all of it is in the recipe; 1: something asked for has no equivalent; 2: it cannot be read or written."""
-    parser = argparse.ArgumentParser(prog="python -m fedllm_sec.recipe", description="What can be done with recipes.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    fedml = commands.add_parser(
-        "from-fedml",
-        help="turn a FedML security YAML into a recipe",
-        description="Prints the recipe, and to the error output what became of each key. Exits with 1 if something "
-        "asked for has no equivalent.",
-    )
-    fedml.add_argument("config", type=Path, help="FedML's YAML, with train_args, attack_args, defense_args, ...")
-    fedml.add_argument("--out", type=Path, metavar="RECIPE", help="write the recipe to this new file instead")
-    options = parser.parse_args(argv)
-    try:
-        return from_fedml(options.config, options.out)
-    except FedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 def from_fedml(config: Path, out: Path | None) -> int:
-    """Translate, say what became of each key, check what came out, and print or write it."""
+    """Translate, say what became of each key, check what came out, print or write it; gives the exit code."""
     raw = recipes.read(config)
     if out is not None and out.exists():
         raise RecipeError(f"--out: {out} exists. Choose another name, or remove it.")
@@ -66,7 +45,7 @@ def from_fedml(config: Path, out: Path | None) -> int:
 def problems_of(recipe: dict[str, object]) -> list[str]:
     """What our own checker says about it."""
     try:
-        rehearse(recipes.check(recipe, menu_problems))
+        planned(checked(recipe))
     except RecipeError as error:
         return error.problems
     return []

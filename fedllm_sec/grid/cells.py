@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import ResumeError
 from fedllm_sec.grid.grid import Cell, Grid
 from fedllm_sec.recipe import reading as recipes
@@ -115,7 +116,8 @@ def walk(
                         _forget_accelerator()
                         machine, configured = make_machine(cell.recipe, grid, most_threads), wanted
                     (cell.folder / "error.json").unlink(missing_ok=True)
-                    run_one(cell.recipe, machine, f"{command} --only {cell.slug}", loaded, lambda line: between())
+                    plan = planned(cell.recipe)
+                    run_one(plan, machine, f"{command} --only {cell.slug}", loaded, lambda line: between())
                 except Exception as error:  # whatever a cell dies of, the others go on
                     loaded.clear()
                     record_error(cell, error)

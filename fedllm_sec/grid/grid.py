@@ -22,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.build.federation import menu_problems, rehearse
 from fedllm_sec.build.loaded import data_key
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.grid.axes import NONE, SWITCHED, Axis, matches, read_axes, read_rules
 from fedllm_sec.recipe import reading as recipes
-from fedllm_sec.recipe.reading import Recipe
+from fedllm_sec.recipe import shipped
 from fedllm_sec.recipe.resolve import did_you_mean
-from fedllm_sec.recipe.sections import Attack, Malicious
+from fedllm_sec.recipe.sections import Attack, Malicious, Recipe
 
 KEYS = ("name", "base", "overrides", "axes", "exclude")
 LONGEST = 100  # characters of a folder's name
@@ -77,6 +78,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Grid:
 
     `overrides` are `key.sub=value` for the base recipe, or `axes.NAME=value` for a whole axis.
     """
+    path = shipped.find(path)
     raw = recipes.read(path)
     own = [o for o in overrides if o.partition("=")[0].partition(".")[0] not in ("axes", "exclude")]
     for text in (o for o in overrides if o not in own):
@@ -172,8 +174,8 @@ def _cells(
                         raw = axis.lay(raw, labels[axis.name])
                     else:  # a twin's label that the axes do not name
                         raw = {**raw, f"enable_{axis.name}": False}
-                recipe = settle(recipes.check(raw, menu_problems))
-                rehearse(recipe)
+                recipe = settle(checked(raw))
+                planned(recipe)  # whether it can work; the process that runs the cell plans it again
                 recipe_of[key] = recipe
             except RecipeError as error:
                 for problem in error.problems:

@@ -26,7 +26,8 @@ from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels import networks, torch_backend
 from fedllm_sec.kernels.mixed import mixed_pairs
 from fedllm_sec.kernels.sums import TILE, tiles
-from fedllm_sec.matrix.updates import UpdateMatrix, exact_zeros
+from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.updates import exact_zeros
 
 LARGEST_NETWORK = 2048  # rows; beyond, columns are sorted by torch.sort
 

@@ -26,7 +26,8 @@ from fedllm_sec.kernels import compiled_columns, compiled_pairs
 from fedllm_sec.kernels.compiled import BFLOAT16, FLOAT16, FULL
 from fedllm_sec.kernels.networks import Network
 from fedllm_sec.kernels.torch_backend import WIDE, symmetric
-from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
+from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.updates import new_rows
 
 SEGMENT = 32768  # columns
 BATCH = 4  # segments that a thread takes at once: handing one over costs as much as a tenth of its work

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedllm_sec.kernels.networks import HIGH_ONLY, LOW_ONLY, Network
 from fedllm_sec.kernels.sums import TILE, plain_rows, tiles
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 SLICE = 4096  # columns of one float32 inner product
 CANCELS = 16.0  # D below (|x|^2 + |y|^2) / 16 has lost more than 4 bits

@@ -16,7 +16,7 @@ from fedllm_sec.kernels.triton_kernels import (
     products_kernel,
     weighted_sum_kernel,
 )
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 __all__ = ["accumulate", "combine", "order_statistics", "pair_sums", "sign_sums", "square_sums"]
 

@@ -1,4 +1,4 @@
-"""Flat vectors and the update matrix: the one format in which clients speak to the server.
+"""The update matrix: the one format in which clients speak to the server.
 
 Letters: n clients, d parameters, c block width. A row is one client's *delta* (trained minus received
 parameters).
@@ -7,9 +7,8 @@ parameters).
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix.fetching import ahead, free_mb, gathered, uploaded
+from fedllm_sec.matrix.layout import Layout
 from fedllm_sec.matrix.rowfile import NAMES, RowFile, open_rows, save_rows
 
 
@@ -29,47 +29,6 @@ def new_rows(*shape: int, device: torch.device | str = "cpu") -> Tensor:
     if torch.device(device).type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
     return torch.empty(shape, device=device)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each named parameter lies in the flat vector, in order."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, named: Iterable[tuple[str, Tensor]]) -> Layout:
-        """The layout of named tensors, for example the trainable part of `model.named_parameters()`."""
-        pairs = [(name, tuple(tensor.shape)) for name, tensor in named]
-        return cls(tuple(name for name, _ in pairs), tuple(shape for _, shape in pairs))
-
-    @classmethod
-    def single(cls, size: int) -> Layout:
-        """One unnamed block of `size` parameters, for rows whose structure is not known."""
-        return cls(("vector",), ((size,),))
-
-    @property
-    def size(self) -> int:
-        """d, the number of parameters."""
-        return sum(math.prod(shape) for shape in self.shapes)
-
-    def slices(self) -> dict[str, slice]:
-        """Each name's place in the flat vector."""
-        places, start = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            places[name] = slice(start, start + math.prod(shape))
-            start = places[name].stop
-        return places
-
-    def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of a flat vector (d,), by name and in shape."""
-        places = self.slices()
-        return {n: vector[places[n]].view(s) for n, s in zip(self.names, self.shapes, strict=True)}
-
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The flat vector (d,) of named tensors; the inverse of `split`."""
-        return torch.cat([tensors[name].reshape(-1) for name in self.names])
 
 
 @dataclass(frozen=True)

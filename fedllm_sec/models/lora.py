@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.recipe.resolve import did_you_mean
 
 if TYPE_CHECKING:

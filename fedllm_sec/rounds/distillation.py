@@ -18,7 +18,7 @@ from torch import Tensor
 from fedllm_sec.algorithms.gkt import EdgeNet, KnowledgeTransfer, transfer_loss
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix.updates import Layout
+from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Client, Labelled, LocalTraining, ThreatView
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.client import make_optimizer, train_locally

@@ -17,8 +17,8 @@ from fedllm_sec.defenses.screen import screen
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.robustness import measure_rows
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.memory import watch
-from fedllm_sec.matrix.updates import UpdateMatrix
 from fedllm_sec.models.lora import product_gap
 from fedllm_sec.protocols import (
     Algorithm,

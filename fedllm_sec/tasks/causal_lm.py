@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import AttackError, DataError
-from fedllm_sec.matrix.updates import Layout
+from fedllm_sec.matrix import Layout
 from fedllm_sec.tasks.flat import flatten
 
 if TYPE_CHECKING:

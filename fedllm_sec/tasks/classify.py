@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import DataError
-from fedllm_sec.matrix.updates import Layout
+from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.tasks.flat import flatten, refuse_running_statistics
 

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from fedllm_sec.algorithms.gkt import transfer_loss
-from fedllm_sec.build.federation import build, menu_problems, rehearse, run
+from fedllm_sec.build.federation import build, run
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.rounds.compute import Machine
 
 DIGITS: dict[str, Any] = {
@@ -37,7 +38,7 @@ def make(**changes: Any):
     raw = {**DIGITS, **changes}
     if "attack" in changes:
         raw["enable_attack"] = True
-    return build(recipes.check(raw, menu_problems), Machine(Accelerator(cpu=True)))
+    return build(checked(raw), Machine(Accelerator(cpu=True)))
 
 
 def test_the_loss_by_hand():
@@ -102,4 +103,4 @@ def test_a_resumed_run_goes_on_as_the_straight_one():
 def test_what_cannot_act_is_an_error_before_any_data_are_read(changes, words):
     raw = {**DIGITS, "enable_attack": "attack" in changes, **changes}
     with pytest.raises(RecipeError, match=words):
-        rehearse(recipes.check(raw, menu_problems))
+        planned(checked(raw))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fedllm_sec.build.federation import menu_problems, rehearse
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.recipe import reading as recipes
 from tests.test_equivalence import finish, launch
 
 DIGITS: dict[str, Any] = {
@@ -56,6 +56,6 @@ def test_clients_that_move_between_processes_keep_their_memory(name, tmp_path):
 def test_a_method_that_cannot_work_says_so_before_any_data_are_read(algorithm, clients, words):
     raw = {**DIGITS, "algorithm": algorithm, "clients": {**DIGITS["clients"], **clients}}
     with pytest.raises(RecipeError) as caught:
-        rehearse(recipes.check(raw, menu_problems))
+        planned(checked(raw))
     for word in words:
         assert word in str(caught.value)

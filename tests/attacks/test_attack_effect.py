@@ -10,7 +10,7 @@ from fedllm_sec import kernels
 from fedllm_sec.attacks.conformance import train_with
 from fedllm_sec.attacks.local.stealth import PGD
 from fedllm_sec.defenses import MENU as DEFENSES
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.seeds import generator_for
 
 D = 400

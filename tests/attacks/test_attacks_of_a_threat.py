@@ -9,7 +9,7 @@ import torch
 from fedllm_sec.attacks import MENU, NOT_FINITE, needs
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for

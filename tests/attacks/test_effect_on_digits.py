@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from fedllm_sec.build.federation import build, menu_problems
+from fedllm_sec.build.federation import build
 from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.build.names import checked
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.compute import Machine
@@ -68,7 +69,7 @@ def last_round(
     raw = recipes.merge(DIGITS, {"enable_attack": attack, "attack": block, **changes})
     if rule is not None:
         raw |= {"enable_defense": True, "defense": {"rule": rule, "before": list(before)}}
-    federation = build(recipes.check(raw, menu_problems), Machine(Accelerator(cpu=True)), LOADED)
+    federation = build(checked(raw), Machine(Accelerator(cpu=True)), LOADED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an attack that finds no room says so
         *_, last = run(federation, raw["rounds"])

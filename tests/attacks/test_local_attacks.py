@@ -6,7 +6,7 @@ import torch
 from fedllm_sec.attacks.conformance import train_with
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix.updates import Layout
+from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Client, LocalContext
 
 

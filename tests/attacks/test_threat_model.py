@@ -10,12 +10,13 @@ from accelerate import Accelerator
 
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.attacks.update.riders import Mimic
-from fedllm_sec.build.federation import build, menu_problems, rehearse
+from fedllm_sec.build.federation import build
 from fedllm_sec.build.loaded import poison_key
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import ThreatView
-from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.rounds.federation import run
 
@@ -34,12 +35,12 @@ TRIGGER = {"name": "pixel_trigger", "target": 0}
 
 
 def recipe(attack: dict[str, Any], **changes: Any) -> Any:
-    return recipes.check({**DIGITS, "attack": attack, **changes}, menu_problems)
+    return checked({**DIGITS, "attack": attack, **changes})
 
 
 def problems(attack: dict[str, Any], **changes: Any) -> str:
     with pytest.raises(RecipeError) as caught:
-        rehearse(recipe(attack, **changes))
+        planned(recipe(attack, **changes))
     return str(caught.value)
 
 

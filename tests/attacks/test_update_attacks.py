@@ -17,7 +17,7 @@ from fedllm_sec.attacks.update.search import strongest
 from fedllm_sec.attacks.update.simple import model_replacement
 from fedllm_sec.attacks.update.spread import alie_z, largest, tailored
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix.updates import Layout
+from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Decision
 from fedllm_sec.seeds import generator_for
 

@@ -13,7 +13,8 @@ import yaml
 from accelerate import Accelerator
 
 from fedllm_sec.build.arrays import innocent
-from fedllm_sec.build.federation import build, menu_problems
+from fedllm_sec.build.federation import build
+from fedllm_sec.build.names import checked
 from fedllm_sec.errors import AttackError, DataError, RecipeError
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.recipe.resolve import resolve
@@ -39,12 +40,12 @@ def attacked(*, data=(), update=(), **more) -> dict[str, Any]:
 
 
 def federation(raw: dict[str, Any]):
-    return build(recipes.check(raw, menu_problems), Machine(Accelerator(cpu=True)))
+    return build(checked(raw), Machine(Accelerator(cpu=True)))
 
 
 def problems(raw: dict[str, Any]) -> str:
     with pytest.raises(RecipeError) as caught:
-        recipes.check(raw, menu_problems)
+        checked(raw)
     return str(caught.value)
 
 
@@ -179,8 +180,8 @@ def test_characters_have_their_own_contradictions():
 
 
 def test_a_dumped_recipe_of_a_small_model_reads_back_as_itself():
-    recipe = recipes.check(DIGITS, menu_problems)
-    assert recipes.check(recipes.parse_yaml(recipes.dump(recipe), "dump"), menu_problems) == recipe
+    recipe = checked(DIGITS)
+    assert checked(recipes.parse_yaml(recipes.dump(recipe), "dump")) == recipe
 
 
 def test_wrong_labels_in_a_file_stop_the_run_before_training(tmp_path: Path):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fedllm_sec.build import text as build_text
-from fedllm_sec.build.federation import build, menu_problems, run
+from fedllm_sec.build.federation import build, run
+from fedllm_sec.build.names import checked
 from fedllm_sec.errors import AttackError, FedError, IdleAttack, RecipeError
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.rounds.compute import Machine
@@ -43,7 +44,7 @@ def machine() -> Machine:
 def refusal(raw: dict[str, Any]) -> FedError:
     """The error that checking and building end with; nothing is trained by either."""
     with pytest.raises(FedError) as caught:
-        build(recipes.check(raw, menu_problems), machine())
+        build(checked(raw), machine())
     return caught.value
 
 
@@ -161,7 +162,7 @@ def test_a_trigger_that_the_tokenizer_drops_is_an_error(own_rows: dict[str, Any]
 
 
 def test_a_trigger_that_is_kept_passes_the_same_check(own_rows: dict[str, Any]):
-    build(recipes.check(own_rows, menu_problems), machine())
+    build(checked(own_rows), machine())
 
 
 # ---------------------------------------------------------------- images and characters
@@ -290,7 +291,7 @@ def test_the_command_line_tells_an_error_in_a_line_and_writes_no_run(
 
 def test_a_client_that_sends_nan_is_quarantined_in_every_round_and_the_model_learns():
     attack = under_attack(update=[{"name": "inf_nan"}])
-    records = list(run(build(recipes.check({**DIGITS, **attack, "rounds": 6}, menu_problems), machine()), 6))
+    records = list(run(build(checked({**DIGITS, **attack, "rounds": 6}), machine()), 6))
     for record in records:
         assert list(record.quarantined) == record.malicious
         assert "are not finite" in next(iter(record.quarantined.values()))
@@ -301,7 +302,7 @@ def test_a_client_that_sends_nan_is_quarantined_in_every_round_and_the_model_lea
 def test_a_cohort_of_attackers_alone_does_not_end_the_run(knowledge: str):
     attack = under_attack(update=[{"name": "byzantine_random"}], knowledge=knowledge, malicious={"count": 3})
     raw = recipes.merge({**DIGITS, **attack, "rounds": 6}, {"clients": {"per_round": 1}})
-    records = list(run(build(recipes.check(raw, menu_problems), machine()), 6))
+    records = list(run(build(checked(raw), machine()), 6))
     assert any(record.malicious == record.cohort for record in records)
 
 
@@ -310,7 +311,7 @@ def test_a_cohort_of_attackers_alone_does_not_end_the_run(knowledge: str):
 def test_where_a_cohort_gives_an_attack_nothing_to_work_with_it_says_so_and_the_run_goes_on(name: str, per_round: int):
     attack = under_attack(update=[{"name": name}], knowledge="cohort+defense", malicious={"count": 3})
     raw = recipes.merge({**DIGITS, **attack, "rounds": 6}, {"clients": {"per_round": per_round}})
-    federation = build(recipes.check(raw, menu_problems), machine())
+    federation = build(checked(raw), machine())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         records = list(run(federation, 6))

@@ -11,9 +11,10 @@ import yaml
 
 from fedllm_sec.build.cost import cost, language_model
 from fedllm_sec.build.explain import bill, differences, explain, size
-from fedllm_sec.build.federation import build, menu_problems, run
+from fedllm_sec.build.federation import build, run
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import Plan, planned
 from fedllm_sec.models.lora import add_adapter, load_base
-from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.recipe.sections import Lora, Model
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.train import load, main
@@ -35,8 +36,8 @@ DIGITS: dict[str, Any] = {
 }
 
 
-def checked(raw: dict[str, Any]) -> recipes.Recipe:
-    return recipes.check(raw, menu_problems)
+def plan_of(raw: dict[str, Any]) -> Plan:
+    return planned(checked(raw))
 
 
 def machine() -> Machine:
@@ -65,9 +66,9 @@ def test_four_bits_shrink_the_linear_layers_alone():
 
 
 def test_the_expected_steps_and_bytes_are_those_of_the_run():
-    recipe = checked(DIGITS)
-    counted = cost(recipe)
-    federation = build(recipe, machine())
+    plan = plan_of(DIGITS)
+    counted = cost(plan)
+    federation = build(plan.recipe, machine())
     taken = sum(federation.training.steps_of(federation.task.size(c.shard)) for c in federation.clients)
     assert counted.steps == taken
     assert counted.exact
@@ -78,10 +79,10 @@ def test_the_expected_steps_and_bytes_are_those_of_the_run():
 
 
 def test_a_changing_cohort_of_unequal_shards_gives_a_mean_and_says_about():
-    recipe = checked({**DIGITS, "clients": {**DIGITS["clients"], "per_round": 2}})
-    counted = cost(recipe)
+    plan = plan_of({**DIGITS, "clients": {**DIGITS["clients"], "per_round": 2}})
+    counted = cost(plan)
     assert not counted.exact
-    assert any("2 clients x about" in line for line in bill(recipe, counted))
+    assert any("2 clients x about" in line for line in bill(plan.recipe, counted))
 
 
 def test_scaffold_sends_its_control_to_every_client_too():
@@ -90,32 +91,32 @@ def test_scaffold_sends_its_control_to_every_client_too():
         "algorithm": {"name": "scaffold"},
         "clients": {**DIGITS["clients"], "local_epochs": None, "local_steps": 2},
     }
-    counted = cost(checked(raw))
+    counted = cost(plan_of(raw))
     assert (counted.received, counted.sent) == (5200, 2600)
 
 
 def test_fedgkt_sends_features_and_has_no_update_matrix():
-    recipe = checked({**DIGITS, "model": {"name": "cnn", "hidden": 16}, "algorithm": {"name": "fedgkt"}})
-    counted = cost(recipe)
+    plan = plan_of({**DIGITS, "model": {"name": "cnn", "hidden": 16}, "algorithm": {"name": "fedgkt"}})
+    counted = cost(plan)
     mean = sum(counted.sizes or ()) / 4
     assert counted.sent == mean * (4 * (16 * 8 * 8 + 10) + 8)
     assert counted.received == mean * 4 * 10
-    assert any("none: features and logits travel" in line for line in bill(recipe, counted))
+    assert any("none: features and logits travel" in line for line in bill(plan.recipe, counted))
     assert counted.weights is not None
-    assert counted.weights.trained == build(recipe, machine()).task.layout.size
+    assert counted.weights.trained == build(plan.recipe, machine()).task.layout.size
 
 
 def test_what_cannot_be_counted_says_why_and_the_rest_is_given():
-    recipe = checked({"model": {"name": "nobody/nothing-of-this-name"}, "clients": {"local_steps": 3, "total": 5}})
-    text = "\n".join(bill(recipe, cost(recipe)))
+    plan = plan_of({"model": {"name": "nobody/nothing-of-this-name"}, "clients": {"local_steps": 3, "total": 5}})
+    text = "\n".join(bill(plan.recipe, cost(plan)))
     assert "trained parameters d  not counted" in text
     assert 'the configuration of "nobody/nothing-of-this-name" cannot be read' in text
     assert "10 rounds x 5 clients x 3 steps = 150" in text
 
 
 def test_data_that_are_not_here_leave_the_small_model_uncounted(tmp_path: Path):
-    recipe = checked({**DIGITS, "data": {"name": str(tmp_path / "none.npz")}})
-    text = " ".join("\n".join(bill(recipe, cost(recipe))).split())
+    plan = plan_of({**DIGITS, "data": {"name": str(tmp_path / "none.npz")}})
+    text = " ".join("\n".join(bill(plan.recipe, cost(plan))).split())
     assert "no such file" in text
     assert "local steps not counted" in text
 
@@ -145,19 +146,19 @@ def test_the_words_say_who_when_with_what_and_against_what(small: dict[str, Any]
 def test_the_named_clients_are_the_ones_that_attack(small: dict[str, Any]):
     small["data"] |= {"train_rows": 40, "test_rows": 30}
     small["rounds"] = 1
-    recipe = checked(small)
-    text = explain({"": recipe})
-    (record,) = run(build(recipe, machine()), 1)
+    plan = plan_of(small)
+    text = explain({"": plan})
+    (record,) = run(build(plan.recipe, machine()), 1)
     assert f"clients {', '.join(record.malicious)}" in text
 
 
 def test_attackers_who_are_redrawn_are_those_of_some_round():
     attack = {"malicious": {"count": 1, "redraw": True}, "update": [{"name": "byzantine_flip"}]}
-    recipe = checked({**DIGITS, "enable_attack": True, "attack": attack})
-    records = list(run(build(recipe, machine()), 3))
+    plan = plan_of({**DIGITS, "enable_attack": True, "attack": attack})
+    records = list(run(build(plan.recipe, machine()), 3))
     ever = sorted({id for record in records for id in record.malicious})
     assert len(ever) < 4
-    assert f"in some round of this run: clients {', '.join(ever)}" in explain({"": recipe})
+    assert f"in some round of this run: clients {', '.join(ever)}" in explain({"": plan})
 
 
 def test_explaining_trains_nothing_and_writes_nothing(tmp_path: Path, monkeypatch, capsys):

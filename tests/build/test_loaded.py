@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from fedllm_sec.build import text as build_text
-from fedllm_sec.build.federation import build, menu_problems
+from fedllm_sec.build.federation import build
 from fedllm_sec.build.loaded import Loaded
-from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.build.names import checked
 from fedllm_sec.rounds.compute import Machine
 
 
@@ -39,7 +39,7 @@ def test_the_base_model_is_read_once_for_all_seeds_and_shards_once_for_all_rules
     machine, loaded = Machine(Accelerator(cpu=True)), Loaded()
 
     def made(kept: Loaded | None, **changes: Any) -> Any:
-        return build(recipes.check({**small, **changes}, menu_problems), machine, kept)
+        return build(checked({**small, **changes}), machine, kept)
 
     first = made(loaded)
     median = made(loaded, defense={"rule": {"name": "median"}})

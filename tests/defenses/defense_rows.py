@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.seeds import generator_for
 

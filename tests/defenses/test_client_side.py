@@ -5,7 +5,7 @@ import torch
 
 from fedllm_sec.defenses.client_side import WhiteBloodCells, leakage, perturbation, soteria_gradient, soteria_mask
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import Layout
+from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Client, LocalContext
 from fedllm_sec.seeds import generator_for
 

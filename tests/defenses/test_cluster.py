@@ -18,7 +18,7 @@ from fedllm_sec.defenses.cluster import (
     similarity_feature,
 )
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from tests.defenses.defense_rows import KINDS, assert_close, assert_repaired, attacked, both, context, matrix, rows_of
 
 SIZES = [1, 2, 3, 4, 7, 16, 33, 64]

@@ -13,7 +13,7 @@ from fedllm_sec.defenses.deepsight import (
     same_cluster,
 )
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from tests.defenses.defense_rows import KINDS, context, matrix, rows_of
 
 LORA = Layout(("l.0.lora_A.weight", "l.0.lora_B.weight"), ((2, 4), (20, 2)))

@@ -5,7 +5,7 @@ import torch
 
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for

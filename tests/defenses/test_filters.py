@@ -8,7 +8,7 @@ import torch
 
 from fedllm_sec.defenses.filters import lasa, magnitude_thresholds, mda, meamed, peel_diameter
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from tests.defenses.defense_rows import KINDS, assert_close, assert_repaired, attacked, both, context, matrix, rows_of
 
 

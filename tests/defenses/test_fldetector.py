@@ -6,7 +6,7 @@ import torch
 
 from fedllm_sec.defenses.prediction import FLDetector, hessian_times, split_in_two, two_groups
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.seeds import generator_for
 from tests.defenses.defense_rows import KINDS, assert_close, both, context, matrix, rows_of
 

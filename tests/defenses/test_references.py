@@ -8,7 +8,7 @@ import torch
 
 from fedllm_sec import defenses as menu
 from fedllm_sec.defenses.checks import random_order
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.seeds import generator_for
 from tests.defenses import references as ref

@@ -7,7 +7,7 @@ import torch
 
 from fedllm_sec.defenses.screen import screen, stack
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from tests.defenses.small import matrix
 
 LAYOUT = Layout(("q.lora_A", "q.lora_B"), ((2, 2), (3,)))

@@ -8,7 +8,7 @@ import torch
 
 from fedllm_sec.defenses.spectral import caf, centred_products, dnc, draw_coordinates, smea
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.seeds import generator_for
 from tests.defenses.defense_rows import KINDS, assert_close, assert_repaired, attacked, both, context, matrix, rows_of
 

@@ -8,7 +8,7 @@ import torch
 import fedllm_sec
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.evaluation.robustness import breakdown, measure_rows, robustness_ratio, stealth
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 
 def measured(rows: list[list[float]], update: list[float], malicious: set[str]) -> dict:

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from fedllm_sec.build.federation import menu_problems, rehearse
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.fedml.command import main
 from fedllm_sec.fedml.defense import DEFENSES, WITHOUT
 from fedllm_sec.fedml.notes import Note, flatten
 from fedllm_sec.fedml.setup import ALGORITHMS, DATA, MODELS
 from fedllm_sec.fedml.threat import ATTACKS
 from fedllm_sec.fedml.translate import line, translate
 from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.recipe.__main__ import main
 from tests.conftest import ROOT
 
 # as people write them: a run on CIFAR-10 with a label flip against multi-Krum
@@ -73,8 +74,8 @@ def kinds(notes: list[Note], kind: str) -> dict[str, str]:
     return {note.key: note.text for note in notes if note.kind == kind}
 
 
-def checked(recipe: dict[str, Any]) -> None:
-    rehearse(recipes.check(recipe, menu_problems))
+def must_work(recipe: dict[str, Any]) -> None:
+    planned(checked(recipe))
 
 
 def test_a_label_flip_against_multi_krum_becomes_a_recipe_that_our_checker_takes():
@@ -105,7 +106,7 @@ def test_a_label_flip_against_multi_krum_becomes_a_recipe_that_our_checker_takes
         "defense": {"rule": {"name": "multi_krum", "f": 2, "m": 3}},
         "evaluate": {"every": 5},
     }
-    checked(recipe)
+    must_work(recipe)
     assert kinds(notes, "missing") == {}
 
 
@@ -156,7 +157,7 @@ def test_byzantine_modes(mode: str, method: dict[str, Any], kind: str):
     recipe, notes = translate(config({"attack_type": "byzantine", "attack_mode": mode, "byzantine_client_num": 2}))
     assert recipe["attack"]["update"] == [method]
     assert "attack_mode" in kinds(notes, kind)
-    checked(recipe)
+    must_work(recipe)
 
 
 def test_model_replacement_has_one_attacker_and_says_what_it_lacks():
@@ -170,7 +171,7 @@ def test_model_replacement_has_one_attacker_and_says_what_it_lacks():
         "every": 2,
     }
     assert "no backdoor in it" in kinds(notes, "differs")["attack_type"]
-    checked(recipe)
+    must_work(recipe)
     raw["attack_args"] |= {"attack_training_rounds": [1, 2, 5], "scale_factor_S": 2.5}
     assert kinds(translate(raw)[1], "missing").keys() == {"attack_training_rounds", "scale_factor_S"}
 
@@ -262,7 +263,7 @@ def test_each_defense_type_becomes_a_block_that_our_checker_takes(name: str):
     assert recipe["enable_defense"] is True
     assert kinds(notes, "missing") == {}
     assert {note.key for note in notes} >= {"defense_type", *settings}
-    checked(recipe)
+    must_work(recipe)
 
 
 @pytest.mark.parametrize("name", [name for name, (settings, _) in RULES.items() if settings])
@@ -323,7 +324,7 @@ def test_each_model_gets_its_task(name: str):
         raw["data_args"]["dataset"] = "shakespeare"
     recipe, notes = translate(raw)
     assert recipe["task"] == MODELS[name][0]
-    checked(recipe)
+    must_work(recipe)
     assert ("model" in kinds(notes, "differs")) == bool(MODELS[name][2])
 
 

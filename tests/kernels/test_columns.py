@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedllm_sec import kernels
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels import networks
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)

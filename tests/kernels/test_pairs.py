@@ -9,7 +9,7 @@ from fedllm_sec import kernels
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels import torch_backend
 from fedllm_sec.kernels.sums import new_sums, plain_rows
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)

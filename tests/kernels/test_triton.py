@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from fedllm_sec import kernels
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 PROGRAM = """
 import torch
 from fedllm_sec.kernels import networks, torch_backend, triton_backend
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 
 torch_backend.WIDE = 0
 rng = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fedllm_sec import kernels
 from fedllm_sec.errors import DefenseError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 
 
 def rows_of(seed, n, d):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm_sec.build.federation import menu_problems
+from fedllm_sec.build.names import checked
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.train import load
@@ -16,7 +16,7 @@ GOOD = {"clients": {"local_steps": 2}}
 
 def problems(raw: dict) -> str:
     with pytest.raises(RecipeError) as caught:
-        recipes.check(raw, menu_problems)
+        checked(raw)
     return str(caught.value)
 
 
@@ -26,7 +26,7 @@ def test_scientific_numbers_and_no_mean_what_they_say():
 
 
 def test_no_switches_a_block_off_and_stays_text_elsewhere():
-    recipe = recipes.check({**GOOD, "enable_attack": "no", "compute": {"mixed_precision": "no"}}, menu_problems)
+    recipe = checked({**GOOD, "enable_attack": "no", "compute": {"mixed_precision": "no"}})
     assert recipe.enable_attack is False
     assert recipe.compute.mixed_precision == "no"
 
@@ -112,8 +112,8 @@ def test_an_override_that_reaches_nothing_is_an_error(assignment):
 
 
 def test_a_dumped_recipe_reads_back_as_itself():
-    recipe = recipes.check({**GOOD, "compute": {"mixed_precision": "no"}, "seed": 3}, menu_problems)
-    assert recipes.check(recipes.parse_yaml(recipes.dump(recipe), "dump"), menu_problems) == recipe
+    recipe = checked({**GOOD, "compute": {"mixed_precision": "no"}, "seed": 3})
+    assert checked(recipes.parse_yaml(recipes.dump(recipe), "dump")) == recipe
 
 
 def test_a_variant_that_names_another_method_replaces_its_block():
@@ -143,7 +143,7 @@ def test_outside_code_is_named_by_module_and_attribute(tmp_path: Path, monkeypat
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     block = {"rule": {"name": "my_rules:norm_filter", "factor": "1e1"}}
-    recipes.check({**GOOD, "defense": block}, menu_problems)
+    checked({**GOOD, "defense": block})
     assert "no function or class" in problems({**GOOD, "defense": {"rule": {"name": "my_rules:nothing"}}})
     assert "cannot import" in problems({**GOOD, "defense": {"rule": {"name": "no_such_module:f"}}})
     assert 'Did you mean "factor"?' in problems(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm_sec.build.federation import menu_problems, rehearse
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.rounds.federation import run
 from tests.first_round import made, rows_of
 
@@ -95,7 +95,7 @@ def test_the_servers_own_update_is_trained_without_it():
 )
 def test_a_mistake_is_named_before_any_data_are_read(raw, words):
     with pytest.raises(RecipeError, match=words):
-        rehearse(recipes.check(raw, menu_problems))
+        planned(checked(raw))
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_attackers_see_what_their_knowledge_grants(knowledge, sees, knows):
 
 def test_trying_the_defense_does_not_move_its_memory():
     def probe(view: ThreatView) -> torch.Tensor:
-        from fedllm_sec.matrix.updates import UpdateMatrix
+        from fedllm_sec.matrix import UpdateMatrix
 
         for _ in range(3):
             view.defense(UpdateMatrix.of(torch.cat([view.own * 50, view.others]), ids=["c0", "c1", "c2"]))
@@ -205,7 +205,7 @@ def test_the_malicious_set_is_fixed_by_the_seed():
 
 
 def test_a_defense_cannot_read_who_is_malicious():
-    from fedllm_sec.matrix.updates import UpdateMatrix
+    from fedllm_sec.matrix import UpdateMatrix
     from fedllm_sec.protocols import RoundContext
 
     for known in (RoundContext, UpdateMatrix):

@@ -9,19 +9,18 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from fedllm_sec.build.federation import menu_problems
+from fedllm_sec.build.names import checked
 from fedllm_sec.build.text import load_task
 from fedllm_sec.errors import AttackError, RecipeError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.models.lora import product_gap, save_adapter
-from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.tasks.causal_lm import CausalLM
 
 
 def make(raw) -> CausalLM:
     torch.set_num_threads(1)
-    return load_task(recipes.check(raw, menu_problems), Machine(Accelerator(cpu=True)))
+    return load_task(checked(raw), Machine(Accelerator(cpu=True)))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
+from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.updates import new_rows
 
 Perturbation = Literal["unit", "sign", "std"]
 KINDS = {"unit": 0, "sign": 1, "std": 2}

@@ -10,7 +10,8 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.attacks.update.simple import need_positive
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix.updates import Layout, UpdateMatrix, new_rows
+from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.matrix.updates import new_rows
 from fedllm_sec.protocols import ThreatView
 
 A_FACTOR = re.compile(r"(^|\.)lora_A(\.|$)(.*\.)?weight$")

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.attacks.update.sight import honest_rows, noisy, repeat
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import ThreatView
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import AttackError, CohortError, DefenseError
-from fedllm_sec.matrix.updates import UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, ThreatView
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.errors import AttackError, CohortError
-from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
+from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.updates import new_rows
 from fedllm_sec.protocols import ThreatView
 
 STRETCH = 2**20  # numbers from one generator

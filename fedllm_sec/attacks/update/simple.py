@@ -11,7 +11,8 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.attacks.update.sight import median_norm, noisy, random_directions, repeat
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
+from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.updates import new_rows
 from fedllm_sec.protocols import ThreatView
 
 

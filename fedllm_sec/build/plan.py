@@ -1,0 +1,150 @@
+"""Checked recipe -> plan: everything that follows from a recipe without data or a model.
+
+`--check` and `--explain` stop here. All that cannot work is found while the plan is made, and told together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedllm_sec import algorithms, defenses
+from fedllm_sec.algorithms.gkt import KnowledgeTransfer
+from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.names import make
+from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
+from fedllm_sec.build.threat import attack_problems, attacking, client_ids, make_threat
+from fedllm_sec.build.transfer import transfer_problems
+from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.errors import AttackError, DefenseError, RecipeError
+from fedllm_sec.matrix import Layout
+from fedllm_sec.protocols import Algorithm, LocalRule, LocalTraining
+from fedllm_sec.recipe.sections import Recipe
+
+
+@dataclass
+class Methods:
+    """What one run is made with. Methods remember rounds and are used up by it."""
+
+    algorithm: Algorithm | KnowledgeTransfer
+    defense: Pipeline
+    guards: tuple[LocalRule, ...]  # what clients do for their own defense
+    threat: Threat | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that can work. `methods` are there to be read; a run takes `fresh` ones."""
+
+    recipe: Recipe
+    ids: tuple[str, ...]  # all clients
+    training: LocalTraining  # how they train, before the FL method adapts it
+    methods: Methods
+
+    def fresh(self) -> Methods:
+        """The methods once more, as they are before the first round."""
+        return Methods(
+            make_algorithm(self.recipe), make_defense(self.recipe), make_guards(self.recipe), make_threat(self.recipe)
+        )
+
+    def attackers(self) -> frozenset[str]:
+        """Who attacks in some round: the seed draws who is malicious, who takes part, and which rounds are attacked."""
+        threat = self.methods.threat
+        return attacking(self.recipe, threat) if threat is not None else frozenset()
+
+    def rehearse(self, layout: Layout) -> None:
+        """Try defense and attack on random rows of the model's layout, now that there is a model."""
+        tried = self.fresh()
+        if problems := _rehearsal(self.recipe, layout).problems(tried.defense, tried.threat):
+            raise RecipeError(problems)
+
+
+def planned(recipe: Recipe) -> Plan:
+    """The plan of a checked recipe, or one RecipeError with all that could not work."""
+    problems = algorithm_problems(recipe) + attack_problems(recipe)
+    defense = threat = None
+    guards: tuple[LocalRule, ...] = ()
+    try:
+        guards, defense = make_guards(recipe), make_defense(recipe)
+    except DefenseError as error:
+        problems.append(f"defense: {error}")
+    try:
+        threat = make_threat(recipe)
+    except AttackError as error:
+        problems.append(f"attack: {error}")
+    if defense is not None:  # tried even where something else is wrong, so that all is told at once
+        tried = make_threat(recipe) if not problems else None
+        problems += _rehearsal(recipe, UNNAMED).problems(make_defense(recipe), tried)
+    if problems or defense is None:
+        raise RecipeError(problems)
+    methods = Methods(make_algorithm(recipe), defense, guards, threat)
+    return Plan(recipe, tuple(client_ids(recipe)), local_training(recipe), methods)
+
+
+def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
+    ids, block = client_ids(recipe), recipe.defense if recipe.enable_defense else None
+    return Rehearsal(
+        ids=ids[: recipe.clients.per_round],
+        total=len(ids),
+        rounds=recipe.rounds,
+        seed=recipe.seed,
+        root=block is not None and bool(block.root_rows),
+        layout=layout,
+    )
+
+
+# ---------------------------------------------------------------- one block of the recipe -> one method
+
+
+def make_algorithm(recipe: Recipe) -> Algorithm | KnowledgeTransfer:
+    """The FL method of the recipe."""
+    made: Algorithm | KnowledgeTransfer = make(recipe.algorithm, algorithms.MENU, "algorithm")()
+    return made
+
+
+def make_defense(recipe: Recipe) -> Pipeline:
+    """The defense of the recipe, or the plain mean where it is switched off."""
+    block = recipe.defense if recipe.enable_defense else None
+    if block is None:
+        return Pipeline(before=[], rule=make({"name": "mean"}, defenses.MENU, "defense.rule"), after=[])
+    return Pipeline(
+        before=[make(b, defenses.MENU, f"defense.before.{i}") for i, b in enumerate(block.before)],
+        rule=make(block.rule, defenses.MENU, "defense.rule"),
+        after=[make(b, defenses.MENU, f"defense.after.{i}") for i, b in enumerate(block.after)],
+    )
+
+
+def make_guards(recipe: Recipe) -> tuple[LocalRule, ...]:
+    """The rules by which clients defend themselves."""
+    blocks = recipe.defense.client if recipe.enable_defense and recipe.defense is not None else []
+    return tuple(make(b, defenses.CLIENT_MENU, f"defense.client.{i}") for i, b in enumerate(blocks))
+
+
+def local_training(recipe: Recipe) -> LocalTraining:
+    """How the recipe's clients train, before an FL method adapts it."""
+    clients = recipe.clients
+    return LocalTraining(
+        batch_size=clients.batch_size,
+        steps=clients.local_steps,
+        epochs=clients.local_epochs,
+        optimizer=clients.optimizer,
+        lr=clients.lr,
+        betas=clients.betas or (0.9, 0.999),
+        lr_schedule=clients.lr_schedule,
+        weight_decay=clients.weight_decay,
+        max_grad_norm=clients.max_grad_norm,
+    )
+
+
+def algorithm_problems(recipe: Recipe) -> list[str]:
+    """Why the FL method cannot work with this task or this local training, as far as can be said without data."""
+    try:
+        algorithm = make_algorithm(recipe)
+        if algorithm.task not in (None, recipe.task):
+            name = recipe.algorithm["name"]
+            return [
+                f"algorithm: {name} is for task: {algorithm.task}, this is {recipe.task}. Use fedavg or change task."
+            ]
+        algorithm.prepare(local_training(recipe), None)
+    except RecipeError as error:
+        return error.problems
+    return transfer_problems(recipe) if isinstance(algorithm, KnowledgeTransfer) else []
