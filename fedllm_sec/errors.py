@@ -43,5 +43,9 @@ class DefenseError(FedError):
     """A defense whose inputs or preconditions do not hold."""
 
 
+class DivergedError(FedError):
+    """The global model is no longer made of finite numbers; the last one that was is in the checkpoint."""
+
+
 class ResumeError(FedError):
     """A run folder that cannot be continued."""

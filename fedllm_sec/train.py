@@ -91,12 +91,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Plan]:
     raw = reading.read(path, overrides)
     if "axes" in raw:
         raise RecipeError(f"{path}: is a grid. Run it with python -m fedllm_sec.benchmark {path}.")
-    raw.setdefault("output", {})
-    if isinstance(raw["output"], dict):
-        raw["output"]["folder"] = str(raw["output"].get("folder", "runs/{name}")).replace("{name}", path.stem)
-    changes = raw.pop("variants", None) or {"": {}}
-    if not isinstance(changes, dict) or not all(isinstance(v, dict) for v in changes.values()):
-        raise RecipeError("variants: must map names to blocks of overrides, e.g. {defended: {enable_defense: true}}.")
+    output = raw.setdefault("output", {})
+    if isinstance(output, dict) and isinstance(folder := output.get("folder", "runs/{name}"), str):
+        output["folder"] = folder.replace("{name}", path.stem)
+    changes = reading.variants(raw.pop("variants", None))
     found: dict[str, Plan] = {}
     problems: dict[str, None] = {}
     for name, change in changes.items():
@@ -232,8 +230,10 @@ def run_one(
             machine.accelerator.log(scalars(record), step=record.round)
     if machine.main:
         keep_model(kind)
-        stop = recipe.attack.stop if recipe.enable_attack and recipe.attack is not None else None
-        write_json(folder.path / "summary.json", summary(folder.path, command, stop))
+        attack = recipe.attack if recipe.enable_attack else None
+        stop = attack.stop if attack is not None else None
+        found = summary(folder.path, command, attacked=attack is not None, stop=stop)
+        write_json(folder.path / "summary.json", {**found, **federation.facts})
     machine.accelerator.wait_for_everyone()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,11 @@ from pathlib import Path
 
 from fedllm_sec.errors import FedError
 from fedllm_sec.recipe import shipped
+
+
+def home(text: str) -> Path:
+    """A path as it is typed: `~` is the home folder, also where no shell has put it in."""
+    return Path(os.path.expanduser(text))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Prints the recipe, and to the error output what became of each key. Exits with 1 if something "
         "asked for has no equivalent.",
     )
-    fedml.add_argument("config", type=Path, help="FedML's YAML, with train_args, attack_args, defense_args, ...")
-    fedml.add_argument("--out", type=Path, metavar="RECIPE", help="write the recipe to this new file instead")
+    fedml.add_argument("config", type=home, help="FedML's YAML, with train_args, attack_args, defense_args, ...")
+    fedml.add_argument("--out", type=home, metavar="RECIPE", help="write the recipe to this new file instead")
     options = parser.parse_args(argv)
     try:
         if options.command == "list":

@@ -2,70 +2,28 @@
 
 What may stand in it is in `fedllm_sec.recipe.sections`; `task` chooses which of the recipe classes there applies.
 Unknown keys, wrong types and contradictions are all reported together, with the place, the value and a way out, before
-any model is loaded. `fedllm_sec.build.federation` adds what only the menus know (names and settings of methods).
+any model is loaded. `fedllm_sec.build.names` adds what only the menus know (names and settings of methods).
 """
 
 from __future__ import annotations
 
 import copy
 import re
+import string
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 import pydantic
-import yaml
 from pydantic import BaseModel
 
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe import plainyaml
+from fedllm_sec.recipe.plainyaml import parse
 from fedllm_sec.recipe.resolve import did_you_mean, type_problems
 from fedllm_sec.recipe.sections import TASKS, CharRecipe, Data, Recipe, TextRecipe
 
 # ---------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-4 is a number, `no` and `off` are words, a key given twice is an error."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in pairs if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise RecipeError(f'line {key_node.start_mark.line + 1}: the key "{key}" is given twice. Keep one.')
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def parse_yaml(text: str, place: str) -> Any:
-    """YAML text to plain values, with the line in the error."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{place}, line {mark.line + 1}" if mark else place
-        raise RecipeError(f"{where}: not YAML ({getattr(error, 'problem', None) or error}).") from error
 
 
 def override(raw: dict[str, Any], assignment: str) -> None:
@@ -73,7 +31,7 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise RecipeError(f'override "{assignment}": write key.sub=value, e.g. clients.lr=1e-3.')
-    assign(raw, key, parse_yaml(text, f"override {key}"))
+    assign(raw, key, parse(text, f"override {key}"))
 
 
 def assign(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -203,7 +161,16 @@ def _template_problems(data: Data) -> list[str]:
         text = getattr(data, name)
         if text is None:
             continue
-        used = set(re.findall(r"{(\w*)}", text))
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            found.append(f"data.{name}: {text!r}: {error}. Write a brace that is text twice: {{{{ or }}}}.")
+            continue
+        fields = [(field, spec, conversion) for _, field, spec, conversion in parts if field is not None]
+        used = {field for field, spec, conversion in fields if not spec and conversion is None}
+        odd = [field for field, spec, conversion in fields if spec or conversion is not None]
+        if odd:
+            found.append(f"data.{name}: {text!r}: {{{odd[0]}}} is to be formatted. Write the name alone.")
         allowed = {"response"} if name == "answer" else {"text", "context"}
         if not used <= allowed:
             found.append(f"data.{name}: uses {sorted(used - allowed)}; it may use {sorted(allowed)}.")
@@ -231,6 +198,29 @@ def _text_problems(recipe: CharRecipe) -> list[str]:
             if block.get("name") != "label_flip"
         ]
     return found
+
+
+def variants(given: Any) -> dict[str, dict[str, Any]]:
+    """The variants of a recipe: name -> overrides; "" stands for the recipe itself where it has none.
+
+    A name is the name of one folder: two that a file system takes for one, or that lead elsewhere, are refused.
+    """
+    if given is None or given == {}:
+        return {"": {}}
+    if not isinstance(given, dict) or not all(isinstance(block, dict) for block in given.values()):
+        raise RecipeError("variants: must map names to blocks of overrides, e.g. {defended: {enable_defense: true}}.")
+    problems = [
+        f"variants.{name}: {name!r}: must be a text that names one folder: letters, digits, blanks, '.', '+', '-', '_'."
+        for name in given
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+ -]*", name) or name[-1] in ". "
+    ]
+    known: dict[str, str] = {}
+    for name in given if not problems else ():
+        if (twin := known.setdefault(name.casefold(), name)) != name:
+            problems.append(f"variants.{name}: some file systems take it for {twin!r}. Choose another name.")
+    if problems:
+        raise RecipeError(problems)
+    return given
 
 
 def check(raw: Any, menu_problems: Callable[[dict[str, Any]], list[str]]) -> Recipe:
@@ -262,7 +252,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}).") from error
-    raw = parse_yaml(text, str(path)) or {}
+    raw = parse(text, str(path)) or {}
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: must be a mapping of sections, got {type(raw).__name__}.")
     for assignment in overrides:
@@ -272,4 +262,4 @@ def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return plainyaml.dump(recipe.model_dump(mode="json"))

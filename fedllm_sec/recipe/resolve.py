@@ -20,6 +20,7 @@ from typing import Any
 import pydantic
 
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe.numbers import FINITE, refuse_truth_values
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def find(name: str, menu: Menu, place: str) -> Callable[..., Any]:
         sys.path.insert(0, "")  # `accelerate launch` and console scripts leave the working folder out
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:  # ":f" and "..:f" are no module names
         raise RecipeError(
             f'{place}.name: cannot import "{module_name}" ({error}). Is it on PYTHONPATH or in this folder?'
         ) from error
@@ -90,12 +91,17 @@ def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place:
         name: (hints.get(name, Any), ... if p.default is p.empty else p.default) for name, p in known.items()
     }
     problems = [
-        f"{place}.{key}: {settings[key]!r} is set, but there is no such setting.{did_you_mean(key, known)}"
+        f"{place}.{key}: {settings[key]!r} is set, but there is no such setting.{did_you_mean(str(key), known)}"
         for key in settings
         if key not in known
     ]
-    config = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
-    model = pydantic.create_model("Settings", __config__=config, **fields)
+    config = pydantic.ConfigDict(**FINITE, arbitrary_types_allowed=True)
+
+    def numbers(value: Any, info: pydantic.ValidationInfo) -> Any:
+        return refuse_truth_values(value, fields[str(info.field_name)][0])
+
+    checks: dict[str, Any] = {"numbers": pydantic.field_validator("*", mode="before")(numbers)} if fields else {}
+    model = pydantic.create_model("Settings", __config__=config, __validators__=checks, **fields)
     try:
         checked = model(**{key: value for key, value in settings.items() if key in known})
     except pydantic.ValidationError as error:

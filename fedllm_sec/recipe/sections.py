@@ -1,110 +1,138 @@
 """What a recipe may say: one class for each block, one recipe class for each kind of task.
 
 Blocks that name a method (partition, algorithm, attacks, defenses, small models) hold its settings as plain values:
-`fedllm_sec.build.federation` checks them against the method's signature.
+`fedllm_sec.build.names` checks them against the method's signature.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
+
+from fedllm_sec.recipe.numbers import FINITE, as_written, refuse_truth_values
+from fedllm_sec.recipe.places import home
 
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Place = Annotated[str, AfterValidator(home)]  # a path from the working directory, in which ~ is the home folder
+Word = Annotated[str, BeforeValidator(as_written)]  # a value of a table: {0: World} is written without quotes
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(**FINITE, extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        return refuse_truth_values(value, cls.model_fields[str(info.field_name)].annotation)
 
 
 class Lora(Section):
     """LoRA adapters (Hu et al. 2022)."""
 
-    r: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    r: PositiveInt = 8  # rank of the adapters
+    alpha: PositiveFloat = 16.0  # the product B A counts alpha / r times
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)  # on the input of the adapters, in training
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"  # the layers that get one
     train: Literal["both", "A", "B"] = "both"  # B alone is FFA-LoRA (Sun et al. 2024)
 
 
 class Model(Section):
-    name: str = "tiny"  # "tiny", a local folder or a hub name
+    name: Place = "tiny"  # "tiny", a local folder or a hub name
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base model
     load_in_4bit: bool = False  # NF4 through bitsandbytes
-    gradient_checkpointing: bool = False
-    lora: Lora = Lora()
+    gradient_checkpointing: bool = False  # less memory for more time
+    lora: Lora = Lora()  # the adapter, which alone is trained
 
 
 class Columns(Section):
     """Which column of the data set plays which part."""
 
-    text: str = "text"
-    context: str | None = None
-    response: str = "response"
-    label: str | None = None
+    text: Word = "text"  # what the model reads
+    context: Word | None = None  # more of what it reads, such as the input of an instruction
+    response: Word = "response"  # what it is to answer
+    label: Word | None = None  # its class; None: no accuracy is measured, answers are compared whole
 
 
 class Data(Section):
-    name: str = "builtin:topic"  # "builtin:FAMILY", a local folder or file, or a hub name
-    config: str | None = None
-    train: str = "train"  # a split of a hub set, or a file inside the folder `name`
-    test: str = "test"
-    train_where: dict[str, str] = {}  # keep the rows whose columns have these values, e.g. {split: train}
-    test_where: dict[str, str] = {}
-    columns: Columns = Columns()
-    rename: dict[str, str] = {}  # answers to be written differently, e.g. {Sci/Tech: Tech}
+    name: Place = "builtin:topic"  # "builtin:FAMILY", a local folder or file, or a hub name
+    config: str | None = None  # of a hub set
+    train: Place = "train"  # a split of a hub set, or a file inside the folder `name`
+    test: Place = "test"  # the same for the held-out rows
+    train_where: dict[Word, Word] = {}  # keep the rows whose columns have these values, e.g. {split: train}
+    test_where: dict[Word, Word] = {}  # the same for the held-out rows
+    test_share: float | None = Field(None, gt=0.0, lt=1.0)  # held out where train and test are one table; None: 0.1
+    encoding: str | None = None  # of text files; None: UTF-8, or what their byte-order mark says
+    columns: Columns = Columns()  # which column plays which part
+    rename: dict[Word, Word] = {}  # answers and labels to be written differently, e.g. {Sci/Tech: Tech, 0: World}
     text_chars: PositiveInt | None = None  # cut the text to so many characters before anything else
     template: str = "{text}"  # may use {text} and {context}
     template_with_context: str | None = None  # used for rows whose context is not empty
-    answer: str = " {response}"
+    answer: str = " {response}"  # what follows the prompt; must contain {response}
     max_length: int = Field(256, ge=8)  # tokens of prompt and answer together
-    loss_on: Literal["response", "all"] = "response"
+    loss_on: Literal["response", "all"] = "response"  # all: the prompt's tokens are trained too
     train_rows: PositiveInt | None = None  # use only so many, drawn by the seed
-    test_rows: PositiveInt | None = None
+    test_rows: PositiveInt | None = None  # the same for the held-out rows
 
 
 class Clients(Section):
-    total: PositiveInt = 10
-    per_round: PositiveInt | None = None  # None: all of them
-    local_steps: PositiveInt | None = None
-    local_epochs: PositiveInt | None = None
-    batch_size: PositiveInt = 16
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: PositiveFloat = 1e-3
+    """Who takes part, and how they train."""
+
+    total: PositiveInt = 10  # clients of the federation
+    per_round: PositiveInt | None = None  # clients drawn for each round; None: all of them
+    local_steps: PositiveInt | None = None  # optimizer steps of a client in a round; give these or epochs
+    local_epochs: PositiveInt | None = None  # passes over its rows
+    batch_size: PositiveInt = 16  # rows of a step
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # of the clients; the server's is the FL method's
+    lr: PositiveFloat = 1e-3  # learning rate
     betas: tuple[BelowOne, BelowOne] | None = None  # adamw's decay of first and second moments; None: 0.9, 0.999
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the rounds, down to a tenth
-    weight_decay: float = Field(0.0, ge=0.0)
-    max_grad_norm: PositiveFloat | None = 1.0
-    partition: dict[str, Any] = {"name": "iid"}
+    weight_decay: float = Field(0.0, ge=0.0)  # of the optimizer
+    max_grad_norm: PositiveFloat | None = 1.0  # longer gradients are cut to this length; None: never
+    partition: dict[str, Any] = {"name": "iid"}  # how rows are dealt to clients, with its settings
 
 
 class Malicious(Section):
     """Who is malicious: a number or a share of all clients, drawn by the seed, or a list of client numbers."""
 
-    count: PositiveInt | None = None
-    share: float | None = Field(None, gt=0.0, lt=1.0)
-    ids: list[int] | None = None
+    count: PositiveInt | None = None  # so many clients; give one of the three
+    share: float | None = Field(None, gt=0.0, lt=1.0)  # this share of all clients
+    ids: list[int] | None = None  # these clients, counted from 0
     redraw: bool = False  # draw so many anew for each round; else the same clients for the whole run
 
 
 class Attack(Section):
-    malicious: Malicious
+    """Who attacks, when, knowing what, and with which methods; acts where `enable_attack` is true."""
+
+    malicious: Malicious  # who
     start: PositiveInt = 1  # first round of the attack
     stop: PositiveInt | None = None  # last round of the attack
     every: PositiveInt = 1  # attack in every k-th round from `start`
     probability: float = Field(1.0, gt=0.0, le=1.0)  # of attacking in such a round; drawn by the seed, for all at once
     collude: bool = True  # false: each attacker forges alone, from its own row
-    knowledge: Literal["own", "cohort", "cohort+defense"] = "own"
-    data: list[dict[str, Any]] = []
-    local: list[dict[str, Any]] = []
-    update: list[dict[str, Any]] = []
+    knowledge: Literal["own", "cohort", "cohort+defense"] = "own"  # rows they see, and whether they know the defense
+    data: list[dict[str, Any]] = []  # methods that poison the attackers' rows; the success of the first is measured
+    local: list[dict[str, Any]] = []  # methods that change their training
+    update: list[dict[str, Any]] = []  # methods that forge what they send
 
 
 class DefenseBlock(Section):
+    """What the server does with the rows, in order; acts where `enable_defense` is true."""
+
     client: list[dict[str, Any]] = []  # what clients that do not attack run in their own training
-    before: list[dict[str, Any]] = []
-    rule: dict[str, Any] = {"name": "mean"}
-    after: list[dict[str, Any]] = []
+    before: list[dict[str, Any]] = []  # what changes or mixes rows before the rule
+    rule: dict[str, Any] = {"name": "mean"}  # what makes one update of the rows
+    after: list[dict[str, Any]] = []  # what changes that update
     root_rows: PositiveInt | None = None  # clean rows the server holds, taken out of the training set
 
 
@@ -113,11 +141,13 @@ class Evaluate(Section):
     rows: PositiveInt = 300  # held-out rows for quality
     attack_rows: PositiveInt = 200  # held-out prompts for attack success and false triggers
     answer_rows: int = Field(50, ge=0)  # free text: rows answered and compared (exact match, token overlap)
-    max_new_tokens: PositiveInt = 8
-    batch_size: PositiveInt = 64
+    max_new_tokens: PositiveInt = 8  # of a greedy answer
+    batch_size: PositiveInt = 64  # rows at a time
 
 
 class Compute(Section):
+    """With what, and how spread, it is computed."""
+
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: what accelerate is configured for
     gradient_accumulation: PositiveInt | None = None  # None: what accelerate is configured for
     placement: Literal["clients", "data"] = "clients"  # spread clients, or each batch, over the processes
@@ -126,23 +156,23 @@ class Compute(Section):
 
 
 class Output(Section):
-    folder: str = "runs/{name}"  # {name} is the recipe's file name
+    folder: Annotated[Place, Field(min_length=1)] = "runs/{name}"  # {name} is the recipe's file name
     adapter_every: PositiveInt | None = None  # also keep the adapter of every k-th round
-    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
+    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None  # also log there what a round measured
 
 
 class ArrayData(Section):
     """Images and other arrays with class labels."""
 
-    name: str = "digits"  # "digits", a file .npz, a short name such as fashion_mnist, or a hub name
-    config: str | None = None
-    train: str = "train"  # splits of a hub set
-    test: str = "test"
-    image: str | None = None  # columns of a hub set; None: the image column and the label column it has
-    label: str | None = None
+    name: Place = "digits"  # "digits", a file .npz, a short name such as fashion_mnist, or a hub name
+    config: str | None = None  # of a hub set
+    train: str = "train"  # split of a hub set
+    test: str = "test"  # the same for the held-out rows
+    image: str | None = None  # column of a hub set; None: the only image column it has
+    label: str | None = None  # column of a hub set; None: the only label column it has
     classes: int | None = Field(None, ge=2)  # None: the largest training label + 1
     train_rows: PositiveInt | None = None  # use only so many, drawn by the seed
-    test_rows: PositiveInt | None = None
+    test_rows: PositiveInt | None = None  # the same for the held-out rows
     flip: bool = False  # mirror training images left to right at random
     crop: int = Field(0, ge=0, le=16)  # shift training images by up to so many pixels
 
@@ -150,44 +180,44 @@ class ArrayData(Section):
 class CharData(Section):
     """A text file, cut into sequences of characters."""
 
-    name: str = ""  # the file
+    name: Place = ""  # the file
     length: int = Field(80, ge=2)  # characters of a sequence
     test_share: float = Field(0.1, gt=0.0, lt=1.0)  # the end of the text, or of each speaker's part
-    by_speaker: bool = False  # a play: a sequence holds one speaker's words; "NAME:" on a line starts a speech
-    train_rows: PositiveInt | None = None  # sequences
-    test_rows: PositiveInt | None = None
+    by_speaker: bool = False  # a play: a sequence holds one speaker's words; "NAME:" after a blank line starts a speech
+    train_rows: PositiveInt | None = None  # use only so many sequences, drawn by the seed
+    test_rows: PositiveInt | None = None  # the same for the held-out sequences
 
 
 class ArrayEvaluate(Section):
     every: PositiveInt = 1  # rounds; the last round is always evaluated
     rows: PositiveInt | None = None  # held-out rows for quality; None: all
     attack_rows: PositiveInt | None = None  # held-out rows for attack success and false triggers; None: all
-    batch_size: PositiveInt = 500
+    batch_size: PositiveInt = 500  # rows at a time
 
 
 class GanEvaluate(Section):
-    every: PositiveInt = 1
+    every: PositiveInt = 1  # rounds; the last round is always evaluated
     samples: int = Field(1000, ge=100)  # generated images that are compared with as many held-out ones
-    batch_size: PositiveInt = 500
+    batch_size: PositiveInt = 500  # images at a time
 
 
 class Recipe(Section):
     """One complete experiment; the classes below say what `model`, `data` and `evaluate` hold for each task."""
 
-    seed: int = 0
-    rounds: PositiveInt = 10
-    model: Any
-    task: str
-    data: Any
-    clients: Clients = Clients()
-    algorithm: dict[str, Any] = {"name": "fedavg"}
-    enable_attack: bool = False
-    attack: Attack | None = None
-    enable_defense: bool = False
-    defense: DefenseBlock | None = None
-    evaluate: Any
-    compute: Compute = Compute()
-    output: Output = Output()
+    seed: int = 0  # of everything that is drawn
+    rounds: PositiveInt = 10  # of the federation
+    model: Any  # what is trained
+    task: str  # which kind of task; decides what model, data and evaluate may say
+    data: Any  # what it is trained and measured on
+    clients: Clients = Clients()  # who takes part and how they train
+    algorithm: dict[str, Any] = {"name": "fedavg"}  # the FL method, with its settings
+    enable_attack: bool = False  # whether the attack block acts
+    attack: Attack | None = None  # who attacks and how
+    enable_defense: bool = False  # whether the defense block acts; else rows are averaged
+    defense: DefenseBlock | None = None  # what the server does with the rows
+    evaluate: Any  # what is measured, and how often
+    compute: Compute = Compute()  # how it is computed
+    output: Output = Output()  # where results go
     variants: dict[str, dict[str, Any]] | None = None  # name -> overrides: a comparison of several runs
 
 

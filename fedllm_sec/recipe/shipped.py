@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fedllm_sec.errors import RecipeError
@@ -28,6 +29,7 @@ def names() -> list[str]:
 
 def find(path: Path) -> Path:
     """The path itself where there is such a file or where it is no name; else the shipped recipe of that name."""
+    path = Path(os.path.expanduser(path))
     if path.exists() or path.suffix in (".yaml", ".yml") or path.is_absolute():
         return path
     return file_of(path.as_posix())

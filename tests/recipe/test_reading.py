@@ -21,7 +21,7 @@ def problems(raw: dict) -> str:
 
 
 def test_scientific_numbers_and_no_mean_what_they_say():
-    parsed = recipes.parse_yaml("a: 1e-4\nb: no\nc: true\nd: 5\ne: 1.5E3\nf: off", "here")
+    parsed = recipes.parse("a: 1e-4\nb: no\nc: true\nd: 5\ne: 1.5E3\nf: off", "here")
     assert parsed == {"a": 1e-4, "b": "no", "c": True, "d": 5, "e": 1500.0, "f": "off"}
 
 
@@ -33,12 +33,12 @@ def test_no_switches_a_block_off_and_stays_text_elsewhere():
 
 def test_a_key_given_twice_is_an_error_with_its_line():
     with pytest.raises(RecipeError, match=r"line 3.*seed.*twice"):
-        recipes.parse_yaml("seed: 1\nrounds: 2\nseed: 3", "here")
+        recipes.parse("seed: 1\nrounds: 2\nseed: 3", "here")
 
 
 def test_broken_yaml_names_the_line():
     with pytest.raises(RecipeError, match="line 2"):
-        recipes.parse_yaml("a: 1\nb: [1, 2", "here")
+        recipes.parse("a: 1\nb: [1, 2", "here")
 
 
 def test_all_mistakes_are_reported_together_with_suggestions():
@@ -113,7 +113,7 @@ def test_an_override_that_reaches_nothing_is_an_error(assignment):
 
 def test_a_dumped_recipe_reads_back_as_itself():
     recipe = checked({**GOOD, "compute": {"mixed_precision": "no"}, "seed": 3})
-    assert checked(recipes.parse_yaml(recipes.dump(recipe), "dump")) == recipe
+    assert checked(recipes.parse(recipes.dump(recipe), "dump")) == recipe
 
 
 def test_a_variant_that_names_another_method_replaces_its_block():

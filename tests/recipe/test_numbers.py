@@ -1,0 +1,118 @@
+"""Numbers of a recipe are finite numbers, in sections and in the settings of every method on a menu."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import pytest
+
+from fedllm_sec.build.names import checked
+from fedllm_sec.errors import RecipeError
+from fedllm_sec.menu import MENUS
+from fedllm_sec.recipe.numbers import _kinds
+from fedllm_sec.recipe.reading import put
+from fedllm_sec.recipe.resolve import check_settings, settings_of
+from tests.recipe.test_reading import GOOD, problems
+
+
+@pytest.mark.parametrize(
+    "key", ["rounds", "seed", "clients.lr", "clients.total", "model.lora.alpha", "evaluate.rows", "compute.chunk_mb"]
+)
+def test_a_truth_value_is_no_number(key: str):
+    assert f"{key}: True" in problems(put(GOOD, key, True))
+    assert "true is no number" in problems(put(GOOD, key, True))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(
+    "key", ["clients.lr", "clients.weight_decay", "clients.max_grad_norm", "model.lora.alpha", "attack.probability"]
+)
+def test_a_number_is_finite(key: str, value: float):
+    assert key in problems(put(GOOD, key, value))
+
+
+def test_a_list_of_numbers_holds_no_truth_value():
+    assert "no number" in problems(put(GOOD, "clients.betas", [0.9, True]))
+
+
+def test_numbers_are_still_taken_as_they_are_written():
+    recipe = checked(put(put(GOOD, "clients.lr", 1), "clients.betas", [0.5, 0.75]))
+    assert (recipe.clients.lr, recipe.clients.betas) == (1.0, (0.5, 0.75))
+
+
+SETTINGS = [
+    pytest.param(entry.make, name, id=f"{menu}-{method}-{name}")
+    for menu, entries in MENUS.items()
+    for method, entry in entries.items()
+    for name in settings_of(entry.make)
+]
+
+
+def hint_of(make: Any, name: str) -> Any:
+    return typing.get_type_hints(make.__init__ if isinstance(make, type) else make)[name]
+
+
+@pytest.mark.parametrize(("make", "name"), SETTINGS)
+def test_no_setting_of_any_method_takes_nonsense_for_a_number(make: Any, name: str):
+    kinds = _kinds(hint_of(make, name))
+    wrong = [True] if kinds & {int, float} and bool not in kinds else []
+    wrong += [float("nan"), float("inf")] if float in kinds else []
+    for value in wrong:
+        with pytest.raises(RecipeError, match=f"here.{name}"):
+            check_settings(make, {name: value}, "here")
+
+
+def test_a_key_that_is_no_text_beside_a_methods_settings_is_named():
+    for key in (True, 1, None):
+        assert "there is no such setting" in problems({**GOOD, "defense": {"rule": {"name": "median", key: "x"}}})
+
+
+@pytest.mark.parametrize("name", [":b", "..:x", "os:", ""])
+def test_a_name_that_is_no_module_is_an_error_in_a_line(name: str):
+    assert "defense.rule" in problems({**GOOD, "defense": {"rule": {"name": name}}})
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{text} }", "Single '}' encountered"),
+        ("x} {text}", "Single '}' encountered"),
+        ("{text} {", "Single '{' encountered"),
+        ("{text} {text.__class__}", "it may use"),
+        ("{text!r:>9}", "is to be formatted"),
+        ("{text:>9}", "is to be formatted"),
+        ("{} {text}", "it may use"),
+        ("{0} {text}", "it may use"),
+        ("no place", "must contain {text}"),
+    ],
+)
+def test_a_template_holds_text_and_context_and_nothing_else(template: str, words: str):
+    said = problems({**GOOD, "data": {**GOOD.get("data", {}), "template": template}})
+    assert "data.template" in said
+    assert words in said
+
+
+def test_a_brace_that_is_text_is_written_twice():
+    checked({**GOOD, "data": {**GOOD.get("data", {}), "template": "{{json}} {text}"}})
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs", "..", ".hidden", "a/b", 1, 0.1, True, "", "x ", "x\n", "con:"])
+def test_a_variant_is_the_name_of_one_folder(name: Any, tmp_path):
+    from fedllm_sec.recipe.reading import variants
+
+    with pytest.raises(RecipeError, match="names one folder"):
+        variants({name: {}})
+
+
+def test_two_variants_that_a_file_system_takes_for_one_are_refused():
+    from fedllm_sec.recipe.reading import variants
+
+    with pytest.raises(RecipeError, match="some file systems take it for 'a'"):
+        variants({"a": {}, "A": {}})
+    assert list(variants({"attack-free": {}, "multi_krum f3": {}})) == ["attack-free", "multi_krum f3"]
+
+
+@pytest.mark.parametrize("folder", ["", None, [], 3])
+def test_an_output_folder_is_a_text(folder: Any):
+    assert "output.folder" in problems({**GOOD, "output": {"folder": folder}})

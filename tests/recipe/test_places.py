@@ -1,0 +1,88 @@
+"""`~` is the home folder in every path of a recipe, and a name that leads nowhere is answered within seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pydantic
+import pytest
+from huggingface_hub import constants
+
+from fedllm_sec import train
+from fedllm_sec.data import arrays, text
+from fedllm_sec.errors import DataError, RecipeError
+from fedllm_sec.models.lora import source_of
+from fedllm_sec.recipe import places
+from fedllm_sec.recipe.sections import ArrayData, CharData, Data, Model, Output
+
+
+def test_the_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    for section in (Data, ArrayData, CharData, Model):
+        assert section(name="~/x").name == "/home/ada/x"
+    assert Output(folder="~/runs/{name}").folder == "/home/ada/runs/{name}"
+    assert Data(train="~/a.csv", test="b~.csv").train == "/home/ada/a.csv"
+    assert Data(test="b~.csv").test == "b~.csv"
+
+
+def test_a_home_that_nobody_has_is_an_error():
+    with pytest.raises(pydantic.ValidationError, match="no home folder is known for this"):
+        Output(folder="~nobody_of_this_name/x")
+
+
+def test_a_run_of_a_home_folder_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("clients: {local_steps: 1}\noutput: {folder: '~/out/{name}'}\n")
+    plans = train.load(Path("~/mine.yaml"), ["variants={a: {}}"])
+    assert plans["a"].recipe.output.folder == f"{tmp_path}/out/mine/a"
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A network in which nobody answers, not even the name server."""
+
+    class Session:
+        def head(self, *_: Any, **__: Any) -> None:
+            time.sleep(30)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(places, "PATIENCE", 0.2)
+    places.hub_problem.cache_clear()
+    yield
+    places.hub_problem.cache_clear()
+
+
+@pytest.mark.usefixtures("silent_hub")
+def test_a_name_that_leads_nowhere_is_answered_at_once_and_names_no_host():
+    asked = [
+        lambda: source_of("some/model"),
+        lambda: text.load_table("some/set", None, "train", 0),
+        lambda: arrays.load("some/set"),
+    ]
+    import datasets  # noqa: F401  (its import is not what is timed)
+
+    begin = time.monotonic()
+    for ask in asked:
+        with pytest.raises((DataError, RecipeError), match="the hub cannot be reached") as caught:
+            ask()
+        assert "http" not in str(caught.value)
+        assert ".co" not in str(caught.value)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_path_is_never_looked_for_on_the_hub():
+    for name in ("./x", "/x", "a/b/c", "../a", "a//b", "a\0"):
+        with pytest.raises(RecipeError, match="no such folder in"):
+            source_of(name)
+        with pytest.raises(DataError, match="no such folder or file in"):
+            text.load_table(name, None, "train", 0)
+
+
+def test_a_library_s_words_are_told_without_addresses():
+    told = places.why(OSError("404 for url (https://hub.example/api/x?y). Not found\nmore"))
+    assert told == "404 for url Not found"
