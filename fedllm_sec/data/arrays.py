@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import torch
 
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import Labelled
+from fedllm_sec.recipe import places
 from fedllm_sec.recipe.resolve import did_you_mean
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ def load(
         raw = _digits()
     elif name.endswith(".npz"):
         raw = _npz(Path(name))
-    elif name.startswith((".", "/", "~")):
+    elif places.is_local(name) or os.path.exists(name):
         raise DataError(f"data.name: {name}: must end in .npz, with the arrays {', '.join(KEYS)}.")
     else:
         hub, known_image, known_label = HUB.get(name, (name, None, None))
@@ -51,7 +54,23 @@ def load(
         for part, split in (("train", train), ("test", test)):
             table = _hub_table(name, hub, config, split)
             raw[f"x_{part}"], raw[f"y_{part}"] = from_table(table, image or known_image, label or known_label, name)
-    return labelled(raw, name, classes)
+    made = labelled(raw, name, classes)
+    refuse_same(raw["x_train"], raw["x_test"], name)
+    return made
+
+
+def refuse_same(train: np.ndarray, test: np.ndarray, place: str) -> None:
+    """Test images that are training images too are counted and said; where all are, nothing is held out: an error."""
+    known = {image.tobytes() for image in train}
+    both = sum(image.tobytes() in known for image in test)
+    if both == len(test):
+        raise DataError(f"data: {place}: all {both} test images are training images too. Give others as test.")
+    if both:
+        warnings.warn(
+            f"data: {place}: {both} of {len(test)} test images are training images too: what is measured on those is "
+            "not held out.",
+            stacklevel=2,
+        )
 
 
 def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None) -> tuple[Labelled, Labelled]:
@@ -117,7 +136,7 @@ def _digits() -> dict[str, np.ndarray]:
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     if not path.expanduser().is_file():
-        raise DataError(f"data.name: {path}: no such file.")
+        raise DataError(f"data.name: {path}: no such file in {places.here()}. Give one that exists.")
     try:
         with np.load(path.expanduser(), allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file.files]
@@ -131,12 +150,13 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _hub_table(name: str, hub: str, config: str | None, split: str) -> Dataset:
+    problem = places.hub_problem()
     from datasets import load_dataset
 
     try:
         return load_dataset(hub, config, split=split)
     except Exception as error:  # the hub client raises many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = problem or f"it says: {places.why(error)}"
         way_out = " Give a local .npz." if name in HUB else did_you_mean(name, ["digits", *HUB])
         raise DataError(
             f'data.name: "{name}" is neither digits, a local .npz nor a set the hub gave ({reason}).{way_out}'
@@ -174,7 +194,8 @@ def _column(table: Dataset, kind: str, named: str | None, place: str, setting: s
 def subset(rows: Labelled, at: np.ndarray | torch.Tensor) -> Labelled:
     """The chosen rows."""
     index = torch.as_tensor(at, dtype=torch.long)
-    return replace(rows, x=rows.x[index], y=rows.y[index], poisoned=rows.poisoned[index])
+    fixed = None if rows.fixed is None else rows.fixed[index]
+    return replace(rows, x=rows.x[index], y=rows.y[index], poisoned=rows.poisoned[index], fixed=fixed)
 
 
 def sample(rows: Labelled, limit: int | None, rng: np.random.Generator) -> Labelled:
@@ -186,4 +207,5 @@ def sample(rows: Labelled, limit: int | None, rng: np.random.Generator) -> Label
 
 def to_device(rows: Labelled, device: torch.device) -> Labelled:
     """The rows in the memory of the device, where batches are then cut from them."""
-    return replace(rows, x=rows.x.to(device), y=rows.y.to(device), poisoned=rows.poisoned.to(device))
+    fixed = None if rows.fixed is None else rows.fixed.to(device)
+    return replace(rows, x=rows.x.to(device), y=rows.y.to(device), poisoned=rows.poisoned.to(device), fixed=fixed)

@@ -12,7 +12,8 @@ import torch
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import Labelled
 
-SPEECH = re.compile(r"^([^\s:][^\n:]{0,40}):[ \t]*\n", re.MULTILINE)  # "FIRST CITIZEN:" alone on a line
+# "FIRST CITIZEN:" alone on a line, at the start of the text or after a blank line: verse has lines that end in ":" too
+SPEECH = re.compile(r"(?:\A|(?:\A|\n)[ \t]*\n)([^\s:][^\n:]{0,40}):[ \t]*(?=\n)")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def load(path: str, length: int, test_share: float, by_speaker: bool) -> Text:
     if not file.is_file():
         raise DataError(f"data.name: {path}: no such file. Give the path of a text file.")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # a byte-order mark is no character of the text
     except UnicodeDecodeError as error:
         raise DataError(f"data.name: {path}: is not UTF-8 text ({error}).") from error
     return cut(text, length, test_share, by_speaker, path)
@@ -82,11 +83,15 @@ def sequences(rows: np.ndarray, characters: int) -> Labelled:
 
 
 def speeches(text: str, place: str) -> list[str]:
-    """All that each speaker says, one string a speaker, in order of first appearance."""
-    pieces = SPEECH.split(text)  # what is before the first speech, then name, speech, name, speech, ...
+    """All that each speaker says, one string a speaker, in order of first appearance.
+
+    A speech goes from the line after the name to the next name; what stands before the first name is nobody's.
+    """
+    names = list(SPEECH.finditer(text))
+    ends = [*(name.start(1) for name in names[1:]), len(text)]
     said: dict[str, list[str]] = {}
-    for name, speech in zip(pieces[1::2], pieces[2::2], strict=True):
-        said.setdefault(name, []).append(speech)
+    for name, end in zip(names, ends, strict=False):
+        said.setdefault(name[1], []).append(text[name.end() + 1 : end])
     if not said:
         raise DataError(
             f'data.by_speaker: {place} has no line such as "FIRST CITIZEN:" that starts a speech. '

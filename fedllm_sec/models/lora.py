@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.recipe import places
 from fedllm_sec.recipe.resolve import did_you_mean
 
 if TYPE_CHECKING:
@@ -21,17 +23,40 @@ if TYPE_CHECKING:
 
 
 def source_of(name: str) -> str:
-    """Where a model of this name lies: the package for "tiny", a local folder, or the hub."""
+    """Where a model of this name lies: the package for "tiny", a local folder, or the hub.
+
+    An error within seconds where it can be none of them: the libraries would try an unreachable hub for a minute.
+    """
     if name == "tiny":
         return str(Path(__file__).parent / "tiny")
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise RecipeError(f"model.name: {name}: no such folder. Give an existing folder, a hub name or tiny.")
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        return folder
+    if places.is_local(name) or os.path.exists(folder):
+        raise RecipeError(
+            f"model.name: {name}: no such folder in {places.here()}. Give an existing folder, a hub name or tiny."
+        )
+    if (problem := places.hub_problem()) is not None and not _downloaded(name):
+        raise RecipeError(
+            f'model.name: "{name}": no such folder in {places.here()}, not downloaded before, and {problem}. Give an '
+            "existing folder or tiny."
+        )
     return name
+
+
+def _downloaded(name: str) -> bool:
+    """Whether the hub's cache on this machine has the model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no hub name
+        return False
 
 
 def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen base model and its tokenizer, from "tiny", a local folder or the hub."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     source = source_of(model.name)
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
@@ -50,15 +75,26 @@ def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreT
             bnb_4bit_compute_dtype=getattr(torch, model.dtype),
         )
         options["device_map"] = {"": device}
+    tokenizer = load_tokenizer(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
         base = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f'model.name: "{source}" cannot be loaded ({reason}).') from error
+        raise RecipeError(f'model.name: "{source}" cannot be loaded ({places.why(error)}).') from error
+    return (base if model.load_in_4bit else base.to(device)), tokenizer
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer; where it has no padding token its end token pads."""
+    from transformers import AutoTokenizer
+
+    source = source_of(model.name)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f'model.name: "{source}" cannot be loaded ({places.why(error)}).') from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return (base if model.load_in_4bit else base.to(device)), tokenizer
+    return tokenizer
 
 
 def _need_targets(base: PreTrainedModel, targets: str | list[str]) -> None:

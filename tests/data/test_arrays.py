@@ -21,7 +21,7 @@ def raw(**changes):
 
 def test_grey_and_colour_images_become_channels_first_from_0_to_1(tmp_path: Path):
     colour = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", **raw(x_train=colour, x_test=colour[:3]))
+    np.savez(tmp_path / "a.npz", **raw(x_train=colour, x_test=255 - colour[:3]))
     train, test = arrays.load(str(tmp_path / "a.npz"))
     assert train.x.shape == (6, 3, 4, 5)
     assert train.x[4, 2, 1, 3] == np.float32(colour[4, 1, 3, 2]) / np.float32(255)
@@ -106,6 +106,16 @@ def test_an_ambiguous_or_mistyped_column_is_named():
     with pytest.raises(DataError, match=r'no column "fine_lable".*Did you mean "fine_label"'):
         arrays.from_table(rows, None, "fine_lable", "set")
     assert arrays.from_table(rows, None, "coarse_label", "set")[1].tolist() == [0, 1, 0, 1]
+
+
+def test_test_images_that_are_training_images_are_counted_and_all_of_them_are_an_error(tmp_path: Path):
+    x = raw()["x_train"]
+    np.savez(tmp_path / "some.npz", **raw(x_test=np.stack([x[0], 255 - x[1], 255 - x[2]])))
+    with pytest.warns(UserWarning, match="1 of 3 test images are training images too"):
+        arrays.load(str(tmp_path / "some.npz"))
+    np.savez(tmp_path / "all.npz", **raw())
+    with pytest.raises(DataError, match="all 3 test images are training images too"):
+        arrays.load(str(tmp_path / "all.npz"))
 
 
 def test_a_sample_keeps_rows_whole():

@@ -47,6 +47,17 @@ def test_a_speaker_has_what_he_says_in_all_his_speeches():
             assert letters.get(letter, speaker) == speaker
 
 
+def test_a_verse_line_that_ends_in_a_colon_is_no_speaker():
+    said = characters.speeches("ROMEO:\nI say this:\nnever go.\n\nJULIET:\nHo.\n", "here")
+    assert said == ["I say this:\nnever go.\n\n", "Ho.\n"]
+
+
+def test_a_name_stands_at_the_start_or_after_a_line_of_blanks_and_may_say_nothing():
+    said = characters.speeches("\nA:  \n\nB:\nhi\n \t\nC:\nx\n\n\nA:\ny", "here")
+    assert said == ["\ny", "hi\n \t\n", "x\n\n\n"]
+    assert characters.speeches("a prologue\n\nA:\ny", "here") == ["y"]
+
+
 @pytest.mark.parametrize(
     ("text", "length", "share", "speaker", "words"),
     [
@@ -69,11 +80,21 @@ def test_a_file_must_be_there_and_be_text(tmp_path: Path):
         characters.load(str(tmp_path / "bad.txt"), 5, 0.1, False)
 
 
+def test_a_byte_order_mark_is_no_character_of_the_text(tmp_path: Path):
+    (tmp_path / "marked.txt").write_text("abcd" * 20, encoding="utf-8-sig")
+    assert characters.load(str(tmp_path / "marked.txt"), 5, 0.2, False).alphabet == "abcd"
+
+
 def test_the_real_text_has_65_characters(shared: Path):
     text = characters.load(str(shared / "data/tinyshakespeare.txt"), 80, 0.1, True)
     assert text.train.classes == 65
     assert len(text.train.y) > 9_000
     assert len(set(text.speakers.tolist())) > 100
+    play = (shared / "data/tinyshakespeare.txt").read_text()
+    said = characters.speeches(play, "here")
+    assert len(said) == 309
+    names = [match[1] for match in characters.SPEECH.finditer(play)]
+    assert sum(map(len, said)) + sum(len(f"{name}:\n") for name in names) == len(play)  # no line is lost
 
 
 def test_blocks_are_runs_and_each_speaker_has_one_client():

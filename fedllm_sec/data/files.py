@@ -1,0 +1,227 @@
+"""Files of tables (CSV, JSON, JSON lines, Parquet): read as they are written, or refused with row and way out."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import json
+import re
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedllm_sec.data.tables import Number, Table, as_json, of_arrow, refuse_twice
+from fedllm_sec.errors import DataError
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+PACKED = ".gz"
+SEPARATORS = ",;\t|"
+LOOKED_AT = 50  # records in which the separator must show
+LONGEST = 2**31 - 1  # characters of a cell
+MARKS = {  # byte-order marks; those of UTF-32 begin with those of UTF-16
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def ending(path: Path) -> str | None:
+    """The known ending of a file's name, without .gz; None where it is not one."""
+    kinds = [suffix.lower() for suffix in path.suffixes]
+    if kinds and kinds[-1] == PACKED:
+        kinds.pop()
+    return kinds[-1] if kinds and kinds[-1] in ENDINGS else None
+
+
+def read_file(path: Path, encoding: str | None = None) -> Table:
+    """The table of a file; text is UTF-8 unless a byte-order mark or `encoding` says otherwise."""
+    kind, place = ending(path), str(path)
+    if kind is None:
+        raise DataError(
+            f'data: {place} has the ending "{path.suffix}"; can read {", ".join(ENDINGS)}, text also with .gz behind '
+            "it. Save it as one of these."
+        )
+    try:
+        if kind == ".parquet":
+            if encoding is not None:
+                raise DataError(f"data.encoding: {encoding}: is for text files; {place} is Parquet. Remove it.")
+            return read_parquet(path)
+        text = decoded(path.read_bytes(), encoding, place)
+    except OSError as error:
+        raise DataError(f"data: {place} cannot be read ({error.strerror or error}).") from error
+    if not text.strip():
+        raise DataError(f"data: {place} is empty: zero rows.")
+    if kind in (".csv", ".tsv"):
+        return read_csv(text, place, "\t" if kind == ".tsv" else None)
+    return read_json(text, place)
+
+
+def decoded(content: bytes, encoding: str | None, place: str) -> str:
+    """The text of a file's bytes, unpacked where they are gzip's, without a byte-order mark."""
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"data: {place} cannot be unpacked by gzip ({error}). Is it whole? Copy it again."
+            ) from error
+    found = encoding or next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(found).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"data: {place}, line {line}: byte 0x{content[error.start]:02x} is not {found} text. Set data.encoding to "
+            "what it was written in, e.g. cp1252 (Windows, western Europe), latin-1 or utf-16, or save it as UTF-8."
+        ) from None
+    except (LookupError, ValueError):  # no such encoding, or one that does not lead to text
+        raise DataError(
+            f"data.encoding: {encoding!r}: there is no such text encoding. Known: utf-8, cp1252, ..."
+        ) from None
+
+
+def read_csv(text: str, place: str, separator: str | None = None) -> Table:
+    """A table with a head. Every row has a cell for each column; blank lines are left out."""
+    start = 0
+    if separator is None and (said := re.match(r"sep=(.)\r?\n", text)):  # how spreadsheets say it
+        separator, start = said[1], said.end()
+    limit = csv.field_size_limit(LONGEST)
+    try:
+        found = separator or _separator(text[start:])
+        head = next(_records(text[start:], found, place))[1]
+        if "\0" in "".join(head):
+            raise DataError(f"data: {place}: its head holds NUL characters. Is it UTF-16? Set data.encoding: utf-16.")
+        # "text, response": the blank belongs to the separator
+        spaced = len(head) > 1 and found != "\t" and all(name.startswith(" ") for name in head[1:])
+        rows = list(_filled(text[start:], found, place, spaced))
+    finally:
+        csv.field_size_limit(limit)
+    head = rows.pop(0)
+    names = [name.strip() for name in head]
+    notes = []
+    if separator is None and found != "," and len(head) > 1:
+        notes.append(f"columns are separated by {found!r}")
+    if spaced:
+        notes.append(f"blanks behind {found!r} are left out")
+    if any(name != stripped for name, stripped in zip(head, names, strict=True)):
+        notes.append("blanks around column names are left out")
+    if notes:
+        warnings.warn(f"data: {place}: {', '.join(notes)}.", stacklevel=2)
+    known = [name for name in names if name]  # a column without a name is one of row numbers, or nothing
+    refuse_twice(known, place)
+    at = {name: names.index(name) for name in known}
+    return Table(place, tuple(known), len(rows), lambda name: [row[at[name]] for row in rows])
+
+
+def _records(text: str, separator: str, place: str, spaced: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each record; one whose cells are all blank counts as a blank line."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=spaced, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            reason = f'a quoted cell is not as CSV writes it ({error}). A quote inside one is doubled: ""'
+            if "end of data" in str(error):
+                reason = "a quote is opened and never closed"
+            raise DataError(f"data: {place}, line {line}: {reason}.") from None
+        if cells is None:
+            return
+        if any(cell.strip() for cell in cells):
+            yield line, cells
+
+
+def _filled(text: str, separator: str, place: str, spaced: bool) -> Iterator[list[str]]:
+    """The records, of which each must be as long as the first."""
+    width = 0
+    for row, (line, cells) in enumerate(_records(text, separator, place, spaced)):
+        width = width or len(cells)
+        if len(cells) != width:
+            raise DataError(
+                f"data: {place}, row {row} (line {line}) has {len(cells)} cells, the head has {width}. Correct it: a "
+                f"cell that holds {separator!r} stands in quotes."
+            )
+        yield cells
+
+
+def _separator(text: str) -> str:
+    """Of those that cut the head at all, the one that most rows agree on, then the one that makes the most columns."""
+
+    def agreement(separator: str) -> tuple[bool, int, int]:
+        widths = []
+        with contextlib.suppress(DataError):  # said when the table is read
+            for (_, cells), _ in zip(_records(text, separator, ""), range(LOOKED_AT), strict=False):
+                widths.append(len(cells))
+        width = widths[0] if widths else 0
+        return width > 1, widths.count(width), width
+
+    return max(SEPARATORS, key=agreement)
+
+
+def read_json(text: str, place: str) -> Table:
+    """A list of objects, or objects one after the other (JSON lines)."""
+    decoder = json.JSONDecoder(
+        parse_int=Number,
+        parse_float=Number,
+        parse_constant=lambda name: None if name == "NaN" else Number(name),  # how missing numbers are written
+        object_pairs_hook=_object,
+    )
+    blank = re.compile(r"[ \t\r\n]*")
+    values: list[Any] = []
+    at = blank.match(text, 0).end()  # type: ignore[union-attr]
+    while at < len(text):
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"data: {place} cannot be read as json (line {error.lineno}, column {error.colno}: {error.msg}). It "
+                "must be a list of objects, or one object a line."
+            ) from None
+        except RecursionError:
+            raise DataError(f"data: {place}, row {len(values) + 1}: is nested too deeply.") from None
+        except ValueError as error:  # of _object
+            raise DataError(f"data: {place}, row {len(values) + 1}: {error}") from None
+        values.append(value)
+        at = blank.match(text, end).end()  # type: ignore[union-attr]
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"data: {place}, row {number}: {as_json(row)[:40]}: must be an object, {{column: value, ...}}."
+            )
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    return Table(place, names, len(rows), lambda name: [row.get(name) for row in rows])
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f'the key "{twice}" is given twice. Keep one.')
+    return made
+
+
+def read_parquet(path: Path) -> Table:
+    """A Parquet file; class labels that `datasets` has written keep their names."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        table = file.read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"data: {path} cannot be read as parquet ({reason}).") from error
+    try:
+        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        classes = {name: f["names"] for name, f in features.items() if f.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        classes = {}
+    return of_arrow(table, classes, str(path))

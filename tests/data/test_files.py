@@ -1,0 +1,146 @@
+"""A file of a table is read as it is written, or refused with its place, its row, the reason and a way out."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from fedllm_sec.data.files import read_file
+from fedllm_sec.data.tables import Table
+from fedllm_sec.errors import DataError
+
+CASES = Path(__file__).parent / "cases"
+
+
+def table(path: Path, content: str | bytes, encoding: str | None = None) -> Table:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read_file(path, encoding)
+
+
+def columns(table: Table) -> dict[str, list[str]]:
+    return {name: table.text(name) for name in table.names}
+
+
+CODES = ["00037", "NA", "null", "None", "nan", "2020-01-02", "100000", "1e5", "1.0", "1152921504606846977", "TRUE"]
+
+
+def test_a_csv_file_is_read_without_guessing(tmp_path: Path):
+    lines = "\n".join(f"q{i},{code}" for i, code in enumerate(CODES))
+    assert table(tmp_path / "t.csv", f"text,response\n{lines}\n").text("response") == CODES
+
+
+def test_a_json_file_is_read_without_guessing(tmp_path: Path):
+    numbers = ["100000", "1e5", "1.0", "-0", "1152921504606846977", "0.1000000000000000055511151231257827"]
+    strings = ["00037", "NA", "null", "2020-01-02", "100000"]
+    values = [*numbers, *(json.dumps(s) for s in strings), "true", "false", "null", "NaN", '[1.0, "é", {"a": null}]']
+    lines = "\n".join(f'{{"a": {value}}}' for value in values)
+    expected = [*numbers, *strings, "true", "false", "", "", '[1.0, "é", {"a": null}]']
+    assert table(tmp_path / "t.jsonl", lines).text("a") == expected
+    assert table(tmp_path / "t.json", f"[{', '.join(lines.splitlines())}]").text("a") == expected
+
+
+def test_a_key_that_a_row_lacks_is_a_missing_value(tmp_path: Path):
+    assert columns(table(tmp_path / "t.jsonl", '{"a": 1}\n\n{"b": 2, "a": 3}\n')) == {"a": ["1", "3"], "b": ["", "2"]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a,b\nx,y\n",
+        "a,b\r\nx,y\r\n",
+        "a,b\rx,y\r",
+        "\n\na,b\n\n  \nx,y\n,\n\n",  # blank lines, and a row of blank cells
+        "a;b\nx;y",
+        "a\tb\nx\ty",
+        "a|b\nx|y",
+        "sep=;\na;b\nx;y",
+        "a, b\nx, y",
+        ' a ,b\nx,"y"',
+        ",a,b\n0,x,y\n",  # the numbers that pandas writes in front
+        "a,b,\nx,y,\n",
+    ],
+)
+def test_one_row_of_csv_in_many_manners_is_the_same_row(tmp_path: Path, content: str):
+    assert columns(table(tmp_path / "t.csv", content)) == {"a": ["x"], "b": ["y"]}
+
+
+def test_a_separator_in_the_text_is_not_taken_for_the_separator(tmp_path: Path):
+    rows = '"one; two; three",1\n"four; five",2\n'
+    assert table(tmp_path / "t.csv", f"text,response\n{rows}").text("text") == ["one; two; three", "four; five"]
+    rows = "one, two, three;1\nfour, five;2\n"
+    assert table(tmp_path / "t.csv", f"text;response\n{rows}").text("text") == ["one, two, three", "four, five"]
+
+
+def test_a_quoted_cell_keeps_line_ends_quotes_and_blanks(tmp_path: Path):
+    assert table(tmp_path / "t.csv", 'a,b\n" x\r\n""y""\u2028 ",1\n').text("a") == [' x\r\n"y"\u2028 ']
+
+
+def test_what_was_found_about_a_csv_file_is_said():
+    for name, words in (("semicolon.csv", "separated by ';'"), ("header_spaces.csv", "blanks behind ',' are left out")):
+        with pytest.warns(UserWarning, match=words):
+            found = read_file(CASES / name)
+        assert found.names == ("text", "response")
+        assert found.text("response")[0] in ("room 0", "red")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        codecs.BOM_UTF8 + "a,b\né,y\n".encode(),
+        "a,b\né,y\n".encode("utf-16"),
+        codecs.BOM_UTF16_BE + "a,b\né,y\n".encode("utf-16-be"),
+        "a,b\né,y\n".encode("utf-32"),
+        gzip.compress("a,b\né,y\n".encode()),
+        gzip.compress(codecs.BOM_UTF8 + "a,b\né,y\n".encode()),
+    ],
+)
+def test_byte_order_marks_and_gzip_are_understood_in_any_text_file(tmp_path: Path, content: bytes):
+    for name in ("t.csv", "t.csv.gz", "T.CSV"):
+        assert columns(table(tmp_path / name, content)) == {"a": ["é"], "b": ["y"]}
+
+
+def test_an_encoding_is_a_setting_and_without_it_the_line_is_named():
+    with pytest.raises(DataError, match=r"latin1\.csv, line 2: byte 0xea is not utf-8 text\. Set data\.encoding"):
+        read_file(CASES / "latin1.csv")
+    assert read_file(CASES / "latin1.csv", "latin-1").text("response")[0] == "the café"
+    for name in ("klingon", "hex", "nope\0"):
+        with pytest.raises(DataError, match=r"data\.encoding: .* no such text encoding"):
+            read_file(CASES / "latin1.csv", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("t.csv", "a,b\nx,y\nx\n", r"t\.csv, row 2 \(line 3\) has 1 cells, the head has 2"),
+        ("t.csv", "a,b\nx,y,z\n", r"row 1 \(line 2\) has 3 cells.*stands in quotes"),
+        ("t.csv", 'a,b\nx,"y\nz,w\n', r"line 2: a quote is opened and never closed"),
+        ("t.csv", 'a,b\n"x" z,y\n', r"line 2: a quoted cell is not as CSV writes it"),
+        ("t.csv", "a,a\nx,y\n", '2 columns are called "a"'),
+        ("t.csv", "a,b\nx,y\n".encode("utf-16-le"), "Is it UTF-16"),
+        ("t.csv.gz", gzip.compress(b"a,b\nx,y\n")[:-9], "cannot be unpacked by gzip"),
+        ("t.csv", "", "zero rows"),
+        ("t.csv", "\ufeff \n", "zero rows"),
+        ("t.json", '{"a": 1}\n{"a" 2}', r"cannot be read as json \(line 2, column 6"),
+        ("t.json", '[{"a": 1}, 5]', "row 2: 5: must be an object"),
+        ("t.json", '{"a": 1, "a": 2}', 'row 1: the key "a" is given twice'),
+        ("t.json", "[" * 100_000, "nested too deeply"),
+        ("t.parquet", "PAR1 and nothing", "cannot be read as parquet"),
+        ("t.xlsx", "x", r'the ending "\.xlsx"; can read \.jsonl'),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path: Path, name: str, content: str | bytes, words: str):
+    with pytest.raises(DataError, match=words):
+        table(tmp_path / name, content)
+
+
+def test_half_a_character_is_named_with_its_row(tmp_path: Path):
+    found = table(tmp_path / "t.jsonl", '{"a": "x"}\n{"a": "\\ud83d"}')
+    with pytest.raises(DataError, match=r'row 2: column "a" holds half a character'):
+        found.text("a")
