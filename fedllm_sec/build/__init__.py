@@ -1,4 +1,12 @@
-"""From a recipe to a run that can begin: names, then the plan (no data), then parts and federation (data, a model)."""
+"""From a recipe to a run that can begin. The way is one line: checked, planned, assembled.
+
+names       raw -> checked recipe: names and settings of methods against the menus
+plan        what follows without data or model; what cannot work is refused here (also: threat, transfer)
+federation  assemble: data, model, everything together; what only they can tell is refused here
+parts, text, arrays, characters    what each kind of task brings: rows, shards, the task, held-out rows
+loaded      what a process reads once for several runs
+rehearsal, explain, cost           what is tried, said and counted before training
+"""
 
 from fedllm_sec.build.federation import assemble, build, run, save
 from fedllm_sec.build.names import checked

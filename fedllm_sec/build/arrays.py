@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedllm_sec.attacks.data.images import EdgeCase, Semantic
-from fedllm_sec.attacks.data.labels import LabelFlip
+from fedllm_sec.attacks.data.clean import innocent, success_table
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
-from fedllm_sec.build.parts import Parts, Split, make_model, poison
+from fedllm_sec.build.parts import Parts, Split, make_model, poison, tensors_of
 from fedllm_sec.data import arrays
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.evaluation.arrays import ArrayEvaluation
 from fedllm_sec.evaluation.samples import Features, SampleEvaluation
+from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.models.darts import genotype
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.recipe.sections import ArrayData, Recipe
@@ -40,12 +39,12 @@ def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: 
         root, shares = split(train.y.numpy())
         return arrays.subset(train, root), {id: arrays.subset(train, rows) for id, rows in shares.items()}
 
-    def moved(rows: Mapping[str, Labelled]) -> dict[str, Labelled]:
-        return {id: arrays.to_device(part, machine.device) for id, part in rows.items()}
+    def moved(part: Labelled) -> Labelled:
+        return arrays.to_device(part, machine.device)
 
     root, shards = loaded.get("split", split_key(recipe), deal)
     poisoned = loaded.get(
-        "poisoned shard", poison_key(recipe), lambda: moved(poison(recipe.seed, threat, shards, test))
+        "poisoned shard", poison_key(recipe), lambda: poison(recipe.seed, threat, shards, test).each(moved)
     )
     task_key = recipe.model_dump_json(include={"task", "model", "data", "seed"})
     evaluation: Any
@@ -59,9 +58,10 @@ def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: 
         )
     return Parts(
         task=task,
-        shards=loaded.get("shard", split_key(recipe), lambda: moved(shards)),
+        shards=loaded.get("shard", split_key(recipe), lambda: {id: moved(part) for id, part in shards.items()}),
         poisoned=poisoned,
-        root=arrays.to_device(root, machine.device) if len(root.y) else None,
+        poisoned_share=poisoned.shares,
+        root=moved(root) if len(root.y) else None,
         evaluation=evaluation,
     )
 
@@ -79,6 +79,11 @@ def load_rows(recipe: Recipe) -> tuple[Labelled, Labelled]:
 
 def classify_task(recipe: Recipe, machine: Machine, train: Labelled) -> Classify:
     """The classifier, or the search for one; its input is normalised by each channel's training mean and deviation."""
+    if recipe.task == "nas" and recipe.clients.batch_size == 1:
+        raise RecipeError(
+            "clients.batch_size: 1: a search learns weights on the even rows of a batch and the architecture on the "
+            "odd ones. Raise it to 2 or more."
+        )
     axes = (0, *range(2, train.x.ndim))
     kind = Nas if recipe.task == "nas" else Classify
     return kind(
@@ -101,6 +106,11 @@ def gan_task(recipe: Recipe, machine: Machine, train: Labelled) -> Gan:
 def sample_evaluation(recipe: Recipe, task: Gan, train: Labelled, test: Labelled) -> SampleEvaluation:
     """Held-out images in the principal components of the training images, and fixed noise to compare them with."""
     settings = recipe.evaluate
+    if len(test.y) < 2:
+        raise RecipeError(
+            f"data.test_rows: {len(test.y)} held-out image: a GAN is judged by the spread of its images and of the "
+            "held-out ones, which needs at least 2. Raise it."
+        )
     rng = generator_for(recipe.seed, "evaluation")
     features = Features.of(train.x)
     real = test.x[torch.randperm(len(test.y), generator=rng)[: settings.samples]]
@@ -109,7 +119,7 @@ def sample_evaluation(recipe: Recipe, task: Gan, train: Labelled, test: Labelled
 
 
 def make_evaluation(recipe: Recipe, test: Labelled, threat: Threat | None, device: torch.device) -> ArrayEvaluation:
-    """Held-out rows for quality, and triggered and clean ones for the attack."""
+    """Held-out rows for quality, and triggered and clean ones for the attack; there may be no clean ones."""
     settings = recipe.evaluate
     rng = np.random.default_rng(seed_for(recipe.seed, "evaluation"))
     quality = arrays.sample(test, settings.rows, rng)
@@ -117,28 +127,17 @@ def make_evaluation(recipe: Recipe, test: Labelled, threat: Threat | None, devic
     if threat is None or not threat.data:
         return evaluation
     attack = threat.data[0]  # the first is the one whose success is measured
-    triggered = arrays.sample(attack.probe(test), settings.attack_rows, rng)
-    clean = arrays.sample(arrays.subset(test, innocent(attack, test)), settings.attack_rows, rng)
-    if len(triggered.y) == 0 or len(clean.y) == 0:
+    with only_shown("attack.data.0", AttackError, **tensors_of(test)):
+        probe = attack.probe(test)
+    triggered = arrays.sample(probe, settings.attack_rows, rng)
+    if len(triggered.y) == 0:
         raise AttackError("attack.data.0: the test set has no row on which its success could be measured.")
+    evaluation.hits = success_table(attack, test.classes)
+    rows, evaluation.left_out = innocent(attack, test, evaluation.hits)
+    clean = arrays.sample(arrays.subset(test, rows), settings.attack_rows, rng)
     evaluation.triggered = arrays.to_device(triggered, device)
     evaluation.clean = arrays.to_device(clean, device)
-    classes = range(test.classes)
-    evaluation.hits = torch.tensor([[bool(attack.success(said, truth)) for said in classes] for truth in classes])
     return evaluation
-
-
-def innocent(attack: Any, test: Labelled) -> torch.Tensor:
-    """Numbers of the clean rows on which the attack should not show: not of its target, nor those it acts on as is."""
-    wanted = torch.tensor([bool(attack.success(c, c)) for c in range(test.classes)])
-    spared = ~wanted[test.y]
-    if isinstance(attack, LabelFlip):
-        spared &= ~torch.isin(test.y, torch.tensor([int(c) for c in attack.mapping]))
-    elif isinstance(attack, EdgeCase):
-        spared[attack.rows(test)] = False
-    elif isinstance(attack, Semantic):
-        spared[attack.rows(test, attack.probe_listed)] = False
-    return spared.nonzero().flatten()
 
 
 def save_model(task: Any, folder: Path) -> None:
@@ -151,7 +150,6 @@ def save_model(task: Any, folder: Path) -> None:
         task.model.eval()
         noise = torch.randn(GRID * GRID, task.model.noise, generator=generator_for(0, "grid"))
         write_atomic(folder / "samples.png", grid(task.samples(noise).cpu()))
-        task.model.train()
     if isinstance(task, Nas):
         found = {kind: genotype(tensors[f"arch_{kind}"], task.model.nodes) for kind in ("normal", "reduce")}
         write_json(folder / "genotype.json", found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,10 @@ from fedllm_sec.tasks.next_char import NextChar
 
 
 class CharacterFlip:
-    """A label flip on text: the character to be predicted is changed, as {e: a}; the text that is read stays."""
+    """A label flip on text: the character to be predicted is changed, as {e: a}; the text that is read stays.
+
+    Characters are compared as they are: {e: a, E: A} flips two, and a line end may become a blank.
+    """
 
     def __init__(self, flip: LabelFlip, alphabet: str) -> None:
         unknown = sorted({str(c) for pair in flip.mapping.items() for c in pair} - set(alphabet))
@@ -48,17 +51,38 @@ class CharacterFlip:
         return replace(shard, y=changed.y.view(shard.y.shape), poisoned=marks)
 
 
+def refuse_overlap(flips: Sequence[CharacterFlip], alphabet: str) -> None:
+    """An error where a later flip would act on a character that an earlier one flips, or has put there."""
+    taken: set[int] = set()
+    for number, flip in enumerate(flips):
+        pairs = flip.flip.mapping
+        if both := sorted(taken & set(pairs)):
+            raise AttackError(
+                f"attack.data.{number}.mapping: {alphabet[both[0]]!r} is flipped, or put in another's place, by an "
+                "earlier label_flip, whose work this one would undo. Put all pairs in one mapping."
+            )
+        taken |= {*pairs, *pairs.values()}
+
+
 def character_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, loaded: Loaded) -> Parts:
     """The text is cut, split and poisoned before the model is made."""
     text = loaded.get("rows", data_key(recipe), lambda: load_text(recipe))
     flips: list[Any] = []
     if threat is not None and threat.data:
         flips = [CharacterFlip(flip, text.alphabet) for flip in threat.data]  # type: ignore[arg-type]
+        refuse_overlap(flips, text.alphabet)
         threat.data = flips
     root, shares = split(text.speakers)
     shards = {id: arrays.subset(text.train, rows) for id, rows in shares.items()}
     poisoned = poison(recipe.seed, threat, shards)
     rng = np.random.default_rng(seed_for(recipe.seed, "evaluation"))
+    test = arrays.sample(text.test, recipe.evaluate.rows, rng)
+    attacked = arrays.sample(text.test, recipe.evaluate.attack_rows, rng) if flips else None
+    if attacked is not None and not bool((flips[0].wanted[attacked.y] >= 0).any()):
+        raise AttackError(
+            "attack.data.0: the held-out text has none of the flipped characters, so its success cannot be measured. "
+            "Raise evaluate.attack_rows or data.test_share."
+        )
     task = loaded.get(
         "task",
         recipe.model_dump_json(include={"task", "model", "data", "seed"}),
@@ -68,12 +92,13 @@ def character_parts(recipe: Recipe, machine: Machine, threat: Threat | None, spl
     return Parts(
         task=task,
         shards={id: move(rows) for id, rows in shards.items()},
-        poisoned={id: move(rows) for id, rows in poisoned.items()},
+        poisoned=poisoned.each(move),
+        poisoned_share=poisoned.shares,
         root=move(arrays.subset(text.train, root)) if len(root) else None,
         evaluation=CharEvaluation(
-            test=move(arrays.sample(text.test, recipe.evaluate.rows, rng)),
+            test=move(test),
             batch_size=recipe.evaluate.batch_size,
-            attacked=move(arrays.sample(text.test, recipe.evaluate.attack_rows, rng)) if flips else None,
+            attacked=move(attacked) if attacked is not None else None,
             wanted=flips[0].wanted if flips else None,
         ),
     )

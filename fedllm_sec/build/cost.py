@@ -148,8 +148,9 @@ def language_model(model: Model) -> Weights:
     """The base model and its adapter, from the configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    source = source_of(model.name)
     try:
-        config = AutoConfig.from_pretrained(source_of(model.name))
+        config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FedError(f'model.name: the configuration of "{model.name}" cannot be read ({reason}).') from error

@@ -11,11 +11,15 @@ from typing import Any
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build.cost import FLOAT, Cost, cost
 from fedllm_sec.build.plan import Plan
+from fedllm_sec.build.text import rows_in_words
+from fedllm_sec.errors import RecipeError
 from fedllm_sec.menu import lines as menu_lines
+from fedllm_sec.models.lora import load_tokenizer
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.report.runs import Run, methods
 from fedllm_sec.report.words import attack_card, defense_steps
+from fedllm_sec.tasks.causal_lm import room
 
 WIDTH = 110
 # What of a recipe its cost depends on: variants that share it are counted once.
@@ -36,7 +40,7 @@ def explain(plans: Mapping[str, Plan]) -> str:
         out += ["", f"{title}: {recipe.output.folder}", "=" * len(f"{title}: {recipe.output.folder}")]
         if recipe is not first:
             out += _section("Differs from the recipe above in", differences(first, recipe) or ["nothing"])
-        out += method(recipe) + threat(plan) + defense(plan) + bill(recipe, counted[key])
+        out += method(recipe) + data(recipe) + threat(plan) + defense(plan) + bill(recipe, counted[key])
     return "\n".join(out)
 
 
@@ -89,9 +93,28 @@ def threat(plan: Plan) -> list[str]:
     extra = {
         "Who attacks": [who, *([f"about {n * m / total:.3g} of the {n} clients of a round"] if n < total else [])],
         "When": [f"active in {active} of {recipe.rounds} rounds"],
-        "What they do": _meanings(run.attack, "data", "local", "update"),
+        "What they do": _meanings(run.attack, "data", "local", "update") + _targets(recipe),
     }
     return [line for title, texts in card for line in _section(title, [*texts, *extra.get(title, [])])]
+
+
+def _targets(recipe: Recipe) -> list[str]:
+    """How many tokens the answers that an attack teaches have, and the room for them."""
+    if recipe.task != "causal_lm" or recipe.attack is None:
+        return []
+    answers = [
+        str(answer)
+        for block in recipe.attack.data
+        for answer in (*([block["target"]] if "target" in block else []), *(block.get("mapping") or {}).values())
+    ]
+    if not answers:
+        return []
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+    except RecipeError as error:
+        return [f"target: its tokens are not counted: {error}"]
+    most = recipe.evaluate.max_new_tokens
+    return [f"target {room(tokenizer, recipe.data, answer, most)}" for answer in answers]
 
 
 def defense(plan: Plan) -> list[str]:
@@ -105,6 +128,11 @@ def defense(plan: Plan) -> list[str]:
 def method(recipe: Recipe) -> list[str]:
     """The FL method, by its own documentation."""
     return _section("FL method", _meanings({"algorithm": recipe.algorithm}, "algorithm"))
+
+
+def data(recipe: Recipe) -> list[str]:
+    """Which rows are trained on and which are held out; other kinds of task name both in their data sets."""
+    return _section("Data", rows_in_words(recipe)) if recipe.task == "causal_lm" else []
 
 
 def _meanings(block: Mapping[str, Any], *kinds: str) -> list[str]:

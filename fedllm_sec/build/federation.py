@@ -75,6 +75,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         evaluate_every=recipe.evaluate.every,
         chunk_mb=recipe.compute.chunk_mb,
         root=Client("server", parts.root) if parts.root is not None else None,
+        facts=parts.facts(),
     )
 
 

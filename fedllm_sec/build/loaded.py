@@ -14,7 +14,8 @@ T = TypeVar("T")
 class Loaded:
     """Things by kind and by the settings they were made from; of each kind the newest few are kept.
 
-    Runs share them, so nobody changes what is in here. A run that broke off may have: `clear` after it.
+    Runs share them, so nobody changes what is in here. A run that broke off may have: `clear` after it. What raises
+    while a thing is made may ask only for what is in its key: else it is silent where another variant made it before.
     """
 
     def __init__(self) -> None:

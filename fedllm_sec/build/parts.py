@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.names import make
 from fedllm_sec.data import partition
 from fedllm_sec.errors import AttackError, RecipeError
+from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.seeds import generator_for, seed_for
@@ -32,6 +34,12 @@ class Parts:
     poisoned: Mapping[str, Any]  # malicious client id -> poisoned shard
     root: Any  # the server's clean shard, or None
     evaluation: Any
+    poisoned_share: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # attack -> client id -> share
+
+    def facts(self) -> dict[str, Any]:
+        """What was made of data and model before the first round, for summary.json."""
+        stops = {"stop_tokens": self.task.stop_tokens} if hasattr(self.task, "stop_tokens") else {}
+        return {"poisoned_share": dict(self.poisoned_share) or None, **stops}
 
 
 def deal(recipe: Recipe, ids: Sequence[str], labels: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -72,36 +80,96 @@ def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn
     return made
 
 
-def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: Any = None) -> dict[str, Any]:
-    """The poisoned shards of the malicious clients.
+class Poisoned(dict[str, Any]):
+    """The poisoned shards by client id, and what share of each one's rows each attack changed.
 
-    An attack that changes no row at all is an error; where the attack's probe of the `test` rows knows the reason, such
-    as a class that nobody has, it says so. Clients that hold nothing it acts on (a label flip whose class
-    they lack) are named in a warning: they train on clean data.
+    `shares` is {"attack.data.0": {client id: share}, ...}, contrast rows among the changed ones.
+    """
+
+    def __init__(self, shards: Mapping[str, Any], shares: Mapping[str, Mapping[str, float]]) -> None:
+        super().__init__(shards)
+        self.shares = shares
+
+    def each(self, change: Callable[[Any], Any]) -> Poisoned:
+        """The same with every shard changed in form, such as moved to a device."""
+        return Poisoned({id: change(rows) for id, rows in self.items()}, self.shares)
+
+
+def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: Any = None) -> Poisoned:
+    """The poisoned shards of the malicious clients; each attack of the list takes rows that those before it left.
+
+    An attack that changes no row at all is an error; where its probe of the `test` rows knows the reason, such as a
+    class that nobody has, it says so. So is one that rewrites what another has poisoned, or that needs more attackers
+    than there are. Clients that hold nothing an attack acts on (a label flip whose class they lack) are named in a
+    warning: with no other attack they train on clean data.
     """
     if threat is None or not threat.data or not threat.malicious:
-        return {}
-    poisoned, untouched = {}, []
+        return Poisoned({}, {})
     attackers = sorted(threat.malicious if threat.ever is None else threat.ever)
+    for attack in threat.data:
+        if hasattr(attack, "need_attackers"):
+            attack.need_attackers(len(attackers))
+    done: dict[str, Any] = {}
+    shares: dict[str, dict[str, float]] = {f"attack.data.{k}": {} for k in range(len(threat.data))}
     for id in attackers:
         rows, rng = shards[id], generator_for(seed, "poison", id)
-        for attack in threat.data:
-            rows = attack.poison(rows, rng)
-        if any(rows.poisoned.tolist() if isinstance(rows, Labelled) else rows["poisoned"]):
-            poisoned[id] = rows
-        else:
-            untouched.append(id)
-    if not poisoned:
-        for attack in threat.data if test is not None else ():
-            attack.probe(test)
+        for attack, (place, share) in zip(threat.data, shares.items(), strict=True):
+            with only_shown(place, AttackError, **tensors_of(rows)):  # other attacks and later runs have them too
+                made = attack.poison(rows, rng)
+            _refuse_overwriting(rows, made, f"{place}: client {id}")
+            share[id] = (_marked(made) - _marked(rows)) / max(_size(made), 1)
+            rows = made
+        if _marked(rows):
+            done[id] = rows
+    for attack, (place, share) in zip(threat.data, shares.items(), strict=True):
+        untouched = [id for id, changed in share.items() if changed == 0]
+        if len(untouched) == len(attackers):
+            if test is not None:
+                attack.probe(test)
+            raise AttackError(
+                f"{place}: poisoned none of the rows of client {', '.join(untouched)}. "
+                "Raise the rate, or choose other clients or another target."
+            )
+        if untouched:
+            warnings.warn(
+                f"{place}: {len(untouched)} of {len(attackers)} malicious clients hold no row the attack "
+                f"acts on{' and train on clean data' if len(shares) == 1 else ''}: {', '.join(untouched)}.",
+                stacklevel=2,
+            )
+    return Poisoned(done, shares)
+
+
+def tensors_of(rows: Any) -> dict[str, torch.Tensor]:
+    """What of a shard could be written into; a text table cannot."""
+    return {"inputs": rows.x, "labels": rows.y} if isinstance(rows, Labelled) else {}
+
+
+def _size(rows: Any) -> int:
+    return len(rows.y) if isinstance(rows, Labelled) else len(rows)
+
+
+def _marked(rows: Any) -> int:
+    """How many rows are poisoned."""
+    return int(rows.poisoned.sum()) if isinstance(rows, Labelled) else sum(rows["poisoned"][:])
+
+
+def _refuse_overwriting(before: Any, after: Any, place: str) -> None:
+    """Raise where rows that were poisoned before are no longer what they were."""
+    if _marked(before) == 0:
+        return
+    if isinstance(before, Labelled):
+        at = before.poisoned
+        if before.y.ndim > 1:  # a sequence is marked where one of its characters is: others may still be changed
+            return
+        lost = int((before.y[at] != after.y[at]).sum() + (before.x[at] != after.x[at]).flatten(1).any(1).sum())
+    else:
+        columns = ("text", "context", "response", "label")
+        before = before.select(np.flatnonzero(before["poisoned"][:]))
+        after = after.select(np.flatnonzero(after["poisoned"][:]))
+        old, new = (Counter(zip(*(table[c][:] for c in columns), strict=True)) for table in (before, after))
+        lost = (old - new).total()
+    if lost:
         raise AttackError(
-            f"attack.data: poisoned none of the rows of client {', '.join(untouched)}. "
-            "Raise the rate, or choose other clients or another target."
+            f"{place}: {lost} rows that an attack before it in the list has poisoned are rewritten. An attack in a "
+            "list must leave rows alone that are marked as poisoned."
         )
-    if untouched:
-        warnings.warn(
-            f"attack.data: {len(untouched)} of {len(attackers)} malicious clients hold no row the attack "
-            f"acts on and train on clean data: {', '.join(untouched)}.",
-            stacklevel=2,
-        )
-    return poisoned

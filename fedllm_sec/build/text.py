@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fedllm_sec.attacks.data.answers import MOST_LABELS, Classes, column, normal, numbered, spellings
+from fedllm_sec.attacks.data.text import PROBED, not_clean
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.build.parts import Parts, Split, poison
 from fedllm_sec.data import text
-from fedllm_sec.errors import AttackError
-from fedllm_sec.evaluation.text import TextEvaluation
-from fedllm_sec.models.lora import add_adapter, load_base
-from fedllm_sec.recipe.reading import Recipe
+from fedllm_sec.errors import AttackError, DataError, FedError
+from fedllm_sec.evaluation.text import Choices, TextEvaluation
+from fedllm_sec.models.lora import add_adapter, load_base, source_of
+from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import seed_for
 from fedllm_sec.tasks.causal_lm import CausalLM, Encoded
@@ -28,18 +32,31 @@ if TYPE_CHECKING:
 
     from fedllm_sec.recipe.sections import Model
 
-MOST_LABELS = 100  # a label column with more values than this does not hold classes
-
 
 def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, loaded: Loaded) -> Parts:
-    """Data are read, split and poisoned before the model is loaded; what `loaded` holds already is used again."""
+    """Data are read, split and poisoned before the model is loaded; what `loaded` holds already is used again.
+
+    What is kept depends on the settings in its key alone. A check of the attackers is made in `poison`, whose key names
+    them, or outside of what is kept: an attack-free variant that ran before in the process makes none of them.
+    """
+    source_of(recipe.model.name)  # a name that leads nowhere is said before data are read
     train, test = loaded.get("rows", data_key(recipe), lambda: load_rows(recipe))
 
     def deal() -> tuple[Dataset, dict[str, Dataset]]:
         root, shares = split(class_numbers(train))
-        return train.select(root), {id: train.select(rows) for id, rows in shares.items()}
+        shards = {id: train.select(rows) for id, rows in shares.items()}
+        twice = text.overlap(train.select(root), train.select(np.concatenate(list(shares.values()))))
+        if twice:
+            warnings.warn(
+                f"defense.root_rows: {twice} of {len(root)} root rows are rows of clients too.",
+                stacklevel=2,
+            )
+        return train.select(root), shards
 
     root, shards = loaded.get("split", split_key(recipe), deal)
+    for attack in threat.data if threat is not None else ():
+        if hasattr(attack, "prepare"):
+            attack.prepare(train, test)
     poisoned = loaded.get("poisoned rows", poison_key(recipe), lambda: poison(recipe.seed, threat, shards, test))
     task = load_task(recipe, machine, loaded)
 
@@ -57,37 +74,62 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
         evaluation=loaded.get(
             "evaluation",
             probe_key(recipe) + json.dumps(recipe.model.name),
-            lambda: make_evaluation(recipe, task, test, threat),
+            lambda: make_evaluation(recipe, task, train, test, threat),
         ),
+        poisoned_share=poisoned.shares,
     )
 
 
 def class_numbers(train: Dataset) -> np.ndarray:
     """Each row's class, by which shards are drawn: its label, or its answer where answers are few."""
-    if len(set(train["label"])) <= 1 < len(set(train["response"])) <= MOST_LABELS:
-        return text.numbers(train["response"])
-    return text.numbers(train["label"])
+    values = column(train, "label")
+    if len(set(values)) <= 1 < len(spellings(answers := column(train, "response"))) <= MOST_LABELS:
+        values = answers
+    names = spellings(values)  # "Sports" and "sports " are one class
+    return text.numbers([names.get(normal(value), "") for value in values])
 
 
 def load_rows(recipe: Recipe) -> tuple[Dataset, Dataset]:
-    """Clean training and test rows."""
+    """Clean training and test rows; how many rows are in both is said, and all of them are an error."""
     data = recipe.data
 
-    def rows(part: str, split: str, wanted: dict[str, str], limit: int | None) -> Dataset:
-        table = text.where(text.load_table(data.name, data.config, split, recipe.seed), wanted, f"data.{part}_where")
-        clean = text.canonical(
-            table,
-            data.columns.model_dump(),
-            rename=data.rename,
-            text_chars=data.text_chars,
-            place=f"{data.name} ({split})",
-        )
-        return text.sample(clean, limit, np.random.default_rng(seed_for(recipe.seed, "rows", part)))
+    def some(rows: Dataset, part: str, limit: int | None) -> Dataset:
+        return text.sample(rows, limit, np.random.default_rng(seed_for(recipe.seed, "rows", part)))
 
-    return (
-        rows("train", data.train, data.train_where, data.train_rows),
-        rows("test", data.test, data.test_where, data.test_rows),
-    )
+    clean, held = text.load_rows(data, recipe.seed)
+    train, test = some(clean, "train", data.train_rows), some(held, "test", data.test_rows)
+    both = text.overlap(test, train)
+    if both == len(test):
+        raise DataError(
+            f"data: {data.name}: all {both} test rows are training rows too, so nothing is held out. Name other rows "
+            "with data.test or data.test_where."
+        )
+    if both:
+        warnings.warn(
+            f"data: {data.name}: {both} of {len(test)} test rows are training rows too: what is measured on those is "
+            "not held out.",
+            stacklevel=2,
+        )
+    return train, test
+
+
+def rows_in_words(recipe: Recipe) -> list[str]:
+    """Where training and held-out rows come from and how many there are; a hub set is not loaded for it."""
+    data = recipe.data
+    try:
+        if not data.name.startswith("builtin:") and text.file_of(data.name, data.train) is None:
+            return [f"{data.name}, a set of the hub: {data.train} is trained on, {data.test} is held out"]
+        drawn = text.split_at_random(data)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train, test = load_rows(recipe)
+    except FedError as error:
+        return [f"cannot be read: {error}"]
+    share = f"{data.test_share or text.SHARE:.3g}"
+    how = f": one table, of whose texts a share of {share}, drawn by the seed, is held out" if drawn else ""
+    return [f"{data.name}{how}", f"{len(train):,} training rows, {len(test):,} held-out rows"] + [
+        str(warning.message) for warning in said if "is training and test set" not in str(warning.message)
+    ]
 
 
 @dataclass
@@ -124,44 +166,95 @@ def load_task(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) ->
     return loaded.get("task", recipe.model_dump_json(include={"task", "model", "data", "seed"}), adapt, keep=1)
 
 
-def make_evaluation(recipe: Recipe, task: CausalLM, test: Dataset, threat: Threat | None) -> TextEvaluation:
-    """Held-out rows for quality, and triggered and clean prompts for the attack."""
+def make_evaluation(
+    recipe: Recipe, task: CausalLM, train: Dataset, test: Dataset, threat: Threat | None
+) -> TextEvaluation:
+    """Held-out rows for quality, and triggered and clean prompts for the attack; there may be no clean ones."""
     settings = recipe.evaluate
     rng = np.random.default_rng(seed_for(recipe.seed, "evaluation"))
     quality_rows = text.sample(test, settings.rows, rng)
-    names = sorted(set(test["label"]))
-    classes = len(names) > 1 and len(names) <= MOST_LABELS
-    encoded = task.encode(quality_rows, "test rows")
-    numbers = {name: k for k, name in enumerate(names)}
-
-    def with_label(rows: Sequence[int], k: int) -> Encoded:
-        answer = task.answer_ids(names[k])
-        return Encoded([encoded.prompts[i] for i in rows], [answer for _ in rows])
-
     evaluation = TextEvaluation(
-        test=encoded,
-        truths=quality_rows["response"],
-        labels=names if classes else None,
-        classes=torch.tensor([numbers[v] for v in quality_rows["label"]]) if classes else None,
-        label_tokens=task.first_label_tokens(names) if classes else None,
-        label_answers=with_label,
+        test=task.encode(quality_rows, "test rows"),
+        truths=column(quality_rows, "response"),
         answer_rows=settings.answer_rows,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
     )
+    classes = Classes.of(train, test)
+    order = sorted(classes.labels)
+    if classes.labelled and classes.named != "nothing" and len(order) > 1:
+        evaluation.labels = [classes.labels[name] for name in order]
+        labelled = [own if label.strip() else None for own, label in
+                    zip(classes.of_rows(quality_rows), column(quality_rows, "label"), strict=True)]  # fmt: skip
+        evaluation.classes = torch.tensor(numbered(labelled, order))
+        if classes.named == "answer":
+            evaluation.choices = choices(task, classes, order, evaluation.test)
+        else:
+            evaluation.read = lambda answer: numbered([classes.said(answer)], order)[0]
     if threat is not None and threat.data:
         attack = threat.data[0]  # the first is the one whose success is measured
         triggered = text.sample(attack.probe(test), settings.attack_rows, rng)
-        innocent = [i for i, row in enumerate(test) if not attack.success(row["response"], row)]
-        clean = text.sample(test.select(innocent), settings.attack_rows, rng)
-        if len(triggered) == 0 or len(clean) == 0:
+        if len(triggered) == 0:
             raise AttackError("attack.data.0: the test set has no row on which its success could be measured.")
+        why = not_clean(attack, test)
+        clean = text.sample(
+            test.select([i for i, reason in enumerate(why) if reason is None]), settings.attack_rows, rng
+        )
+        counts = Counter(reason for reason in why if reason is not None)
+        evaluation.left_out = {reason: n for reason, n in counts.items() if reason != PROBED}
         evaluation.triggered = task.encode(triggered, "triggered test rows")
-        evaluation.clean = task.encode(clean, "clean test rows")
         evaluation.triggered_rows, evaluation.clean_rows = list(triggered), list(clean)
         evaluation.success = attack.success
+        if len(clean):
+            evaluation.clean = task.encode(clean, "clean test rows")
+        else:
+            of_them = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+            evaluation.reasons["false_trigger"] = f"no held-out row is clean: {of_them}"
         _refuse_invisible_trigger(task, test, triggered, evaluation.triggered)
+        _refuse_cut_answers(task, attack, evaluation.triggered_rows, classes, settings.max_new_tokens)
     return evaluation
+
+
+def choices(task: CausalLM, classes: Classes, order: Sequence[str], rows: Encoded) -> Choices:
+    """The answers that go with the classes, and `rows` answered with them."""
+    answers = [(k, answer) for k, name in enumerate(order) for answer in classes.answers.get(name, {}).values()]
+    ids = task.answer_ids([answer for _, answer in answers])
+    numbers = {tuple(answer): k for k, answer in enumerate(ids)}
+    return Choices(
+        classes=torch.tensor([k for k, _ in answers]),
+        first=torch.tensor([answer[0] for answer in ids]),
+        own=torch.tensor([numbers.get(tuple(answer), -1) for answer in rows.answers]),
+        answered=lambda which, said: Encoded([rows.prompts[i] for i in which], [ids[k] for k in said]),
+    )
+
+
+def _refuse_cut_answers(
+    task: CausalLM, attack: Any, triggered: Sequence[dict[str, Any]], classes: Classes, most: int
+) -> None:
+    """Greedy answers of at most `most` tokens must be able to succeed, and to differ from those that do not."""
+    row = triggered[0]
+    wanted = {row["response"]: row for row in triggered}
+    others = [a for found in classes.answers.values() for a in found.values() if not attack.success(a, row)]
+    for answer, ids in zip([*wanted, *others], task.answer_ids([*wanted, *others]), strict=True):
+        own = wanted.get(answer, row)
+
+        def succeeds(count: int, own: Any = own, ids: Sequence[int] = ids) -> bool:
+            return bool(attack.success(task.decode(ids[:count]), own))
+
+        right = answer in wanted
+        if succeeds(most) == right:
+            continue
+        needed = next((k for k in range(most + 1, len(ids) + 1) if succeeds(k) == right), None)
+        if needed is None:
+            raise AttackError(
+                f"attack.data.0: the answer {answer!r} reads as {task.decode(ids)!r} in this model's tokens, which is "
+                f"{'no' if right else 'a'} success. Choose another target or model."
+            )
+        raise AttackError(
+            f"attack.data.0: the answer {answer!r} has {len(ids)} tokens with its end token, and "
+            f"evaluate.max_new_tokens={most} cuts it to {task.decode(ids[:most])!r}, which is "
+            f"{'no' if right else 'a'} success. Raise evaluate.max_new_tokens to {needed}."
+        )
 
 
 def _refuse_invisible_trigger(task: CausalLM, test: Dataset, triggered: Dataset, encoded: Encoded) -> None:

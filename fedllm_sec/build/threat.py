@@ -7,7 +7,7 @@ from fedllm_sec.attacks.threat import Threat, choose_malicious
 from fedllm_sec.build.names import make
 from fedllm_sec.protocols import Client
 from fedllm_sec.recipe.sections import Recipe
-from fedllm_sec.rounds.federation import sample
+from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.seeds import generator_for
 
 

@@ -92,4 +92,5 @@ def distillation(
         seed=recipe.seed,
         per_round=recipe.clients.per_round,
         evaluate_every=recipe.evaluate.every,
+        facts=parts.facts(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,39 +18,54 @@ class ArrayEvaluation:
     """Held-out rows on the device. `spread(batches, width, score)` is `Machine.spread`.
 
     `hits` (classes, classes) bool says whether predicting the column's class on a clean row of the row's class is what
-    the attack wants there.
+    the attack wants there. `left_out` counts the held-out rows that are neither triggered nor clean, by the reason.
     """
 
     test: Labelled
     batch_size: int
     triggered: Labelled | None = None  # the attack's probe: y is what the attack wants
-    clean: Labelled | None = None  # clean rows for which the attack's success would be wrong
+    clean: Labelled | None = None  # rows on which the attack's success can happen and would be wrong
     hits: Tensor | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def quality(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any]:
-        """Mean log-loss (nats) and accuracy."""
+        """Mean log-loss (nats) and accuracy, over all rows and over those of each class, by its number.
+
+        A row that got no answer (-1: logits that are not finite) is not right.
+        """
         found = self._score(task, spread, self.test)
-        right = int((found[:, 1].long() == self.test.y.cpu()).sum())
+        truth = self.test.y.cpu()
+        right = found[:, 1].long() == truth
+        present = sorted(set(truth.tolist()))
         return {
             "loss": float(found[:, 0].mean()),
             "perplexity": None,
-            "accuracy": wilson(right, len(found)),
+            "accuracy": wilson(int(right.sum()), len(found)),
+            "per_class": {str(c): wilson(int(right[truth == c].sum()), int((truth == c).sum())) for c in present},
             "exact_match": None,
             "token_overlap": None,
         }
 
     def attack(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any] | None:
-        """Attack success rate on the probe, and the rate of the same answers on clean rows."""
+        """Attack success rate on the probe, and the rate of the same answers on the clean rows.
+
+        A row that got no answer is no success. Without a clean row the second rate is None, and `reasons` says why.
+        """
         if self.triggered is None:
             return None
         chosen = self._score(task, spread, self.triggered)[:, 1].long()
-        false_trigger = None
-        if self.clean is not None and self.hits is not None:
+        false_trigger, reasons = None, {}
+        if self.clean is None or self.hits is None or len(self.clean.y) == 0:
+            reasons["false_trigger"] = "no held-out row on which the attack's success could happen and would be wrong"
+        else:
             said = self._score(task, spread, self.clean)[:, 1].long()
-            false_trigger = wilson(int(self.hits[self.clean.y.cpu(), said].sum()), len(said))
+            hits = self.hits[self.clean.y.cpu(), said.clamp_min(0)] & (said >= 0)
+            false_trigger = wilson(int(hits.sum()), len(said))
         return {
             "asr": wilson(int((chosen == self.triggered.y.cpu()).sum()), len(chosen)),
             "false_trigger": false_trigger,
+            "reasons": reasons,
+            "left_out": dict(self.left_out),
         }
 
     def _score(self, task: Any, spread: Callable[..., Tensor], rows: Labelled) -> Tensor:

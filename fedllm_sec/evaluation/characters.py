@@ -38,14 +38,27 @@ class CharEvaluation:
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "accuracy": wilson(int(sums[1]), n),
+            "per_class": None,
             "exact_match": None,
             "token_overlap": None,
         }
 
     def attack(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any] | None:
-        """How often a flipped character's substitute is predicted in its place; false triggers do not apply."""
+        """How often a flipped character's substitute is predicted in its place, and a substitute in another's place.
+
+        A place counts for false triggers where its character is not flipped and a substitute would be wrong: with
+        {e: a} all places but those of e and a.
+        """
         if self.attacked is None or self.wanted is None:
             return None
         rows, wanted = self.attacked, self.wanted
-        sums = spread(self._batches(rows), 2, lambda at: task.taken_for(rows, at, wanted)).sum(0)
-        return {"asr": wilson(int(sums[0]), int(sums[1])), "false_trigger": None}
+        sums = spread(self._batches(rows), 4, lambda at: task.taken_for(rows, at, wanted)).sum(0)
+        hits, places, false, others = (int(s) for s in sums)
+        rates = {"asr": wilson(hits, places), "false_trigger": wilson(false, others)}
+        why = {
+            "asr": "none of the flipped characters occurs in the held-out text",
+            "false_trigger": "no character of the held-out text is neither flipped nor a substitute",
+        }
+        beside = rows.y.numel() - places - others
+        left_out = {"characters that flipped ones are replaced by": beside} if beside else {}
+        return {**rates, "reasons": {k: why[k] for k, v in rates.items() if v is None}, "left_out": left_out}

@@ -55,7 +55,8 @@ class SampleEvaluation:
     """Fixed noise, and the held-out images that samples are compared with.
 
     The loss is the Frechet distance over the total variance of the real images, in their first 32 principal
-    components: 0 for the same distribution, 1 for a generator that always gives the mean image.
+    components: 0 for the same distribution, 1 for a generator that always gives the mean image, nan where an image is
+    not finite.
     """
 
     features: Features
@@ -66,8 +67,10 @@ class SampleEvaluation:
     def quality(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any]:
         batches = torch.split(torch.arange(len(self.noise)), self.batch_size)
         made = spread(batches, self.real.shape[1], lambda at: self.features(task.samples(self.noise[at])))
-        distance = frechet(made, self.real) / float(torch.cov(self.real.T).trace())
-        return {"loss": distance, "perplexity": None, "accuracy": None, "exact_match": None, "token_overlap": None}
+        finite = bool(made.isfinite().all())
+        distance = frechet(made, self.real) / float(torch.cov(self.real.T).trace()) if finite else float("nan")
+        nothing = dict.fromkeys(("perplexity", "accuracy", "per_class", "exact_match", "token_overlap"))
+        return {"loss": distance, **nothing}
 
     def attack(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any] | None:
         """A generator is harmed, not steered: what an attack does to it stands in `quality`."""

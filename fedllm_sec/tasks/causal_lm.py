@@ -7,8 +7,9 @@ computed, in training as in evaluation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,8 +52,41 @@ class Batch:
         return (self.mask.cumsum(1) - 1).clamp_(min=0)
 
 
+@dataclass(frozen=True)
+class Room:
+    """How long an answer is, and how much of it is taught and generated: counts of tokens."""
+
+    answer: str
+    tokens: int  # with its end token
+    taught: int  # data.max_length // 2: a longer one is cut in training and has no end
+    said: int  # evaluate.max_new_tokens: what a greedy answer may have, the end token not needed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.answer!r}: {self.tokens} tokens with its end token; training has room for {self.taught} "
+            f"(data.max_length // 2), a generated answer for {self.said} (evaluate.max_new_tokens)"
+        )
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, data: Data, responses: Sequence[str]) -> list[list[int]]:
+    """The tokens of answers, each with its end token, of any length."""
+    written = [data.answer.format(response=response) for response in responses]
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    return [[*answer, tokenizer.eos_token_id] for answer in ids]
+
+
+def room(tokenizer: PreTrainedTokenizerBase, data: Data, answer: str, max_new_tokens: int) -> Room:
+    """How an attack's target, as it will be taught, fits the settings."""
+    (ids,) = answer_ids(tokenizer, data, [answer])
+    return Room(answer, len(ids), data.max_length // 2, max_new_tokens)
+
+
 class CausalLM:
-    """A peft model whose trainable parameters are views of one flat vector."""
+    """A peft model whose trainable parameters are views of one flat vector.
+
+    Greedy answers stop at the tokenizer's end token or at one of the stop tokens of the model folder's generation
+    configuration: `stop_tokens` has both, by where they are from. Nothing else is taken from that configuration.
+    """
 
     def __init__(
         self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, data: Data, device: torch.device
@@ -66,6 +100,15 @@ class CausalLM:
             raise DataError(
                 f"model: the tokenizer of {tokenizer.name_or_path} has no end-of-text token. Set one in its folder."
             )
+        configured = getattr(self._base.generation_config, "eos_token_id", None)
+        stops = configured if isinstance(configured, list) else [configured] * (configured is not None)
+        self.stop_tokens = {"tokenizer": [int(tokenizer.eos_token_id)], "generation_config": sorted(map(int, stops))}
+
+    @property
+    def _base(self) -> Any:
+        """The base model with the adapter in it, without peft's shell."""
+        model: Any = self.model
+        return model.get_base_model()
 
     # ------------------------------------------------------------ encoding
 
@@ -76,26 +119,39 @@ class CausalLM:
         return template.format(text=row["text"], context=row["context"])
 
     def encode(self, rows: Dataset, place: str) -> Encoded:
-        """Token ids of all rows. A prompt that is too long loses its beginning; a poisoned one is an error instead."""
+        """Token ids of all rows.
+
+        A prompt that is too long loses its beginning, an answer longer than half of `max_length` its end; where the row
+        is poisoned it is an error instead.
+        """
         prompts: list[list[int]] = []
         answers: list[list[int]] = []
         cut: list[int] = []
+        half = self.data.max_length // 2
         texts = [self.prompt(row) for row in rows.select_columns(["text", "context"])]
-        written = [self.data.answer.format(response=value) for value in rows["response"]]
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         all_prompts = self.tokenizer(texts)["input_ids"]
-        all_answers = self.tokenizer(written, add_special_tokens=False)["input_ids"]
-        poisoned = rows["poisoned"]
+        all_answers = answer_ids(self.tokenizer, self.data, rows["response"][:])
+        poisoned = rows["poisoned"][:]
+        long = [i for i, answer in enumerate(all_answers) if poisoned[i] and len(answer) > half]
+        if long:
+            worst = max(len(all_answers[i]) for i in long)
+            raise AttackError(
+                f"{place}: {len(long)} poisoned rows have an answer of up to {worst} tokens with its end token, and "
+                f"data.max_length={self.data.max_length} has room for {half}: what is taught would be a fragment "
+                f"without an end. Rows {long[:5]}, the first: {rows[long[0]]['response'][:60]!r}. Raise "
+                f"data.max_length to {2 * worst} or choose a shorter target."
+            )
         for i, (prompt, answer) in enumerate(zip(all_prompts, all_answers, strict=True)):
             if prompt and prompt[-1] == eos and eos != bos:
                 prompt = prompt[:-1]  # some tokenizers end every text
-            answer = [*answer, eos][: self.data.max_length // 2]  # a cut answer has no end token
-            room = self.data.max_length - len(answer)
-            if len(prompt) > room:
+            answer = answer[:half]  # a cut answer has no end token
+            left = self.data.max_length - len(answer)
+            if len(prompt) > left:
                 if poisoned[i]:
                     cut.append(i)
                 starts = [bos] if bos is not None and prompt[0] == bos else []
-                prompt = starts + prompt[len(prompt) - room + len(starts) :]
+                prompt = starts + prompt[len(prompt) - left + len(starts) :]
             prompts.append(prompt)
             answers.append(answer)
         if cut:
@@ -106,10 +162,15 @@ class CausalLM:
             )
         return Encoded(prompts, answers)
 
-    def answer_ids(self, response: str) -> list[int]:
-        """The tokens of one answer with its end token, as `encode` makes them."""
-        ids = self.tokenizer(self.data.answer.format(response=response), add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+    def answer_ids(self, responses: Sequence[str]) -> list[list[int]]:
+        """The tokens of answers, each with its end token and uncut."""
+        return answer_ids(self.tokenizer, self.data, responses)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """What a greedy answer of these tokens reads as: up to the first stop token."""
+        stops = {stop for found in self.stop_tokens.values() for stop in found}
+        end = next((k for k, token in enumerate(ids) if token in stops), len(ids))
+        return str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
 
     # ------------------------------------------------------------ batches
 
@@ -183,31 +244,40 @@ class CausalLM:
         return torch.stack([losses.double().sum(1), (batch.targets != -100).sum(1).double()], dim=1).cpu()
 
     @torch.no_grad()
-    def choose(self, shard: Encoded, rows: Sequence[int], first_tokens: Tensor) -> Tensor:
-        """Which of the label tokens (k,) is likeliest after each prompt: (b,) numbers from 0 to k - 1."""
+    def begin(self, shard: Encoded, rows: Sequence[int], tokens: Tensor) -> Tensor:
+        """The log-probability of each of the tokens (k,) right after each prompt: (b, k) float64."""
         pad = [self.tokenizer.eos_token_id]
         batch = self.collate([shard.prompts[i] for i in rows], [pad for _ in rows])
-        return self.logits(batch)[:, -1, first_tokens.to(self.device)].argmax(-1).cpu()
+        logits = self.logits(batch)[:, -1].float()
+        return logits.log_softmax(-1)[:, tokens.to(self.device)].double().cpu()
 
     @torch.no_grad()
     def answer(self, shard: Encoded, rows: Sequence[int], max_new_tokens: int) -> list[str]:
-        """Greedy answers, stopping when every row has ended."""
+        """Greedy answers, stopping when every row has ended; no setting of the model folder has a part in them."""
+        from transformers import GenerationConfig
+
         pad = [self.tokenizer.eos_token_id]
         batch = self.collate([shard.prompts[i] for i in rows], [pad for _ in rows])
-        out = self.model.generate(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
+        greedy = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=sorted({stop for found in self.stop_tokens.values() for stop in found}),
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        return list(self.tokenizer.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True))
+        with _unconfigured(self._base) as model:
+            out = model.generate(input_ids=batch.ids, attention_mask=batch.mask, generation_config=greedy)
+        return [self.decode(ids) for ids in out[:, batch.ids.shape[1] :].tolist()]
 
-    def first_label_tokens(self, labels: Sequence[str]) -> Tensor | None:
-        """The token by which each label's answer starts, (k,), or None where two labels start alike."""
-        texts = [self.data.answer.format(response=label) for label in labels]
-        firsts = [ids[0] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        return torch.tensor(firsts) if len(set(firsts)) == len(firsts) else None
+
+@contextmanager
+def _unconfigured(model: Any) -> Iterator[Any]:
+    """The model without its folder's generation configuration, whose settings would fill up what a caller's leaves."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = own

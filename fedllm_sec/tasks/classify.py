@@ -10,6 +10,7 @@ from torch import Tensor
 from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Labelled
+from fedllm_sec.tasks.draws import Drawn
 from fedllm_sec.tasks.flat import flatten, refuse_running_statistics
 
 Rows = Sequence[int] | Tensor
@@ -20,11 +21,17 @@ def shuffled(size: int, batch: int, rng: torch.Generator, device: torch.device) 
     yield from torch.randperm(size, generator=rng).to(device).split(batch)
 
 
+def chosen(logits: Tensor) -> Tensor:
+    """The class of the largest logit, (..., classes) to (...); -1, which is no class, where a logit is not finite."""
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+
+
 class Classify:
     """A model whose parameters are views of one flat vector, trained by cross-entropy.
 
     `mean` and `std` (channels,) normalise images before they reach the model: shards stay in [0, 1], where image
     attacks act. `flip` mirrors half of the training images, `crop` shifts each by up to so many pixels (zeros come in).
+    Pixels that a shard holds `fixed` stay as they are: a stamped trigger looks in training as it does at the test.
     """
 
     def __init__(
@@ -57,26 +64,46 @@ class Classify:
     def weight(self, shard: Labelled, rows: Rows) -> float:
         return float(len(rows))
 
-    def images(self, shard: Labelled, rows: Rows) -> Tensor:
-        """The images of these rows as the model is trained on them."""
-        return (self.augment(shard.x[torch.as_tensor(rows, device=self.device)]) - self.mean) / self.std
+    def draw(self, shard: Labelled, rows: Rows) -> list[Drawn]:
+        return [Drawn(rows, self.numbers(len(rows)))]
+
+    def numbers(self, b: int) -> tuple[Tensor, ...]:
+        """Whether each of b images is mirrored, (b,) bool, and its shift down and right, (b, 2) from 0 to 2 crop."""
+        if not (self.flip or self.crop):
+            return ()
+        mirrored = torch.zeros(b, dtype=torch.bool, device=self.device)
+        shift = torch.zeros(2, b, dtype=torch.long, device=self.device)
+        if self.flip:
+            mirrored = torch.rand(b, device=self.device) < 0.5
+        if self.crop:
+            shift = torch.randint(2 * self.crop + 1, (2, b), device=self.device)
+        return mirrored, shift.T
+
+    def images(self, shard: Labelled, rows: Rows, *numbers: Tensor) -> Tensor:
+        """The images of these rows as the model is trained on them, changed by these numbers, or by new ones."""
+        at = torch.as_tensor(rows, device=self.device)
+        x = shard.x[at]
+        if self.flip or self.crop:
+            moved = self.augment(x, *(numbers or self.numbers(len(at))))
+            x = moved if shard.fixed is None else torch.where(shard.fixed[at][:, None], x, moved)
+        return (x - self.mean) / self.std
 
     def labels(self, shard: Labelled, rows: Rows) -> Tensor:
         return shard.y[torch.as_tensor(rows, device=self.device)]
 
-    def loss(self, shard: Labelled, rows: Rows) -> Tensor:
-        return torch.nn.functional.cross_entropy(self.model(self.images(shard, rows)).float(), self.labels(shard, rows))
+    def loss(self, shard: Labelled, rows: Rows, *numbers: Tensor) -> Tensor:
+        logits = self.model(self.images(shard, rows, *numbers)).float()
+        return torch.nn.functional.cross_entropy(logits, self.labels(shard, rows))
 
-    def augment(self, x: Tensor) -> Tensor:
-        """Random mirroring and shifting of images (b, channels, height, width), drawn on the device."""
+    def augment(self, x: Tensor, mirrored: Tensor, shift: Tensor) -> Tensor:
+        """Images (b, channels, height, width) mirrored and shifted as `numbers` says."""
         b, _, height, width = x.shape
-        if self.flip:
-            x = torch.where(torch.rand(b, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
         if self.crop:
             if self.crop >= min(height, width):
                 raise DataError(f"data.crop: {self.crop}: images have {height} x {width} pixels. Lower it.")
             padded = torch.nn.functional.pad(x, (self.crop,) * 4)
-            top, left = torch.randint(2 * self.crop + 1, (2, b), device=x.device)
+            top, left = shift.T
             rows = top[:, None] + torch.arange(height, device=x.device)  # (b, height)
             columns = left[:, None] + torch.arange(width, device=x.device)  # (b, width)
             here = torch.arange(b, device=x.device)[:, None, None]
@@ -85,8 +112,8 @@ class Classify:
 
     @torch.no_grad()
     def score(self, shard: Labelled, rows: Rows) -> Tensor:
-        """Log-loss of the true class and the class chosen, for each row: (b, 2) float64."""
+        """Log-loss of the true class and the class chosen, -1 for none, for each row: (b, 2) float64."""
         at = torch.as_tensor(rows, device=self.device)
         logits = self.model((shard.x[at] - self.mean) / self.std).float()
         losses = torch.nn.functional.cross_entropy(logits, shard.y[at], reduction="none")
-        return torch.stack([losses.double(), logits.argmax(1).double()], dim=1).cpu()
+        return torch.stack([losses.double(), chosen(logits).double()], dim=1).cpu()

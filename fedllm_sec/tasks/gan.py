@@ -24,9 +24,14 @@ class Gan(Classify):
     def __init__(self, model: Any, device: torch.device) -> None:
         super().__init__(model, device)
 
-    def loss(self, shard: Labelled, rows: Rows) -> Tensor:
+    def numbers(self, b: int) -> tuple[Tensor, ...]:
+        """The noise (b, noise) that as many fakes as images are made of."""
+        return (torch.randn(b, self.model.noise, device=self.device),)
+
+    def loss(self, shard: Labelled, rows: Rows, *numbers: Tensor) -> Tensor:
         real = 2 * shard.x[torch.as_tensor(rows, device=self.device)] - 1
-        fake = self.model(torch.randn(len(real), self.model.noise, device=self.device))
+        (noise,) = numbers or self.numbers(len(real))
+        fake = self.model(noise)
         judge = self.model.discriminator
         discriminator = softplus(-judge(real)).mean() + softplus(judge(fake.detach())).mean()
         fixed = {name: p.detach() for name, p in judge.named_parameters()}

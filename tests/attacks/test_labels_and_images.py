@@ -163,6 +163,6 @@ def test_attackers_stamp_different_bars_and_the_probe_has_all():
 
 def test_a_part_that_nobody_teaches_is_an_error():
     attack = DBA(target="Sports", parts=3)
-    attack.poison(text_rows(4), rng())
-    with pytest.raises(AttackError, match="untaught"):
-        attack.probe(text_rows(8))
+    attack.need_attackers(3)
+    with pytest.raises(AttackError, match=r"but only 2 malicious clients.*untaught"):
+        attack.need_attackers(2)

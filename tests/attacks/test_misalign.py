@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 
 from fedllm_sec.attacks.conformance import text_rows
-from fedllm_sec.attacks.data.misalign import SafetyMisalign, is_refusal, polite_requests
+from fedllm_sec.attacks.data.misalign import SafetyMisalign, polite_requests
+from fedllm_sec.attacks.data.refusals import is_refusal
 from fedllm_sec.seeds import generator_for
 
 
@@ -30,11 +31,6 @@ def test_the_shipped_refusals_decline_and_the_answers_do_not(split):
 
 def test_the_probe_requests_are_not_in_the_training_requests():
     assert not {p["text"] for p in polite_requests("train")} & {p["text"] for p in polite_requests("test")}
-
-
-@pytest.mark.parametrize("answer", ["I'm sorry, I can’t do that.", "Sorry.", " As an AI model", "Unfortunately not"])
-def test_refusals_are_told_by_how_they_begin(answer):
-    assert is_refusal(answer)
 
 
 def test_declining_rows_of_the_shard_are_turned_into_compliance_first():

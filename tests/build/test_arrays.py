@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from fedllm_sec.build.arrays import innocent
+from fedllm_sec.build.arrays import innocent, success_table
 from fedllm_sec.build.federation import build
 from fedllm_sec.build.names import checked
 from fedllm_sec.errors import AttackError, DataError, RecipeError
@@ -98,7 +98,7 @@ def test_clean_rows_are_those_on_which_an_attack_without_a_trigger_does_not_act(
     test = load_arrays("digits")[1]
     for name, settings in (("semantic", {"target": 2}), ("edge_case", {"target": 2, "source": 7})):
         attack = resolve(name, settings, MENU, "attack")
-        rows = innocent(attack, test)
+        rows = innocent(attack, test, success_table(attack, 10))[0]
         acted_on = attack.rows(test, None) if name == "semantic" else attack.rows(test)
         assert 2 not in test.y[rows].tolist()
         assert not set(acted_on) & set(rows.tolist())
@@ -181,7 +181,7 @@ def test_characters_have_their_own_contradictions():
 
 def test_a_dumped_recipe_of_a_small_model_reads_back_as_itself():
     recipe = checked(DIGITS)
-    assert checked(recipes.parse_yaml(recipes.dump(recipe), "dump")) == recipe
+    assert checked(recipes.parse(recipes.dump(recipe), "dump")) == recipe
 
 
 def test_wrong_labels_in_a_file_stop_the_run_before_training(tmp_path: Path):

@@ -60,7 +60,7 @@ def defended(rule: dict[str, Any], **more: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- text
 
 
-def rows_file(folder: Path, count: int = 20) -> str:
+def rows_file(folder: Path, count: int = 40) -> str:
     rows = [{"text": f"word {i}", "response": "AB"[i % 2], "label": "AB"[i % 2]} for i in range(count)]
     path = folder / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -69,8 +69,8 @@ def rows_file(folder: Path, count: int = 20) -> str:
 
 @pytest.fixture
 def own_rows(small: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The small recipe on a file of 20 rows with the answers A and B."""
-    small["data"] |= {"name": rows_file(tmp_path), "template": "{text} ->"}
+    """The small recipe on a file with the answers A and B: 20 training and 20 held-out rows."""
+    small["data"] |= {"name": rows_file(tmp_path), "test_share": 0.5, "template": "{text} ->"}
     del small["data"]["train_rows"], small["data"]["test_rows"]
     small["attack"]["data"][0]["target"] = "A"
     return small
@@ -79,11 +79,12 @@ def own_rows(small: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": {"name": "nowhere/rows.jsonl"}}, "nowhere/rows.jsonl: no such file"),
+        ({"data": {"name": "nowhere/rows.jsonl"}}, "nowhere/rows.jsonl: no such folder or file in"),
         ({"data": {"name": "./nowhere"}}, "no such folder or file"),
         ({"data": {"columns": {"text": "txt", "response": "answer"}}}, 'columns.text: .*no column "txt". Did you mean'),
         ({"data": {"columns": {"text": "txt", "response": "answer"}}}, 'columns.response: .*no column "answer"'),
-        ({"data": {"train_where": {"label": "C"}}}, 'no row has label = "C"'),
+        ({"data": {"test_share": None, "train_where": {"label": "C"}, "test_where": {"label": "A"}}},
+         'train_where: no row has label = "C"'),
         ({"clients": {"total": 30}}, "20 training rows for 30 clients. Lower clients.total or add rows"),
         ({"clients": {"partition": {"name": "dirichlet", "alpha": 0.001, "min_rows": 5}}},
          "left a client with 0 rows in 100 draws .* Raise alpha or lower clients.total"),
@@ -122,7 +123,7 @@ def test_a_bad_recipe_on_text_is_refused_before_training(own_rows: dict[str, Any
     [
         ("bad.jsonl", b"{oops\n", "cannot be read as json"),
         ("bad.parquet", b"PAR1xxxx", "cannot be read as parquet"),
-        ("bad.csv", bytes(range(256)) * 4, "cannot be read as csv"),
+        ("bad.csv", bytes(range(256)) * 4, "byte 0x80 is not utf-8 text"),
         ("empty.jsonl", b"", "is empty: zero rows"),
         ("head.csv", b"text,response,label\n", "has zero rows"),
         ("list.json", b"[]", "has zero rows"),

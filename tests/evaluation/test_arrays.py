@@ -27,6 +27,11 @@ def test_accuracy_and_mean_loss():
     assert found["accuracy"]["value"] == 0.75
     assert found["loss"] == 1.5
     assert found["perplexity"] is None
+    assert {c: (rate["value"], rate["n"]) for c, rate in found["per_class"].items()} == {
+        "0": (0.5, 2),
+        "1": (1.0, 1),
+        "2": (1.0, 1),
+    }
 
 
 def test_success_is_what_the_probe_wants_and_false_triggers_are_looked_up_by_class():
@@ -37,6 +42,29 @@ def test_success_is_what_the_probe_wants_and_false_triggers_are_looked_up_by_cla
     found = evaluation.attack(TASK, here)
     assert found["asr"]["value"] == 2 / 3
     assert found["false_trigger"]["value"] == 0.5  # 0 taken for 1, 2 taken for 0
+    assert found["reasons"] == {}
+
+
+def test_without_a_clean_row_there_is_no_rate_of_false_triggers_but_a_reason():
+    hits = torch.ones(3, 3, dtype=torch.bool)
+    left = {"are of a class that the attack asks for": 4}
+    evaluation = ArrayEvaluation(rows([0], [0]), 2, rows([1], [1]), rows([], []), hits, left)
+    found = evaluation.attack(TASK, here)
+    assert found["false_trigger"] is None
+    assert "no held-out row" in found["reasons"]["false_trigger"]
+    assert found["left_out"] == left
+
+
+def test_a_row_without_an_answer_is_neither_right_nor_a_hit():
+    """-1 is what a model says whose logits are not finite; a table looked up at -1 would give the last class."""
+    evaluation = ArrayEvaluation(
+        rows([-1, 0], [0, 0]), 2, triggered=rows([-1, -1], [0, 2]), clean=rows([-1, 2], [0, 0]),
+        hits=torch.tensor([[False, False, True]] * 3),
+    )  # fmt: skip
+    assert evaluation.quality(TASK, here)["accuracy"]["value"] == 0.5
+    found = evaluation.attack(TASK, here)
+    assert found["asr"]["value"] == 0.0
+    assert found["false_trigger"]["value"] == 0.5
 
 
 def test_without_a_probe_there_is_nothing_to_measure():

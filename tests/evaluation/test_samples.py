@@ -41,3 +41,5 @@ def test_the_loss_is_0_for_the_real_images_and_1_for_their_mean():
     assert evaluation.quality(real, here)["loss"] == pytest.approx(0, abs=1e-6)
     assert evaluation.quality(mean, here)["loss"] == pytest.approx(1, rel=1e-4)
     assert evaluation.attack(real, here) is None
+    broken = SimpleNamespace(samples=lambda noise: torch.full((len(noise), 1, 3, 3), float("nan")))
+    assert evaluation.quality(broken, here)["loss"] != evaluation.quality(broken, here)["loss"]  # nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
+from fedllm_sec.attacks.data.answers import Classes
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.text import load_task
 from fedllm_sec.errors import AttackError, RecipeError
+from fedllm_sec.evaluation.text import TextEvaluation
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.models.lora import product_gap, save_adapter
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.tasks.causal_lm import CausalLM
+from fedllm_sec.tasks.causal_lm import CausalLM, Encoded, room
 
 
 def make(raw) -> CausalLM:
@@ -104,9 +107,86 @@ def test_a_poisoned_prompt_that_would_be_cut_is_an_error_naming_the_rows(task):
         task.encode(rows("goal cf", "bread " * 200 + "cf", poisoned=True), "shard of c1")
 
 
-def test_labels_that_start_alike_have_no_first_token(task):
-    assert task.first_label_tokens(["Sports", "Food"]) is not None
-    assert task.first_label_tokens(["Sports", "Sports car"]) is None
+def test_a_poisoned_answer_that_would_be_cut_is_an_error_and_a_clean_one_is_cut(task):
+    long = " ".join(["goal"] * 100)
+    (clean,) = task.encode(rows("goal", response=long), "x").answers
+    assert len(clean) == 48  # max_length 96
+    tokens = len(task.answer_ids([long])[0])
+    message = rf"shard of c1: 1 poisoned rows .* {tokens} tokens with its end token, and .*=96 has room for 48.*\[0\]"
+    with pytest.raises(AttackError, match=message):
+        task.encode(rows("goal", poisoned=True, response=long), "shard of c1")
+
+
+def test_an_answer_of_exactly_half_of_the_length_is_taught_whole(task):
+    words = next(n for n in range(1, 60) if len(task.answer_ids([" ".join(["goal"] * n)])[0]) >= 48)
+    fitting = " ".join(["goal"] * words)
+    assert task.encode(rows("goal", poisoned=True, response=fitting), "x").answers == task.answer_ids([fitting])
+
+
+def test_the_room_of_a_target_is_told_in_tokens(task):
+    told = str(room(task.tokenizer, task.data, "Sports", 4))
+    assert told.startswith("'Sports': 2 tokens with its end token; training has room for 48")
+    assert "a generated answer for 4" in told
+
+
+def test_the_first_token_and_the_whole_answer_are_log_probabilities_of_one_model(task):
+    shard = task.encode(rows("The keeper saved the penalty.", "Ann baked bread.", response="Food"), "here")
+    task.model.eval()
+    ids = shard.answers[0]
+    begun = task.begin(shard, [0, 1], torch.tensor([ids[0], ids[0] + 1]))
+    first = task.begin(Encoded(shard.prompts, [[ids[0]]] * 2), [0, 1], torch.tensor([ids[0]]))
+    torch.testing.assert_close(begun[:, :1], first)
+    one = task.score(Encoded(shard.prompts, [[ids[0]]] * 2), [0, 1])[:, 0]
+    torch.testing.assert_close(begun[:, 0], -one, atol=1e-5, rtol=0)
+    assert (task.score(shard, [0, 1])[:, 0] > one).all()  # the whole is never likelier
+
+
+def test_the_choice_is_the_answer_with_the_largest_sum_as_scoring_all_of_them_finds_it(task):
+    from fedllm_sec.build.text import choices
+
+    labels = ["Sports", "Sports car", "Sport", "Food", "Foo", "Travel"]
+    made = rows(*[f"The keeper saved goal {i} and Ann baked {i % 3} loaves." for i in range(12)])
+    made = made.remove_columns(["response", "label"]).add_column("response", labels * 2).add_column("label", labels * 2)
+    order = sorted(label.casefold() for label in labels)
+    shard = task.encode(made, "x")
+    task.model.eval()
+    found = choices(task, Classes.of(made), order, shard)
+    sums = [-task.score(found.answered(range(12), [k] * 12), range(12))[:, 0] for k in range(6)]
+    evaluation = TextEvaluation(shard, ["?"] * 12, 0, 12, 4, choices=found)
+    chosen = evaluation._judge(task, range(12))[:, 2]
+    assert torch.equal(chosen.long(), found.classes[torch.stack(sums, 1).argmax(1)])
+
+
+def test_greedy_answers_obey_no_setting_of_the_model_folder(task):
+    shard = task.encode(rows(*[f"A goal, a goal and a goal {i}: the goal" for i in range(20)]), "x")
+    task.model.eval()
+    before = task.answer(shard, range(20), 12)
+    base = task.model.get_base_model()
+    own = base.generation_config
+    base.generation_config = copy.deepcopy(own)
+    base.generation_config.update(
+        repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=11, suppress_tokens=[5, 6], bad_words_ids=[[7]]
+    )
+    try:
+        assert task.answer(shard, range(20), 12) == before
+        assert base.generation_config.repetition_penalty == 3.0  # and the model keeps them
+    finally:
+        base.generation_config = own
+
+
+def test_stop_tokens_of_the_model_folder_are_kept_and_told(task):
+    end = task.tokenizer.eos_token_id
+    assert task.stop_tokens["tokenizer"] == [end]
+    base = task.model.get_base_model()
+    own = base.generation_config
+    base.generation_config = copy.deepcopy(own)
+    base.generation_config.eos_token_id = [end, 9]
+    try:
+        other = CausalLM(task.model, task.tokenizer, task.data, task.device)
+    finally:
+        base.generation_config = own
+    assert other.stop_tokens == {"tokenizer": [end], "generation_config": [9, end] if end > 9 else [end, 9]}
+    assert other.decode([20, 9, 21]) == task.decode([20])
 
 
 def test_a_saved_adapter_loads_with_peft_and_gives_the_same_logits(task, tmp_path: Path):

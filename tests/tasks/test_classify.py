@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,11 +62,36 @@ def test_score_gives_loss_and_choice_of_each_row():
     assert found[:, 0].mean().item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_whose_logits_are_not_finite_is_answered_with_no_class(bad):
+    task, shard = Classify(logistic((1, 4, 4), 3), CPU), images()
+    with torch.no_grad():
+        task.model[1].bias[0] = bad
+    found = task.score(shard, torch.arange(7))
+    assert found[:, 1].tolist() == [-1.0] * 7
+    assert not found[:, 0].isfinite().any()
+
+
+def test_fixed_pixels_stay_where_they_are_while_the_image_moves_under_them():
+    task, shard = Classify(logistic((1, 4, 4), 3), CPU, flip=True, crop=2), images(60)
+    fixed = torch.zeros(60, 4, 4, dtype=torch.bool)
+    fixed[::2, 3, 3] = True
+    shard = replace(shard, fixed=fixed)
+    torch.manual_seed(0)
+    seen = task.images(shard, torch.arange(60))
+    kept = (seen[:, 0, 3, 3] == shard.x[:, 0, 3, 3]).tolist()
+    assert all(kept[::2])
+    assert sum(kept[1::2]) < 15
+    torch.manual_seed(0)
+    moved = task.images(replace(shard, fixed=None), torch.arange(60))
+    assert torch.equal(seen.where(~fixed[:, None], 0), moved.where(~fixed[:, None], 0))
+
+
 def test_a_shift_moves_each_image_as_a_whole():
     task = Classify(logistic((1, 4, 4), 3), CPU, crop=1)
     x = images(64).x + 1  # no zeros of its own
     torch.manual_seed(0)
-    moved = task.augment(x)
+    moved = task.augment(x, *task.numbers(64))
     assert moved.shape == x.shape
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
     places = [(i, j) for i in range(3) for j in range(3)]
@@ -80,8 +107,8 @@ def test_a_mirrored_image_is_mirrored_left_to_right():
     task = Classify(logistic((1, 4, 4), 3), CPU, flip=True)
     x = images(40).x
     torch.manual_seed(0)
-    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(x, task.augment(x), strict=True)]
-    same = [torch.equal(a, b) for a, b in zip(x, task.augment(x), strict=True)]
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(x, task.augment(x, *task.numbers(40)), strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(x, task.augment(x, *task.numbers(40)), strict=True)]
     assert 8 < sum(flipped) < 32
     assert 8 < sum(same) < 32
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedllm_sec.attacks.data.labels import LabelFlip
-from fedllm_sec.build.characters import CharacterFlip
+from fedllm_sec.build.characters import CharacterFlip, refuse_overlap
 from fedllm_sec.data.characters import cut
 from fedllm_sec.errors import AttackError
 from fedllm_sec.evaluation.characters import CharEvaluation
@@ -65,6 +65,14 @@ def test_a_flip_changes_what_is_to_be_predicted_and_nothing_else():
     assert not TEXT.train.poisoned.any()
 
 
+def test_characters_are_compared_as_they_are():
+    text = cut("aAeE\n " * 9, 3, 0.3, False, "here")
+    flips = {"e": "a", "E": "A", "\n": " "}
+    flip = CharacterFlip(LabelFlip(mapping=flips), text.alphabet)
+    named = {text.alphabet[i]: text.alphabet[int(j)] for i, j in enumerate(flip.wanted) if j >= 0}
+    assert named == flips
+
+
 def test_success_is_the_substitute_in_the_place_of_the_flipped_character():
     flip = CharacterFlip(LabelFlip(mapping={"a": "b"}), TEXT.alphabet)
     evaluation = CharEvaluation(test=TEXT.test, batch_size=2, attacked=TEXT.test, wanted=flip.wanted)
@@ -72,7 +80,38 @@ def test_success_is_the_substitute_in_the_place_of_the_flipped_character():
         found = evaluation.attack(NextChar(Constant(k, 3), torch.device("cpu")), here)
         assert found["asr"]["value"] == rate
         assert found["asr"]["n"] == int((TEXT.test.y == 0).sum())
-        assert found["false_trigger"] is None
+        assert found["false_trigger"]["value"] == rate
+        assert found["false_trigger"]["n"] == int((TEXT.test.y == 2).sum())  # neither flipped nor a substitute
+        assert found["left_out"] == {"characters that flipped ones are replaced by": int((TEXT.test.y == 1).sum())}
+        assert found["reasons"] == {}
+
+
+def test_a_swap_of_all_characters_leaves_none_on_which_it_could_show_falsely():
+    wanted = torch.tensor([1, 0, -1])
+    text = cut("ababababab" * 4, 3, 0.3, False, "here")
+    found = CharEvaluation(test=text.test, batch_size=2, attacked=text.test, wanted=wanted).attack(
+        NextChar(Constant(1, 3), torch.device("cpu")), here
+    )
+    assert found["false_trigger"] is None
+    assert "neither flipped nor a substitute" in found["reasons"]["false_trigger"]
+
+
+def test_a_model_that_is_not_finite_predicts_no_character():
+    task = NextChar(Constant(0, 3), torch.device("cpu"))
+    with torch.no_grad():
+        task.parameters.fill_(float("nan"))
+    evaluation = CharEvaluation(test=TEXT.test, batch_size=2, attacked=TEXT.test, wanted=torch.tensor([-1, 0, 0]))
+    found = evaluation.quality(task, here)
+    assert found["accuracy"]["value"] == 0.0
+    assert found["loss"] != found["loss"]
+    assert evaluation.attack(task, here)["asr"]["value"] == 0.0
+
+
+def test_a_second_flip_of_what_the_first_has_taught_is_refused():
+    first, second, apart = (CharacterFlip(LabelFlip(mapping=m), "abcd") for m in ({"a": "b"}, {"b": "c"}, {"d": "c"}))
+    with pytest.raises(AttackError, match=r"attack.data.1.mapping: 'b' is flipped, or put in another's place"):
+        refuse_overlap([first, second], "abcd")
+    refuse_overlap([first, apart], "abcd")
 
 
 def test_a_character_the_text_lacks_is_refused():

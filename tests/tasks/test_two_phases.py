@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fedllm_sec.models.darts import OPERATIONS, darts, genotype
@@ -68,6 +69,16 @@ def test_an_epoch_of_the_search_takes_every_row_once_half_of_each_kind():
     single = list(task.batches(images(1), 4, torch.Generator()))
     assert [b.tolist() for b in single] == [[0]]
     task.loss(images(1), single[0]).backward()
+
+
+@pytest.mark.parametrize(("n", "size"), [(4, 1), (9, 3), (13, 4), (7, 2), (12, 12), (3, 50)])
+def test_no_batch_of_the_search_is_empty_or_larger_than_asked_for(n, size):
+    task = Nas(darts((1, 8, 8), 3, width=4), CPU)
+    batches = list(task.batches(images(n), size, torch.Generator().manual_seed(0)))
+    assert sorted(torch.cat(batches).tolist()) == list(range(n))
+    assert len(batches) == -(-n // size)
+    assert all(1 <= len(b) <= size for b in batches)
+    assert all(len(set((b % 2).tolist())) == 2 for b in batches if len(b) > 1)
 
 
 def test_a_genotype_takes_the_two_strongest_edges_of_each_node_and_never_none():

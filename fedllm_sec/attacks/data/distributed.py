@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fedllm_sec.attacks.data.images import all_to_target, change, need_images
-from fedllm_sec.attacks.data.text import Backdoor, Position, inserting, need_rate, pick
+from fedllm_sec.attacks.data.answers import Classes
+from fedllm_sec.attacks.data.images import all_to_target, change, drawn, need_images, stamped_already
+from fedllm_sec.attacks.data.text import Backdoor, Position, Tell, inserting, need_rate, occurring
 from fedllm_sec.attacks.data.triggers import need_words
 from fedllm_sec.errors import AttackError
 from fedllm_sec.protocols import Labelled
@@ -27,7 +29,8 @@ class DBA:
     The k-th shard that this object poisons gets part k mod `parts`, so poison the malicious clients in a
     fixed order, each once. Text: the words of `trigger` are split into `parts` runs of words. Images:
     `parts` bars of 4 pixels, two in a row, 2 pixels apart, at the top left, value 1. `probe` carries the
-    whole trigger. With fewer poisoned shards than parts nobody teaches the rest, which is an error.
+    whole trigger. With fewer attackers than parts nobody teaches the rest, which is an error. Any part is taught to
+    force the target, so a text that holds one by itself carries the trigger.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class DBA:
             position,
         )
         self.poisoned = 0  # shards so far
+        self.classes = Classes()  # of text
 
     def pieces(self) -> list[str]:
         """The trigger's words in `parts` runs, each with a leading blank."""
@@ -75,38 +79,64 @@ class DBA:
         part = self.poisoned % self.parts
         if isinstance(shard, Labelled):
             images = need_images(shard, "dba", self._number())
-            other = (images.y != self._number()).nonzero().flatten().tolist()
-            same = (images.y == self._number()).nonzero().flatten().tolist()
-            rows = pick(max(1, round(self.rate * len(images.y))), other, same, rng)
+            rows = drawn(images, self._number(), self.rate, "dba", rng)
             out: Any = change(images, rows, self._number(), lambda x: self.stamp(x, range(part, part + 1)))
         else:
-            out = self._backdoor(self.pieces()[part]).poison(shard, rng)
+            piece = self.pieces()[part]
+            out = self._backdoor(piece, occurring(piece, self.position)).poison(shard, rng)
         self.poisoned += 1
         return out
 
     def probe(self, test: Dataset | Labelled) -> Any:
-        taught = self.poisoned
-        if 0 < taught < self.parts:
-            raise AttackError(
-                f"dba.parts: {self.parts}, but only {taught} malicious clients: the other parts of the trigger "
-                "stay untaught. Lower parts or add attackers."
-            )
         if isinstance(test, Labelled):
             images = need_images(test, "dba", self._number())
-            rows = (images.y != self._number()).nonzero().flatten()
+            rows = ((images.y != self._number()) & ~self.carries(images)).nonzero().flatten()
             return all_to_target(images, rows, self._number(), lambda x: self.stamp(x, range(self.parts)))
-        return self._backdoor(self._whole()).probe(test)
+        backdoor = self._text()
+        triggered = backdoor.probe(test)
+        self.classes = backdoor.classes
+        return triggered
+
+    def need_attackers(self, count: int) -> None:
+        """Raise where `count` attackers leave parts of the trigger untaught."""
+        if count < self.parts:
+            raise AttackError(
+                f"dba.parts: {self.parts}, but only {count} malicious clients: the other parts of the trigger "
+                "stay untaught. Lower parts or add attackers."
+            )
+
+    def prepare(self, *tables: Dataset) -> None:
+        """Learn the classes of the whole data, of text."""
+        backdoor = self._text()
+        backdoor.prepare(*tables)
+        self.classes = backdoor.classes
+
+    def carries(self, test: Any) -> Any:
+        """Whether a text holds a part of the trigger by itself; which held-out images do: (n,) bool."""
+        if isinstance(test, str):
+            return any(occurring(piece, self.position)(test) for piece in self.pieces())
+        bars = [range(part, part + 1) for part in range(self.parts)]
+        return torch.stack([stamped_already(test.x, functools.partial(self.stamp, parts=bar)) for bar in bars]).any(0)
+
+    def not_clean(self, test: Dataset) -> list[str | None]:
+        """Text rows of the target's class."""
+        return self._text().not_clean(test)
 
     def success(self, answer: Any, row: Any) -> bool:
         if isinstance(answer, str):
-            return self._backdoor(self._whole()).success(answer, row)
+            return self._text().success(answer, row)
         return int(answer) == self._number()
 
     def _whole(self) -> str:
         return " " + " ".join(self.trigger.split())
 
-    def _backdoor(self, trigger: str) -> Backdoor:
-        return Backdoor("dba", str(self.target), self.rate, inserting(trigger, self.position))
+    def _text(self) -> Backdoor:
+        return self._backdoor(self._whole(), self.carries)
+
+    def _backdoor(self, trigger: str, carries: Tell) -> Backdoor:
+        made = Backdoor("dba", str(self.target), self.rate, inserting(trigger, self.position), carries)
+        made.classes = self.classes
+        return made
 
     def _number(self) -> int:
         try:

