@@ -78,12 +78,13 @@ class Task(Protocol):
     """
 
     layout: Layout
+    model: torch.nn.Module  # each phase sets the mode it needs: training in `train_locally`, evaluation elsewhere
     parameters: torch.nn.Parameter  # (d,)
 
     def size(self, shard: Any) -> int: ...
     def batches(self, shard: Any, size: int, rng: torch.Generator) -> Iterator[list[int]]: ...  # row numbers, one epoch
     def weight(self, shard: Any, rows: Sequence[int]) -> float: ...  # what the rows weigh in a mean loss
-    def loss(self, shard: Any, rows: Sequence[int]) -> Tensor: ...  # mean over the rows
+    def loss(self, shard: Any, rows: Sequence[int]) -> Tensor: ...  # mean over the rows; more in tasks/draws.py
 
 
 @dataclass(frozen=True)
@@ -114,20 +115,27 @@ class LocalRule(Protocol):
 
 @dataclass(frozen=True)
 class ThreatView:
-    """What the attackers of one round can see, no more than `attack.knowledge` grants."""
+    """What the attackers of one round can see, no more than `attack.knowledge` grants: copies, and rows only to read.
+
+    Rows that the server would set aside are not shown. `own` grants their own claimed counts, `cohort` also the others'
+    and the order of all rows. What every client is told is known to all: the algorithm and its server_lr.
+    """
 
     own: Tensor  # (m, d) what the malicious clients' own training gave
     others: Tensor | None  # (h, d) honest rows; granted by knowledge: cohort
     global_vector: Tensor  # (d,)
     last_update: Tensor | None  # (d,) the step the server took last round: every client sees it
-    defense: Callable[[UpdateMatrix], Decision] | None  # granted by knowledge: cohort+defense
+    defense: Callable[[UpdateMatrix], Decision] | None  # by cohort+defense: what is decided on `attacks.received` rows
     layout: Layout
     own_counts: tuple[float, ...]  # examples claimed by the malicious clients
-    cohort_size: int  # n
+    cohort_size: int  # n, of rows that can be used where the others are seen
     round: int
     rng: torch.Generator
     own_ids: tuple[str, ...] = ()  # who `own` and `others` are: attacks that remember do so by client id
     other_ids: tuple[str, ...] = ()
+    other_counts: tuple[float, ...] | None = None  # examples claimed by the others; granted by knowledge: cohort
+    order: tuple[str, ...] = ()  # ids as the server stacks their rows, where `others` are granted; (): others, own
+    server_lr: float | None = 1.0  # eta, by which the server multiplies the defended update; None: by no one number
 
 
 class UpdateAttack(Protocol):
@@ -139,7 +147,10 @@ class UpdateAttack(Protocol):
 class DataAttack(Protocol):
     """Poison a malicious client's shard once, before training; make the triggered test set; judge one answer.
 
-    A text shard is a `datasets.Dataset` with the columns of `TEXT_COLUMNS`; an image shard is a `Labelled`.
+    A text shard is a `datasets.Dataset` with the columns of `TEXT_COLUMNS`; an image shard is a `Labelled`. Rows that
+    an earlier attack has marked as poisoned stay as they are. An attack may also say what `carries` its trigger by
+    itself, neither probe nor clean (one text: bool; images: (n,) bool), which images it `acts_on` as they are (its
+    probe), why text rows are `not_clean`; be told text first (`prepare`); refuse too few (`need_attackers`).
     """
 
     def poison(self, shard: Any, rng: torch.Generator) -> Any: ...
@@ -160,6 +171,7 @@ class Labelled:
     y: Tensor  # (n,) int64
     classes: int
     poisoned: Tensor  # (n,) bool
+    fixed: Tensor | None = None  # (n, height, width) bool: pixels that augmentation leaves as they are; None: no pixel
 
 
 # ---------------------------------------------------------------- defenses
@@ -188,24 +200,20 @@ class Decision:
     kept: Tensor | None = None  # (n,) bool, where the rule selects
     scores: Tensor | None = None  # (n,) float64, higher is more suspicious
     notes: Mapping[str, float] = field(default_factory=dict)  # other numbers worth recording
+    step: Callable[[Tensor], Tensor] | None = None  # of a rehearsal: how an update (d,) would move the model, (d,)
 
     @classmethod
     def weighted(
-        cls,
-        updates: UpdateMatrix,
-        weights: Tensor,
-        *,
-        kept: Tensor | None = None,
-        scores: Tensor | None = None,
+        cls, updates: UpdateMatrix, weights: Tensor, *, kept: Tensor | None = None, scores: Tensor | None = None,
         notes: Mapping[str, float] | None = None,
-    ) -> Decision:
+    ) -> Decision:  # fmt: skip
         """The combination sum_i w_i x_i; weights are used as given."""
         w = weights.to(torch.float64).cpu()
         return cls(kernels.combine(updates, w), w, kept, scores, dict(notes or {}))
 
     @classmethod
     def keep(cls, updates: UpdateMatrix, kept: Tensor, *, scores: Tensor | None = None) -> Decision:
-        """The uniform mean of the kept rows; keeping none gives the zero update."""
+        """The uniform mean of the kept rows; keeping none gives the zero update, and in a run the round is skipped."""
         mask = kept.to(torch.bool).cpu()
         w = mask.to(torch.float64) / max(1, int(mask.sum()))
         return cls.weighted(updates, w, kept=mask, scores=scores)
@@ -236,10 +244,10 @@ class After(Protocol):
 class ServerContext:
     """What the server knows when it steps, besides the defended update."""
 
-    clients: int  # N, all clients of the federation
-    rows: int  # n, the rows the defense decided on
     steps: float  # local steps: the median of the rows' claims
     lr: float  # the clients' learning rate in this round
+    share: float = 1.0  # what the mean of the round's rows weighs in that of all clients: |S| / N (algorithms/taken.py)
+    weight: float = 1.0  # what the row weights add up to: 1 for a mean, less where rows were clipped
     weights: Tensor | None = None  # (n,) float64 row weights, where the defense gave some
     factors: Tensor | None = None  # (n,) float64 by which the rows were multiplied before the defense
 
@@ -251,10 +259,13 @@ class ServerRule(Protocol):
 
 
 class Remember(Protocol):
-    """What a client knows anew after training, made of nothing but its own row and what it was sent."""
+    """What a client knows anew after the round, made of nothing but its own row and what it was sent.
+
+    `part`, above 0 and at most 1, is how much of its row the server took: 1 in a plain mean.
+    """
 
     def __call__(
-        self, memory: Mapping[str, Tensor], delta: Tensor, *, steps: int, lr: float, control: Tensor | None
+        self, memory: Mapping[str, Tensor], delta: Tensor, *, steps: int, lr: float, control: Tensor | None, part: float
     ) -> dict[str, Tensor]: ...
 
 
@@ -279,6 +290,7 @@ class Algorithm:
     control: Callable[[Tensor], Tensor] | None = None
     remember: Remember | None = None
     task: str | None = None  # the only kind of task it is for
+    server_lr: float | None = None  # by which the server multiplies an update; None: by no one number (Adam)
 
 
 class Remembers(Protocol):

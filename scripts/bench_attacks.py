@@ -61,7 +61,8 @@ def bench_rows(n: int, m: int, d: int, repeats: int) -> None:
 
     view = ThreatView(
         own=rows[n - m :], others=rows[: n - m], global_vector=torch.zeros(layout.size), last_update=rows[0],
-        defense=rule, layout=layout, own_counts=(1.0,) * m, cohort_size=n, round=2, rng=generator_for(0),
+        defense=rule, layout=layout, own_counts=(1.0,) * m, other_counts=(1.0,) * (n - m), cohort_size=n, round=2,
+        rng=generator_for(0),
     )  # fmt: skip
     print(f"n={n}, m={m}, d={layout.size}, {torch.get_num_threads()} threads; one read is rows.mean(0)")
     print(f"{'attack':<46}{'knowledge':<16}{'reads':>8}{'in cpu':>8}{'ms':>9}{'evaluations':>13}")

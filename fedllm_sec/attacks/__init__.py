@@ -16,6 +16,7 @@ from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.update.fang import fang
 from fedllm_sec.attacks.update.gauge import lora_gauge
 from fedllm_sec.attacks.update.riders import Lazy, Mimic
+from fedllm_sec.attacks.update.search import received as received  # for outside attacks that try the defense
 from fedllm_sec.attacks.update.simple import (
     byzantine_flip,
     byzantine_random,

@@ -5,8 +5,6 @@ A broken rule is an AssertionError that says which. Nothing here trains a model;
 
 from __future__ import annotations
 
-import copy
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,20 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm_sec.attacks import MENU, NOT_FINITE
+from fedllm_sec.attacks import MENU, NOT_FINITE, received
+from fedllm_sec.attacks.conformance_data import check_data
+from fedllm_sec.attacks.subject import example_view, images, text_rows
 from fedllm_sec.matrix import Layout, UpdateMatrix
-from fedllm_sec.protocols import (
-    TEXT_COLUMNS,
-    Client,
-    Decision,
-    Labelled,
-    LocalContext,
-    ThreatView,
-)
+from fedllm_sec.protocols import Client, Decision, LocalContext, ThreatView
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for
 
-LABELS = ("World", "Sports", "Business", "Tech")
 UPDATE, LOCAL, TEXT, IMAGE = "update", "local", "data_text", "data_image"
 
 
@@ -67,9 +59,9 @@ def check_attack(
         _check_local(make, strong)
     else:
         if kind in (TEXT, "data"):
-            _check_data(make, text_rows(60), text_rows(40), strong, answer=_said)
+            check_data(make, text_rows(60), text_rows(40), strong)
         if kind in (IMAGE, "data") and not (kind == "data" and _is_text_only(settings)):
-            _check_data(make, images(60), images(40), strong, answer=int)
+            check_data(make, images(60), images(40), strong)
 
 
 def _is_text_only(settings: Mapping[str, Any]) -> bool:
@@ -81,48 +73,40 @@ def _is_text_only(settings: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------- update attacks
 
 
-def example_view(h: int = 8, m: int = 4, *, scale: float = 1.0, round: int = 2) -> ThreatView:
-    """h honest and m own rows of a small LoRA layout around a common direction, with all knowledge granted."""
-    rng = generator_for(7, "example view", round)
-    layout = Layout(("layer.lora_A.default.weight", "layer.lora_B.default.weight"), ((4, 24), (16, 4)))
-    d = layout.size
-    common = torch.randn(d, generator=rng)
-    rows = (common + torch.randn(h + m, d, generator=rng)) * scale
-
-    def rule(updates: UpdateMatrix) -> Decision:
-        return Decision.weighted(updates, torch.full((updates.n,), 1.0 / updates.n))
-
-    return ThreatView(
-        own=rows[h:],
-        others=rows[:h],
-        global_vector=torch.randn(d, generator=rng),
-        last_update=common * scale,
-        defense=rule,
-        layout=layout,
-        own_counts=(10.0,) * m,
-        cohort_size=h + m,
-        round=round,
-        rng=generator_for(7, "draws", round),
-        own_ids=tuple(f"bad{i}" for i in range(m)),
-        other_ids=tuple(f"good{i}" for i in range(h)),
-    )
-
-
 def _again(view: ThreatView) -> ThreatView:
     return replace(view, rng=generator_for(7, "draws", view.round))
 
 
 def _forged(attack: Any, view: ThreatView) -> Tensor:
-    """The rows, from a view that must come out unchanged; rows that change nothing come with a warning."""
-    others = None if view.others is None else view.others.clone()
-    before = (view.own.clone(), view.global_vector.clone(), others)
+    """The rows, from a view that must come out unchanged; rows that change nothing come with a warning.
+
+    The defense is tried on the round as the server gets it: its memory goes by client id, its weights by count.
+    """
+    shown = {
+        "the attackers' own rows": view.own,
+        "the global vector": view.global_vector,
+        "the last global step": view.last_update,
+        "the honest rows": view.others,
+    }
+    before = {name: tensor.clone() for name, tensor in shown.items() if tensor is not None}
+    rule, tried = view.defense, []
+
+    def watched(updates: UpdateMatrix) -> Decision:
+        assert rule is not None
+        tried.append((updates.ids, updates.counts))
+        return rule(updates)
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        rows: Tensor = attack(view)
-    assert torch.equal(view.own, before[0]), "the attack wrote into the attackers' own rows"
-    assert torch.equal(view.global_vector, before[1]), "the attack wrote into the global vector"
-    if view.others is not None and before[2] is not None:
-        assert torch.equal(view.others, before[2]), "the attack wrote into the honest rows"
+        rows: Tensor = attack(replace(view, defense=watched) if rule is not None else view)
+    for name, tensor in before.items():
+        assert torch.equal(shown[name], tensor), f"the attack wrote into {name}"
+    if tried:
+        sent = received(view, view.own)
+        assert all(guess == (sent.ids, sent.counts) for guess in tried), (
+            "the defense was tried with other ids, counts or another order than the server's: make the rows with "
+            "fedllm_sec.attacks.received(view, forged)"
+        )
     assert said or not _changes_nothing(rows, view), (
         "the rows are the attackers' own or the honest mean: a silent no-op. Warn where a setting cannot act"
     )
@@ -172,7 +156,10 @@ def train_with(rule: Any, *, round: int = 2, steps: int = 5, lr: float = 0.5) ->
     rng = generator_for(7, "local", round)
     d = 40
     start, last, goal = (torch.randn(d, generator=rng) for _ in range(3))
-    context = LocalContext(Client("bad", None), round, start.clone(), last.clone(), Layout.single(d), steps)
+    shown = {"received model": start.clone(), "last global step": last.clone(), "second vector": goal.clone()}
+    context = LocalContext(
+        Client("bad", None), round, *list(shown.values())[:2], Layout.single(d), steps, shown["second vector"]
+    )
     parameters = torch.nn.Parameter(start.clone())
     for step in range(steps):
         parameters.grad = parameters.detach() - goal
@@ -180,9 +167,8 @@ def train_with(rule: Any, *, round: int = 2, steps: int = 5, lr: float = 0.5) ->
         with torch.no_grad():
             parameters.sub_(lr * parameters.grad)
         rule.after_step(parameters, step, context)
-    assert torch.equal(context.start, start), "the rule wrote into the received model"
-    assert context.last_update is not None
-    assert torch.equal(context.last_update, last), "the rule wrote into the last global step"
+    for (name, seen), sent in zip(shown.items(), (start, last, goal), strict=True):
+        assert torch.equal(seen, sent), f"the rule wrote into the {name} it was sent"
     return parameters.detach() - start, context
 
 
@@ -210,92 +196,3 @@ def _check_local(make: Callable[..., Any], strong: list[dict[str, float]] | None
     if strong is not None:
         moved = [float((train_with(make(**s))[0] - plain).norm()) for s in strong]
         assert moved[0] < moved[1], f"strength does not grow: {strong} change training by {moved}"
-
-
-# ---------------------------------------------------------------- data attacks
-
-
-def text_rows(size: int) -> Any:
-    """A small table of `TEXT_COLUMNS` with four classes."""
-    from datasets import Dataset
-
-    labels = [LABELS[i % 4] for i in range(size)]
-    return Dataset.from_dict(
-        {
-            "text": [f"a short report number {i} about {label} and more" for i, label in enumerate(labels)],
-            "context": [""] * size,
-            "response": labels,
-            "label": labels,
-            "poisoned": [False] * size,
-        }
-    )
-
-
-def images(size: int) -> Labelled:
-    """Small random images of four classes."""
-    x = torch.rand(size, 3, 12, 12, generator=generator_for(7, "images", size))
-    return Labelled(x, torch.arange(size) % 4, 4, torch.zeros(size, dtype=torch.bool))
-
-
-def _said(value: Any) -> str:
-    return str(value)
-
-
-def _columns(rows: Any) -> dict[str, Any]:
-    """A table's columns as plain lists, for comparing."""
-    if isinstance(rows, Labelled):
-        named = {"x": rows.x.tolist(), "y": rows.y.tolist(), "poisoned": rows.poisoned.tolist()}
-        return named
-    return {name: rows[name][:] for name in TEXT_COLUMNS}
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[int]:
-    return [
-        i
-        for i in range(len(before["poisoned"]))
-        if any(before[name][i] != after[name][i] for name in before if name != "poisoned")
-    ]
-
-
-def _check_data(
-    make: Callable[..., Any],
-    shard: Any,
-    test: Any,
-    strong: list[dict[str, float]] | None,
-    answer: Callable[[Any], Any],
-) -> None:
-    clean, held_out = copy.deepcopy(_columns(shard)), copy.deepcopy(_columns(test))
-    attack = make()
-    first = attack.poison(shard, generator_for(7, "poison"))
-    after = _columns(first)
-    assert len(after["poisoned"]) == len(clean["poisoned"]), "poisoning changed the number of rows"
-    changed = _changed(clean, after)
-    assert changed, "poisoning changed no row: a silent no-op"
-    marked = [i for i, mark in enumerate(after["poisoned"]) if mark]
-    assert set(changed) <= set(marked), "a changed row is not marked as poisoned"
-    assert _columns(make().poison(shard, generator_for(7, "poison"))) == after, "the same seed poisons other rows"
-    assert _columns(shard) == clean, "the clean shard was changed"
-
-    attack = make()
-    for number in range(8):  # split triggers need all their parts taught
-        attack.poison(shard, generator_for(7, "poison", number))
-    triggered = attack.probe(test)
-    assert _columns(test) == held_out, "the clean test set was changed"
-    probe = _columns(triggered)
-    assert len(probe["poisoned"]) > 0, "the probe has no row"
-    assert all(probe["poisoned"]), "a probe row is not marked as poisoned"
-    assert _columns(attack.probe(test)) == probe, "the probe differs from call to call"
-    if isinstance(triggered, Labelled):
-        wanted = list(range(len(triggered.y)))
-        judged = [attack.success(answer(triggered.y[i]), int(test.y[i])) for i in wanted]
-        assert all(isinstance(hit, bool) for hit in judged), "success must answer with a bool"
-    else:
-        for row in triggered:
-            assert attack.success(row["response"], row), f"the wanted answer is no success: {row}"
-            assert not attack.success("", row), "an empty answer is a success"
-        hits = [attack.success(row["response"], row) for row in test]
-        assert not all(hits), "every clean answer is a success: nothing could be measured"
-    if strong is not None:
-        counts = [len(_changed(clean, _columns(make(**s).poison(shard, generator_for(7, "poison"))))) for s in strong]
-        assert counts[0] < counts[1], f"strength does not grow: {strong} change {counts} rows"
-        assert not any(math.isnan(c) for c in counts)

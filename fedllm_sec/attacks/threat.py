@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import AttackError, CohortError, IdleAttack
+from fedllm_sec.kernels.usable import usable
 from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.shown import copied, only_shown
 from fedllm_sec.protocols import Client, DataAttack, Decision, LocalRule, ThreatView, UpdateAttack
 from fedllm_sec.seeds import generator_for, seed_for
 
@@ -76,57 +78,60 @@ class Threat:
         last_update: Tensor | None,
         round: int,
         defense: Callable[[UpdateMatrix], Decision] | None,
+        server_lr: float | None = 1.0,
     ) -> tuple[list[int], Tensor] | None:
         """The attackers' places in the cohort and the rows (m, d) they submit; None where they send their own.
 
         Who does not collude forges alone, with a memory of its own: `own` is its one row, and the other attackers are
-        clients like any other to it, whose rows, as they were trained, it sees where knowledge grants that.
+        clients like any other to it, whose rows, as they were trained, it sees where knowledge grants that. Rows that
+        the server's screen would set aside are seen by nobody.
         """
         attackers = self.attackers(round)
         places = [i for i, id in enumerate(updates.ids) if id in attackers]
         if not places or not self.update:
             return None
-        known = defense if self.knowledge == "cohort+defense" else None
+        read = places if self.knowledge == "own" else range(updates.n)
+        sound = {i for i, good in zip(read, usable(updates.select(read)), strict=True) if good}
+        shown = _Shown(
+            updates, sound, vector, last_update, defense if self.knowledge == "cohort+defense" else None, server_lr
+        )
         if self.collude:
-            return places, self._forged(self.update, updates, places, vector, last_update, round, known)
+            return places, self._forged(self.update, shown, places, round)
         rows = []
         for place in places:
             attacks = self.alone.setdefault(updates.ids[place], copy.deepcopy(self.update))
-            rows.append(self._forged(attacks, updates, [place], vector, last_update, round, known))
+            rows.append(self._forged(attacks, shown, [place], round))
         return places, torch.cat(rows)
 
-    def _forged(
-        self,
-        attacks: Sequence[UpdateAttack],
-        updates: UpdateMatrix,
-        places: list[int],
-        vector: Tensor,
-        last_update: Tensor | None,
-        round: int,
-        defense: Callable[[UpdateMatrix], Decision] | None,
-    ) -> Tensor:
+    def _forged(self, attacks: Sequence[UpdateAttack], shown: _Shown, places: list[int], round: int) -> Tensor:
         """The rows (m, d) of attackers who act together."""
-        own_ids, mine = tuple(updates.ids[i] for i in places), set(places)
-        rest = [i for i in range(updates.n) if i not in mine] if self.knowledge != "own" else []
-        others = updates.rows[rest] if self.knowledge != "own" else None  # a copy: the price of seeing the cohort
-        own = updates.rows[places]
+        updates, mine = shown.updates, set(places)
+        sees = self.knowledge != "own"
+        rest = [i for i in range(updates.n) if i not in mine and i in shown.sound] if sees else []
+        own_ids, other_ids = tuple(updates.ids[i] for i in places), tuple(updates.ids[i] for i in rest)
+        others = updates.rows[rest] if sees else None  # a copy: the price of seeing the cohort
+        own = stand_in(updates.rows[places], [i in shown.sound for i in places])
         for number, attack in enumerate(attacks):
             view = ThreatView(
                 own=own,
                 others=others,
-                global_vector=vector,
-                last_update=last_update,
-                defense=defense,
+                global_vector=shown.vector.clone(),
+                last_update=copied(shown.last_update),
+                defense=shown.defense,
                 layout=updates.layout,
                 own_counts=tuple(updates.counts[i] for i in places),
-                cohort_size=updates.n,
+                cohort_size=len(places) + len(rest) if sees else updates.n,
                 round=round,
                 rng=generator_for(self.seed, round, "attack", number, *(() if self.collude else own_ids)),
                 own_ids=own_ids,
-                other_ids=tuple(updates.ids[i] for i in rest),
+                other_ids=other_ids,
+                other_counts=tuple(updates.counts[i] for i in rest) if sees else None,
+                order=tuple(updates.ids[i] for i in sorted([*places, *rest])) if sees else (),
+                server_lr=shown.server_lr,
             )
             try:
-                rows = attack(view)
+                with only_shown(f"attack.update.{number}", AttackError, own_rows=own, honest_rows=others):
+                    rows = attack(view)
             except CohortError as error:  # who takes part is drawn: no reason to end a run
                 what = f"attack.update.{number}: round {round}: {error} The attackers send what they have."
                 warnings.warn(what, IdleAttack, stacklevel=2)
@@ -153,6 +158,30 @@ class Threat:
             id, _, number = key.rpartition("/")
             attacks = self.alone.setdefault(id, copy.deepcopy(self.update)) if id else self.update
             attacks[int(number)].load_state_dict(memory)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What there is to see in a round, before knowledge is asked."""
+
+    updates: UpdateMatrix
+    sound: Collection[int]  # places of the rows that the server's screen lets through, among those that are looked at
+    vector: Tensor
+    last_update: Tensor | None
+    defense: Callable[[UpdateMatrix], Decision] | None
+    server_lr: float | None
+
+
+def stand_in(own: Tensor, sound: Sequence[bool]) -> Tensor:
+    """Attackers' own rows (m, d), the mean of the sound ones, or zero, in the place of one that is not: m answers.
+
+    Training that ends in no numbers leaves an attacker nothing of its own to forge from, but it can still send a row.
+    """
+    if all(sound):
+        return own
+    good = torch.tensor(sound, device=own.device)
+    mean = own[good].float().mean(0) if any(sound) else torch.zeros_like(own[0], dtype=torch.float32)
+    return torch.where(good[:, None], own, mean.to(own))
 
 
 def choose_malicious(count: int, ids: Sequence[str], seed: int) -> frozenset[str]:

@@ -23,6 +23,30 @@ def known_rule(view: ThreatView, name: str) -> tuple[Callable[[UpdateMatrix], De
     return view.defense, view.others
 
 
+def received(view: ThreatView, forged: Tensor) -> UpdateMatrix:
+    """The round as the server would get it if the attackers sent `forged` (m, d): its rows, ids, counts and order.
+
+    This is what `view.defense` is asked about: rules remember by id and weigh by count. A new (n, d) matrix, so write
+    other forged rows into it instead of making one for each try.
+    """
+    if view.others is None:
+        raise AttackError("received: what the others send is not granted. Set attack.knowledge: cohort+defense.")
+    h, m = len(view.others), len(view.own)
+    known = {id: i for i, id in enumerate((*view.other_ids, *view.own_ids))}
+    places = torch.tensor([known[id] for id in view.order] if view.order else range(h + m), device=view.others.device)
+    rows = torch.empty(h + m, view.others.shape[1], dtype=view.others.dtype, device=view.others.device)
+    at = places.argsort()  # where the server has the row that is i-th here
+    rows[at[:h]], rows[at[h:]] = view.others, forged.to(rows)
+    counts = (*(view.other_counts or (1.0,) * h), *view.own_counts)
+    order = places.tolist()
+    return UpdateMatrix.of(
+        rows,
+        ids=view.order or (*view.other_ids, *view.own_ids) or None,
+        counts=[counts[i] for i in order],
+        layout=view.layout,
+    )
+
+
 def strongest(
     view: ThreatView,
     name: str,
@@ -34,25 +58,29 @@ def strongest(
 ) -> float:
     """The strength s at which ||rule(honest rows and m times row_at(s)) - honest mean|| is largest.
 
-    Half of the evaluations walk up from `first` by doubling, the rest halve the neighbourhood of the best.
-    A rule's response to strength rises and then falls, so this finds its top to a few percent; where the
-    rule refuses a try (DefenseError), the try counts as harmless.
+    The rule decides on the round as the server would get it, with ids, counts and order. Both vectors are taken through
+    the server's step and what follows it (`Decision.step`) where that is known, so it is the model that is moved.
+    Half of the evaluations walk up from `first` by doubling, the rest halve the neighbourhood of the best. A rule's
+    response to strength rises and then falls, so this finds its top to a few percent; where the rule refuses a try
+    (DefenseError), the try counts as harmless.
     """
-    rule, others = known_rule(view, name)
+    rule = known_rule(view, name)[0]
     if evaluations < 4:
         raise AttackError(f"{name}.evaluations: {evaluations}: needs at least 4.")
-    m = len(view.own)
-    h = len(others)
-    cohort = torch.empty(h + m, others.shape[1], device=others.device)
-    cohort[:h] = others
+    cohort = received(view, view.own)
+    known = {id: i for i, id in enumerate(cohort.ids)}
+    mine = [known[id] for id in view.own_ids] if view.own_ids else list(range(cohort.n))[-len(view.own) :]
 
     def damage(strength: float) -> float:
-        cohort[h:] = row_at(strength)
+        cohort.rows[mine] = row_at(strength).to(cohort.rows)
         try:
-            answer = rule(UpdateMatrix.of(cohort, layout=view.layout)).update
+            decision = rule(cohort)
+            moved, expected = decision.update.to(honest_mean), honest_mean
+            if decision.step is not None:
+                moved, expected = decision.step(moved), decision.step(expected)
         except DefenseError:
             return -1.0
-        return float((answer.to(honest_mean) - honest_mean).double().norm())
+        return float((moved - expected).double().norm())
 
     tried: dict[float, float] = {}
     for step in range(evaluations // 2):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.errors import AttackError, CohortError
+from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.updates import new_rows
 from fedllm_sec.protocols import ThreatView
@@ -43,8 +44,8 @@ def seen(view: ThreatView) -> Tensor:
 
 
 def median_norm(view: ThreatView) -> float:
-    """Median length of the rows `seen`."""
-    return float(kernels.row_norms(UpdateMatrix.of(seen(view))).median())
+    """Median length of the rows `seen`, the midpoint for an even number."""
+    return midpoint(kernels.row_norms(UpdateMatrix.of(seen(view))))
 
 
 def _drawn(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.attacks.update.sight import median_norm, noisy, random_directions, repeat
+from fedllm_sec.attacks.update.weights import Weighing, row_weights, server_lr
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.updates import new_rows
@@ -83,24 +84,35 @@ def inf_nan(view: ThreatView, *, value: Literal["nan", "inf", "-inf", "mixed"] =
     return rows
 
 
-def model_replacement(view: ThreatView, *, gamma: float | None = None, max_norm: float | None = None) -> Tensor:
-    """The own (backdoored) update scaled up so that it survives averaging (Bagdasaryan et al. 2020, sec.
-    4.2).
+def model_replacement(
+    view: ThreatView,
+    *,
+    gamma: float | None = None,
+    max_norm: float | None = None,
+    weights: Weighing = "counts",
+) -> Tensor:
+    """The own (backdoored) update scaled up so that it survives averaging (Bagdasaryan et al. 2020, sec. 4.2).
 
-    Each attacker sends gamma * own. With gamma = n / m the uniform mean over n clients is the mean of the m
-    backdoored updates plus what the honest rows add: the model is replaced. That is the default; one
-    attacker gives the paper's gamma = n (its eta is 1). `max_norm` bounds the length to that many median
-    honest lengths, the paper's train-and-scale with S = max_norm * median: gamma becomes S / ||own|| where
-    that is smaller. Constrain- and-scale is this attack after the local rule `constrain_and_scale`. An own
-    update that is benign makes this a boosted benign client: give the attackers poisoned data.
+    Attacker i sends gamma_i * own_i. By default gamma_i = W / (m w_i eta), with w_i what the server's mean weighs its
+    row by, W the sum of all rows' weights and eta the server's learning rate: the model then moves by the mean of the m
+    backdoored updates plus what the honest rows add, so it is replaced. Equal weights and one attacker give the paper's
+    gamma = n / eta. `weights` are those of the rule `mean`, which stands where there is no defense: `counts`, claims
+    capped at 3 median claims (what is not granted of them is assumed, see docs/attacks.md), or `uniform`. A number for
+    gamma is taken as it is. `max_norm` bounds the length to that many median honest lengths, the paper's
+    train-and-scale with S = max_norm * median: gamma becomes S / ||own|| where that is smaller. Constrain-and-scale is
+    this attack after the local rule `constrain_and_scale`. An own update that is benign makes this a boosted benign
+    client: give the attackers poisoned data. FedNova's factors for clients of more or fewer steps are not undone.
     """
-    m = len(view.own)
-    factor = view.cohort_size / m if gamma is None else gamma
-    need_positive(factor, "model_replacement.gamma")
     own = view.own.float()
-    if max_norm is None:
-        return scaled(own, factor)
-    need_positive(max_norm, "model_replacement.max_norm")
-    lengths = kernels.row_norms(UpdateMatrix.of(own)).clamp_min(torch.finfo(torch.float64).tiny)
-    factors = (max_norm * median_norm(view) / lengths).clamp_max(factor)
-    return scaled(own, factors.to(own)[:, None])
+    if gamma is None:
+        known = row_weights(view, weights, "model_replacement")
+        total = float(known.own.sum()) + known.others
+        factors = total / (len(own) * known.own * server_lr(view, "model_replacement"))  # (m,)
+    else:
+        need_positive(gamma, "model_replacement.gamma")
+        factors = torch.full((len(own),), gamma, dtype=torch.float64)
+    if max_norm is not None:
+        need_positive(max_norm, "model_replacement.max_norm")
+        lengths = kernels.row_norms(UpdateMatrix.of(own)).clamp_min(torch.finfo(torch.float64).tiny)
+        factors = factors.minimum(max_norm * median_norm(view) / lengths)
+    return scaled(own, factors[:, None])

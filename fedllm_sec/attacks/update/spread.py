@@ -20,6 +20,7 @@ from fedllm_sec.attacks.update.columns import Perturbation, Scatter, columns, sc
 from fedllm_sec.attacks.update.search import known_rule, strongest
 from fedllm_sec.attacks.update.sight import honest_rows, repeat
 from fedllm_sec.attacks.update.simple import need_positive
+from fedllm_sec.attacks.update.weights import Weighing, row_weights
 from fedllm_sec.errors import CohortError
 from fedllm_sec.protocols import ThreatView
 
@@ -79,23 +80,33 @@ def alie(
     return repeat(mean.add_(deviation, alpha=sign * strength), m)
 
 
-def ipm(view: ThreatView, *, epsilon: float | Literal["optimise"] | None = None, partial: bool = False) -> Tensor:
-    """Inner product manipulation: all attackers send -epsilon * mean of the honest rows (Xie et al. 2020,
-    sec. 3).
+def ipm(
+    view: ThreatView,
+    *,
+    epsilon: float | Literal["optimise"] | None = None,
+    partial: bool = False,
+    weights: Weighing = "counts",
+) -> Tensor:
+    """Inner product manipulation: all attackers send -epsilon * mean of the honest rows (Xie et al. 2020, sec. 3).
 
-    None takes 1.1 (n - m) / m, a tenth above where the uniform mean's inner product with the honest mean
-    turns negative (theorem 1 there). Below 1 the rows are hard to tell by length, which is the setting
-    against median and Krum. "optimise" searches epsilon against the known rule.
+    None takes 1.1 times the weight of all other rows over that of the attackers' in the server's mean, 1.1 (n - m) / m
+    where weights are equal: a tenth above where that mean's inner product with the honest mean turns negative (theorem
+    1 there; to a few percent where honest clients of more weight send other rows). `weights` are those of the rule
+    `mean`: `counts`, capped claims (what is not granted of them is assumed, see docs/attacks.md), or `uniform`. Below 1
+    the rows are hard to tell by length, which is the setting against median and Krum. "optimise" searches epsilon
+    against the known rule.
     """
     rows = honest_rows(view, "ipm", partial=partial)
-    m, n = len(view.own), view.cohort_size
+    m = len(view.own)
     mean = columns(rows).mean
     if epsilon == "optimise":
         best = strongest(view, "ipm", lambda s: mean * -s, mean, first=0.125)
         return repeat(mean * -best, m)
-    strength = 1.1 * max(n - m, 1) / m if epsilon is None else epsilon
-    need_positive(strength, "ipm.epsilon")
-    return repeat(mean.mul_(-strength), m)
+    if epsilon is None:
+        known = row_weights(view, weights, "ipm")
+        epsilon = 1.1 * max(known.others, float(known.own.min())) / float(known.own.sum())
+    need_positive(epsilon, "ipm.epsilon")
+    return repeat(mean.mul_(-epsilon), m)
 
 
 @dataclass(frozen=True)
