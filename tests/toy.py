@@ -13,6 +13,7 @@ from fedllm_sec.matrix import Layout
 class Quadratic:
     def __init__(self, d: int) -> None:
         self.layout = Layout.single(d)
+        self.model = torch.nn.Module()
         self.parameters = torch.nn.Parameter(torch.zeros(d))
         self.parameters.grad = torch.zeros(d)
 

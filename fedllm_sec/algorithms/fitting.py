@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.protocols import LocalTraining
 
 
@@ -70,5 +71,5 @@ def step_factors(steps: Tensor, *, cap: float) -> Tensor:
     usable = steps.isfinite() & (steps >= 1)
     if not bool(usable.any()):
         return torch.ones_like(steps)
-    middle = steps[usable].median()
+    middle = midpoint(steps[usable])
     return middle / torch.where(usable, steps, middle).clamp(middle / cap, middle * cap)

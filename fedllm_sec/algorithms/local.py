@@ -1,7 +1,8 @@
 """Local rules: what an FL method changes in its clients' steps, and what a client remembers of them.
 
-A client's memory is made of its own rows and of what the server sent it, nothing else travels: the new memory is a
-linear function of the row, so whoever has seen the row can write it down.
+A client's memory is made of its own rows and of what the server sent it: the new memory is a linear function of the
+row, so whoever has seen the row can write it down. It is written down after the defense has decided, and moves by the
+part of the row that the server took (taken.py).
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class DriftCorrection:
         return None
 
     def remember(
-        self, memory: Mapping[str, Tensor], delta: Tensor, *, steps: int, lr: float, control: Tensor | None
+        self, memory: Mapping[str, Tensor], delta: Tensor, *, steps: int, lr: float, control: Tensor | None, part: float
     ) -> dict[str, Tensor]:
-        """c_i <- c_i - c + (x - y_i) / (K lr), option II of line 12; c_i starts at 0."""
+        """c_i <- c_i + part (-c + (x - y_i) / (K lr)), option II of line 12 with part = 1; c_i starts at 0."""
         assert control is not None
-        new = -control - delta / (steps * lr)
+        new = part * (-control - delta / (steps * lr))
         return {"control": new if "control" not in memory else memory["control"] + new}
 
 
@@ -74,8 +75,8 @@ class DynamicRegularizer:
         return None
 
     def remember(
-        self, memory: Mapping[str, Tensor], delta: Tensor, *, steps: int, lr: float, control: Tensor | None
+        self, memory: Mapping[str, Tensor], delta: Tensor, *, steps: int, lr: float, control: Tensor | None, part: float
     ) -> dict[str, Tensor]:
-        """g_i <- g_i - alpha (w_i - w0): the gradient where a client that trained to the end has stopped."""
-        new = -self.alpha * delta
+        """g_i <- g_i - part alpha (w_i - w0): with part = 1 the gradient where one that trained to the end stops."""
+        new = -self.alpha * part * delta
         return {"gradient": new if "gradient" not in memory else memory["gradient"] + new}

@@ -97,7 +97,7 @@ class ControlledSgd:
 
     With option II a client's c_i moves by -c - delta_i / (K lr_local). So the mean over the round is
     -c - u / (K lr_local), with the defended u in the place of the mean of deltas: no control variate travels that the
-    defense has not seen.
+    defense has not seen. For u = sum_i w_i delta_i of any weights, |S|/N and the parts of c_i become those of taken.py.
     """
 
     def __init__(self, *, lr: float) -> None:
@@ -112,7 +112,7 @@ class ControlledSgd:
 
     def __call__(self, vector: Tensor, update: Tensor, ctx: ServerContext) -> Tensor:
         c = self.control(vector)
-        self.c = c - (ctx.rows / ctx.clients) * (c + update / (ctx.steps * ctx.lr))
+        self.c = c - ctx.share * (ctx.weight * c + update / (ctx.steps * ctx.lr))
         return vector + self.lr * update
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,7 +123,10 @@ class ControlledSgd:
 
 
 class DynamicServer:
-    """FedDyn's server: h -= alpha |P|/N u, x += u - h / alpha, with u the defended mean (Acar et al. 2021, alg. 1)."""
+    """FedDyn's server: h -= alpha |P|/N u, x += u - h / alpha, with u the defended mean (Acar et al. 2021, alg. 1).
+
+    So h is the mean of the clients' g_i. For other means than the uniform one |P|/N becomes the share of taken.py.
+    """
 
     def __init__(self, *, alpha: float) -> None:
         self.alpha = alpha
@@ -131,7 +134,7 @@ class DynamicServer:
 
     def __call__(self, vector: Tensor, update: Tensor, ctx: ServerContext) -> Tensor:
         h = torch.zeros_like(update) if self.h is None else self.h
-        self.h = h - (self.alpha * ctx.rows / ctx.clients) * update
+        self.h = h - (self.alpha * ctx.share) * update
         return vector + update - self.h / self.alpha
 
     def state_dict(self) -> dict[str, Any]:

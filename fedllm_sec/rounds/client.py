@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedllm_sec.matrix.shown import copied
 from fedllm_sec.protocols import Client, LocalContext, LocalResult, LocalRule, LocalTraining, Task
 from fedllm_sec.seeds import generator_for, seed_for
 
@@ -52,12 +53,16 @@ def train_locally(
 ) -> LocalResult:
     """Train from `start` (d,) on the client's shard and give the delta (d,).
 
-    Batches and dropout depend on (seed, round, client) alone. `start` is not changed.
+    Batches and dropout depend on (seed, round, client) alone: the model is put into training mode here and leaves it at
+    the end, whatever ran before. `start` is not changed: rules see copies of what the server sent. The loss is the mean
+    over all rows trained on: a batch counts by what it weighs in a mean, so that a short last one does not count like a
+    full one.
     """
     rng = generator_for(seed, round, client.id, "batches")
     size = task.size(client.shard)
     steps = training.steps_of(size)
-    context = LocalContext(client, round, start, last_update, task.layout, steps, control)
+    shown = (start, last_update, control) if not rules else (start.clone(), copied(last_update), copied(control))
+    context = LocalContext(client, round, shown[0], shown[1], task.layout, steps, shown[2])
     parameters = task.parameters
     with torch.no_grad():
         parameters.copy_(start)
@@ -65,12 +70,15 @@ def train_locally(
     for group in optimizer.param_groups:
         group["lr"] = training.lr_at(round, rounds)
 
+    task.model.train()
     torch.manual_seed(seed_for(seed, round, client.id, "dropout"))  # dropout knows no generator of its own
-    losses = []
+    losses, weights = [], []
     batches = endless(task, client.shard, training.batch_size or max(1, size), rng)
     for step in range(steps):
         parameters.grad.zero_()  # type: ignore[union-attr]
-        losses.append(stepper.backward(task, client.shard, next(batches)))
+        rows = next(batches)
+        losses.append(stepper.backward(task, client.shard, rows))
+        weights.append(task.weight(client.shard, rows))
         stepper.unscale(optimizer)
         for rule in rules:
             rule.before_step(parameters, step, context)
@@ -79,6 +87,10 @@ def train_locally(
         stepper.step(optimizer)
         for rule in rules:
             rule.after_step(parameters, step, context)
+    task.model.eval()
     delta = parameters.detach() - start
-    mean_loss = float(torch.stack(losses).mean()) if losses else float("nan")
+    mean_loss = float("nan")
+    if losses:
+        found = torch.stack(losses).double().cpu()
+        mean_loss = float(found @ torch.tensor(weights, dtype=torch.float64)) / sum(weights)
     return LocalResult(client.id, delta, float(size), steps, mean_loss)

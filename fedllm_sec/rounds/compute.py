@@ -2,11 +2,14 @@
 
 Under several processes, rank k trains `cohort[k::world]` (placement: clients), or every rank trains the same client on
 its part of each batch (placement: data). Rank 0 holds the update matrix and decides; the new vector goes to all.
+Under placement: data a GAN's noise, mirrors and shifts are drawn for the whole batch and cut, so they are those of one
+process; dropout inside a model is each rank's own, and so not that of one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import LocalResult, Task
+from fedllm_sec.tasks.draws import Drawn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,30 +71,43 @@ class Machine:
         return cohort if self.placement == "data" else cohort[self.rank :: self.world]
 
     def backward(self, task: Task, shard: Any, rows: Sequence[int]) -> Tensor:
-        """Add the gradient of the mean loss over `rows` to `task.parameters.grad`; give that loss.
+        """Add the gradient of the loss over `rows` to `task.parameters.grad`; give that loss.
 
-        Micro-batches, and the ranks' parts under placement: data, are weighed by what they score, so that the
-        gradient is that of the whole batch.
+        Each mean that the loss is made of is cut into micro-batches, and under placement: data into the ranks' parts.
+        They are weighed by what they score and get their share of the random numbers drawn for the whole batch, so that
+        the gradient is that of the whole batch. Dropout is the exception: layers draw it anew in every pass.
         """
         split = self.placement == "data" and self.world > 1
-        own = rows[self.rank :: self.world] if split else rows
-        total = task.weight(shard, rows)
+        micro = self.accelerator.gradient_accumulation_steps
         loss_sum = torch.zeros((), device=self.device)
-        # the same number of passes on every rank, because a sharded model gathers its weights in each
-        for k in range(
-            min(self.accelerator.gradient_accumulation_steps, -(-len(rows) // self.world) if split else len(rows))
-        ):
-            part = own[k :: self.accelerator.gradient_accumulation_steps]
-            share = task.weight(shard, part) / total if len(part) else 0.0
-            with self.accelerator.autocast():
-                loss = task.loss(shard, part if len(part) else rows[:1]) * share
-            scaler = self.accelerator.scaler
-            (scaler.scale(loss) if scaler is not None else loss).backward()
-            loss_sum += loss.detach()
+        means: list[Drawn] = task.draw(shard, rows) if hasattr(task, "draw") else [Drawn(rows)]
+        if split and not any(whole.numbers for whole in means):
+            torch.rand((), device=self.device)  # the generator moves on, else every batch had the same dropout
+        with self._own_dropout() if split else contextlib.nullcontext():
+            for whole in means:
+                own = whole.every(self.rank, self.world) if split else whole
+                total = task.weight(shard, whole.rows)
+                # the same number of passes on every rank, because a sharded model gathers its weights in each
+                for k in range(min(micro, -(-len(whole.rows) // self.world) if split else len(whole.rows))):
+                    part = own.every(k, micro)
+                    share = task.weight(shard, part.rows) / total if len(part.rows) else 0.0
+                    used = part if len(part.rows) else whole.every(0, len(whole.rows))
+                    with self.accelerator.autocast():
+                        loss = task.loss(shard, used.rows, *used.numbers) * share
+                    scaler = self.accelerator.scaler
+                    (scaler.scale(loss) if scaler is not None else loss).backward()
+                    loss_sum += loss.detach()
         if split:
             torch.distributed.all_reduce(task.parameters.grad)
             torch.distributed.all_reduce(loss_sum)
         return loss_sum
+
+    @contextlib.contextmanager
+    def _own_dropout(self) -> Iterator[None]:
+        """Random numbers of this rank alone; afterwards torch's generator is as before, so the same on all ranks."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (), device=self.device)) + self.rank)
+            yield
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         if self.accelerator.scaler is not None:
@@ -114,15 +131,14 @@ class Machine:
         results: Iterator[LocalResult],
         n: int,
         d: int,
-        seen: Callable[[int, Tensor, int], None] | None = None,
+        everywhere: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
-        """Rows (n, d) in cohort order and (n, 3) claims (count, steps, loss) on rank 0, None elsewhere.
+        """Rows (n, d) in cohort order and (n, 3) claims (count, steps, loss) on rank 0, or on every rank, else None.
 
-        One row of each rank travels at a time, as plain tensors, while the ranks train their next client. Every rank
-        calls `seen(place in the cohort, row, steps)` for every row, so that all ranks remember every client.
+        One row of each rank travels at a time, as plain tensors, while the ranks train their next client.
         """
         alone = self.world == 1 or self.placement == "data"
-        rows = torch.empty(n, d, device=self.device) if self.main else None
+        rows = torch.empty(n, d, device=self.device) if self.main or everywhere else None
         claims = torch.empty(n, 3, dtype=torch.float64)
         for i in range(n if alone else -(-n // self.world)):
             first = i if alone else i * self.world
@@ -137,9 +153,6 @@ class Machine:
             else:
                 all_rows, all_claims = self._gather(row), self._gather(claim_row)
             used = min(len(all_rows), n - first)
-            if seen is not None:
-                for k in range(used):
-                    seen(first + k, all_rows[k], int(all_claims[k, 1]))
             if rows is not None:
                 rows[first : first + used] = all_rows[:used]
                 claims[first : first + used] = all_claims[:used].cpu()

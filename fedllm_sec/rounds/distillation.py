@@ -16,15 +16,19 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.algorithms.gkt import EdgeNet, KnowledgeTransfer, transfer_loss
-from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.attacks.threat import Threat, stand_in
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix import Layout
+from fedllm_sec.kernels.usable import usable
+from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.protocols import Client, Labelled, LocalTraining, ThreatView
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.client import make_optimizer, train_locally
+from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.rounds.federation import Evaluation, sample
+from fedllm_sec.rounds.federation import Evaluation
 from fedllm_sec.seeds import generator_for
+from fedllm_sec.tasks.classify import chosen
 from fedllm_sec.tasks.flat import flatten, refuse_running_statistics
 
 
@@ -96,6 +100,7 @@ class Distillation:
     seed: int = 0
     per_round: int | None = None
     evaluate_every: int = 1
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
     round: int = 0
     progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
 
@@ -130,8 +135,9 @@ def play_round(run: Distillation, r: int, rounds: int) -> RoundRecord:
     messages = {id: poisoned(run, id, message, r) for id, message in messages.items()}
     quarantined = {id: reason for id, m in messages.items() if (reason := flaw(m, run.classes)) is not None}
     usable = {id: m for id, m in messages.items() if id not in quarantined}
+    skipped: str | None = "fedgkt: no client sent features that can be used."
     if usable:
-        server_round(run, usable, [c for c in cohort if c.id in usable], r, rounds)
+        skipped = server_round(run, usable, [c for c in cohort if c.id in usable], r, rounds)
     run.round = r
     clock.append(time.perf_counter())
 
@@ -153,7 +159,7 @@ def play_round(run: Distillation, r: int, rounds: int) -> RoundRecord:
         scores=None,
         notes=notes,
         update_norm=float((run.vector - start).norm()),
-        skipped=None if usable else "fedgkt: no client sent features that can be used.",
+        skipped=skipped,
         lora_gap=None,
         detection=None,
         quality=quality,
@@ -163,7 +169,10 @@ def play_round(run: Distillation, r: int, rounds: int) -> RoundRecord:
 
 
 def client_round(run: Distillation, client: Client, r: int, rounds: int) -> Message:
-    """A client trains its own net on labels and on the logits it was sent, and sends features and logits."""
+    """A client trains its own net on labels and on the logits it was sent, and sends features and logits.
+
+    A net that is not finite after training is not kept: the client goes on from the one it had.
+    """
     dressed = run.threat.dress(client, r) if run.threat else client
     shard: Labelled = dressed.shard
     taught = client.memory.get("taught")
@@ -173,8 +182,10 @@ def client_round(run: Distillation, client: Client, r: int, rounds: int) -> Mess
     vector, loss = learn(
         run, run.edge, Client(client.id, lesson), client.memory.get("net", run.edge.initial), run.training, r, rounds
     )
-    client.memory["net"] = vector
+    if bool(vector.isfinite().all()):
+        client.memory["net"] = vector
     run.edge.load(vector)
+    run.edge.model.eval()
     with torch.no_grad(), run.machine.autocast():
         features = run.edge.model.features(lesson.x).float()  # type: ignore[operator]
         logits = run.edge.model(lesson.x).float()
@@ -183,19 +194,31 @@ def client_round(run: Distillation, client: Client, r: int, rounds: int) -> Mess
 
 def server_round(
     run: Distillation, messages: Mapping[str, Message], cohort: Sequence[Client], r: int, rounds: int
-) -> None:
-    """The server trains on everything that arrived; each client gets its rows' new logits."""
+) -> str | None:
+    """The server trains on everything that arrived; each client gets its rows' new logits.
+
+    Features may be finite and still ruin the net. One that is not finite, or gives logits that are not, is not taken:
+    the server and its clients keep what they had, and why is returned.
+    """
     lesson = Lesson(
         torch.cat([m.features for m in messages.values()]),
         torch.cat([m.y for m in messages.values()]),
         torch.cat([m.logits for m in messages.values()]),
     )
     training = run.method.at_the_server(run.training)
-    run.vector, _ = learn(run, run.task, Client("server", lesson), run.vector, training, r, rounds)
-    run.task.load(run.vector)
+    vector, _ = learn(run, run.task, Client("server", lesson), run.vector, training, r, rounds)
+    if not bool(vector.isfinite().all()):
+        return "fedgkt: the server's net is not finite after training on what arrived. The old one is kept."
+    run.task.load(vector)
+    run.task.model.eval()
     with torch.no_grad(), run.machine.autocast():
-        for client in cohort:
-            client.memory["taught"] = run.task.model(messages[client.id].features).float()
+        answers = {client.id: run.task.model(messages[client.id].features).float() for client in cohort}
+    if bad := [id for id, logits in answers.items() if not bool(logits.isfinite().all())]:
+        return f"fedgkt: the server's net now gives {', '.join(bad[:5])} logits that are not finite. The old is kept."
+    run.vector = vector
+    for client in cohort:
+        client.memory["taught"] = answers[client.id]
+    return None
 
 
 def learn(
@@ -214,14 +237,16 @@ def poisoned(run: Distillation, id: str, message: Message, r: int) -> Message:
     threat = run.threat
     if threat is None or id not in threat.attackers(r) or not threat.update:
         return message
-    rows = message.features.flatten(1)  # (n_k, features)
+    rows = message.features.flatten(1).clone()  # (n_k, features)
+    rows = stand_in(rows, usable(UpdateMatrix.of(rows)))
     for number, attack in enumerate(threat.update):
         view = ThreatView(
             own=rows, others=None, global_vector=torch.zeros_like(rows[0]), last_update=None, defense=None,
             layout=Layout.single(rows.shape[1]), own_counts=(1.0,) * len(rows), cohort_size=len(rows), round=r,
             rng=generator_for(run.seed, r, "attack", number, id),
         )  # fmt: skip
-        forged = attack(view)
+        with only_shown(f"attack.update.{number}", AttackError, own_rows=rows):
+            forged = attack(view)
         if forged.shape != rows.shape:
             raise AttackError(
                 f"attack.update.{number}: gave features of shape {tuple(forged.shape)}, must be {tuple(rows.shape)}."
@@ -252,10 +277,12 @@ class Judge:
         self.run, self.own = run, own
         self.nets = [c.memory["net"] for c in run.clients if c.id not in bad and "net" in c.memory]
         run.task.load(run.vector)
+        run.task.model.eval()
+        run.edge.model.eval()
 
     @torch.no_grad()
     def score(self, shard: Labelled, rows: Sequence[int] | Tensor) -> Tensor:
-        """Log-loss of the true class and the class chosen, for each row: (b, 2) float64."""
+        """Log-loss of the true class and the class chosen, -1 for none, for each row: (b, 2) float64."""
         at = torch.as_tensor(rows, device=shard.y.device)
         logits = torch.empty(len(at), self.run.classes, device=shard.y.device)
         for k, net in enumerate(self.nets):
@@ -267,7 +294,7 @@ class Judge:
             said = edge(x) if self.own else self.run.task.model(edge.features(x))  # type: ignore[operator]
             logits[here] = said.float()
         losses = torch.nn.functional.cross_entropy(logits, shard.y[at], reduction="none")
-        return torch.stack([losses.double(), logits.argmax(1).double()], dim=1).cpu()
+        return torch.stack([losses.double(), chosen(logits).double()], dim=1).cpu()
 
 
 def evaluate(run: Distillation) -> tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, float]]:

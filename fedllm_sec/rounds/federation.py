@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,10 +12,10 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.defenses.screen import screen
-from fedllm_sec.errors import DefenseError
+from fedllm_sec.errors import DefenseError, DivergedError
 from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.robustness import measure_rows
+from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.memory import watch
 from fedllm_sec.models.lora import product_gap
@@ -27,13 +26,15 @@ from fedllm_sec.protocols import (
     LocalResult,
     LocalRule,
     LocalTraining,
-    RoundContext,
-    ServerContext,
     Task,
 )
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.client import make_optimizer, train_locally
+from fedllm_sec.rounds.clock import Clock
+from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.rounds.remembering import Trained, own_training, remember
+from fedllm_sec.rounds.server import ServerRound, nobody_kept
 from fedllm_sec.seeds import generator_for
 
 
@@ -63,6 +64,7 @@ class Federation:
     evaluate_every: int = 1
     chunk_mb: float | None = None
     root: Client | None = None  # clean data the server holds, for rules that need a root update
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
     last_update: Tensor | None = None
     round: int = 0  # rounds done
     progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
@@ -104,7 +106,7 @@ def run(federation: Federation, rounds: int) -> Iterator[RoundRecord]:
 def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.optim.Optimizer) -> RoundRecord:
     """Clients train, attackers forge, the defense decides, the server steps, the model is measured."""
     task, machine, threat, algorithm = federation.task, federation.machine, federation.threat, federation.algorithm
-    start, seconds, clock = federation.vector, {}, _Clock()
+    start, seconds, clock = federation.vector, {}, Clock()
     lr = federation.training.lr_at(r, rounds)
     control = machine.share(algorithm.control(start)) if algorithm.control is not None else None
 
@@ -130,25 +132,30 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
             control=control,
         )
 
-    def remember(client: Client, delta: Tensor, steps: int) -> None:
-        if algorithm.remember is not None and bool(delta.isfinite().all()):
-            client.memory.update(algorithm.remember(client.memory, delta, steps=steps, lr=lr, control=control))
-
     results = (train(client, federation.guards) for client in federation.progress(mine))
-    collected = machine.collect(
-        results, len(cohort), task.layout.size, lambda place, delta, steps: remember(cohort[place], delta, steps)
-    )
-    root = None
-    if federation.root is not None:
-        root = train(federation.root, ())
-        remember(federation.root, root.delta, root.steps)
+    collected = machine.collect(results, len(cohort), task.layout.size, algorithm.remember is not None)
+    root = train(federation.root, ()) if federation.root is not None else None
     seconds["train"] = clock.lap()
 
     # rank 0 decides; what is decided goes to every rank below
-    decided = _Decided(vector=start.clone())
-    if collected is not None:
+    trained: list[Trained] = []
+    if algorithm.remember is not None:
+        trained = own_training(cohort, collected, threat.attackers(r) if threat is not None else ())
+        if federation.root is not None and root is not None:
+            trained.append(Trained(federation.root, root.delta, root.steps))
+    decided = _Decided(start.clone(), torch.zeros(len(cohort), dtype=torch.float64))
+    if machine.main and collected is not None:
         decided = _decide(federation, cohort, *collected, root, r, rounds, clock, seconds)
-    federation.vector = machine.share(decided.vector)
+    vector = machine.share(decided.vector)
+    if not bool(vector.isfinite().all()):
+        raise DivergedError(
+            f"round {r}: the global model would not be finite any more after a step from one of length "
+            f"{float(start.norm()):.3g}. The model of round {r - 1} is kept. Lower algorithm.server_lr or clients.lr, "
+            "or use a defense that bounds what a row weighs."
+        )
+    federation.vector = vector
+    if trained:
+        remember(algorithm, trained, machine.share(decided.parts.to(machine.device)), lr, control)
     step = federation.vector - start
     federation.last_update, federation.round = step, r
 
@@ -175,19 +182,19 @@ def evaluate(federation: Federation) -> tuple[dict[str, Any], dict[str, Any] | N
     task, machine = federation.task, federation.machine
     with torch.no_grad():
         task.parameters.copy_(federation.vector)
-    task.model.eval()  # type: ignore[attr-defined]
+    task.model.eval()
     with machine.autocast():
         quality = federation.evaluation.quality(task, machine.spread)
         attack = federation.evaluation.attack(task, machine.spread)
-    task.model.train()  # type: ignore[attr-defined]
     return quality, attack
 
 
 @dataclass
 class _Decided:
-    """The new global vector, and rank 0's part of the record."""
+    """The new global vector, what was taken of the rows, and rank 0's part of the record."""
 
     vector: Tensor
+    parts: Tensor  # (n,) float64: how much of its row each client of the cohort remembers; 0 in a skipped round
     record: dict[str, Any] = field(
         default_factory=lambda: {
             "losses": {}, "norms": {}, "quarantined": {}, "weights": None, "kept": None, "scores": None, "notes": {},
@@ -204,7 +211,7 @@ def _decide(
     root: LocalResult | None,
     r: int,
     rounds: int,
-    clock: _Clock,
+    clock: Clock,
     seconds: dict[str, float],
 ) -> _Decided:
     """Attack, screening, defense and server step, on rank 0."""
@@ -217,56 +224,49 @@ def _decide(
     # what each row is multiplied by before the defense; the server's own update takes part as one more row
     steps = torch.cat([claims[:, 1], torch.tensor([float(root.steps)] if root is not None else []).double()])
     factors = algorithm.factors(steps) if algorithm.factors is not None else torch.ones_like(steps)
-    by_id = dict(zip(ids, factors.tolist(), strict=False))
-    root_update = root.delta * float(factors[-1]) if root is not None else None
-
-    def rescaled(given: UpdateMatrix) -> UpdateMatrix:
-        own = torch.tensor([by_id.get(id, 1.0) for id in given.ids], dtype=torch.float64)
-        return given if bool((own == 1).all()) else given.mix(torch.diag(own))
-
-    def context(purpose: str = "defense") -> RoundContext:
-        return RoundContext(
-            round=r,
-            global_vector=start,
-            layout=updates.layout,
-            rng=generator_for(federation.seed, r, purpose),
-            rounds=rounds,
-            last_update=federation.last_update,
-            root_update=root_update,
-        )
-
-    def rehearse(guess: UpdateMatrix) -> Decision:
-        """The defense as attackers who know it can try it: its rule and memory, not its random draws."""
-        return federation.defense.rehearse(rescaled(guess), context("rehearsal"))
+    server = ServerRound(
+        defense=federation.defense,
+        rule=algorithm.server,
+        start=start,
+        last_update=federation.last_update,
+        root_update=root.delta * float(factors[-1]) if root is not None else None,
+        factors=dict(zip(ids, factors.tolist(), strict=False)),
+        sizes={c.id: federation.task.size(c.shard) for c in federation.clients},
+        layout=updates.layout,
+        chunk_mb=federation.chunk_mb,
+        steps=midpoint(claims[:, 1]),
+        lr=federation.training.lr_at(r, rounds),
+        seed=federation.seed,
+        round=r,
+        rounds=rounds,
+    )
 
     if threat is not None:
-        forged = threat.forge(updates, vector=start, last_update=federation.last_update, round=r, defense=rehearse)
+        known = {"vector": start, "last_update": federation.last_update, "server_lr": algorithm.server_lr}
+        forged = threat.forge(updates, round=r, defense=server.rehearse, **known)
         if forged is not None:
             rows.index_copy_(0, torch.tensor(forged[0], device=rows.device), forged[1])  # the matrix is the loop's own
     seconds["attack"] = clock.lap()
 
-    decided = _Decided(start.clone())
+    decided = _Decided(start.clone(), torch.zeros(len(ids), dtype=torch.float64))
     record = decided.record
     record["losses"] = dict(zip(ids, claims[:, 2].tolist(), strict=True))
     record["norms"] = dict(zip(ids, kernels.row_norms(updates).tolist(), strict=True))
-    memory = watch(rows.device)
+    memory, rule = watch(rows.device), algorithm.server
+    held = rule.state_dict() if hasattr(rule, "state_dict") else {}
     try:
-        clean, record["quarantined"] = screen(updates)
-        clean = rescaled(clean)
-        decision = federation.defense.decide(clean, context())
-        known = ServerContext(
-            clients=len(federation.clients),
-            rows=clean.n,
-            steps=float(claims[:, 1].median()),
-            lr=federation.training.lr_at(r, rounds),
-            weights=decision.weights,
-            factors=torch.tensor([by_id[id] for id in clean.ids], dtype=torch.float64),
-        )
-        vector = algorithm.server(start, decision.update.to(start), known)
-        decided.vector = federation.defense.finish(vector, context()).to(start)
+        clean, record["quarantined"] = server.receive(updates)
+        decision = federation.defense.decide(clean, server.context())
+        if nobody_kept(decision):
+            record["skipped"] = "the rule kept nobody"
+        else:
+            decided.vector, took = server.step(decision, clean, rule, federation.defense, "defense")
+            decided.parts[[ids.index(id) for id in clean.ids]] = took.parts
     except DefenseError as error:
         if not record["quarantined"] and torch.isfinite(rows).all():
             raise  # not the clients' doing: the recipe asks for what cannot be
+        if hasattr(rule, "load_state_dict"):
+            rule.load_state_dict(held)  # a stage after the server's step may have failed
         record["skipped"], record["memory_mb"] = str(error), memory()
         seconds["defense"] = clock.lap()
         return decided
@@ -277,7 +277,7 @@ def _decide(
     _note_decision(record, decision, clean)
     weights = decision.weights if decision.weights is not None else torch.full((clean.n,), 1.0 / clean.n)
     record["lora_gap"] = product_gap(clean, weights, start)
-    if threat is not None:
+    if threat is not None and (threat.active(r) or not threat.malicious):  # attackers who pause are honest
         bad = threat.who(r)
         record["detection"] = detection(record["kept"], record["scores"], clean.ids, bad)
         record |= measure_rows(clean, decision.update, bad)
@@ -294,21 +294,3 @@ def _note_decision(record: dict[str, Any], decision: Decision, updates: UpdateMa
     if decision.scores is not None:
         record["scores"] = dict(zip(ids, decision.scores.tolist(), strict=True))
     record["notes"] = {key: float(value) for key, value in decision.notes.items()}
-
-
-def sample(clients: Sequence[Client], per_round: int | None, rng: torch.Generator) -> list[Client]:
-    """The cohort of a round: `per_round` clients without replacement, in the clients' own order."""
-    if per_round is None or per_round >= len(clients):
-        return list(clients)
-    return [clients[i] for i in sorted(torch.randperm(len(clients), generator=rng)[:per_round].tolist())]
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.perf_counter()
-        spent, self.last = now - self.last, now
-        return round(spent, 4)

@@ -14,6 +14,7 @@ from fedllm_sec.build.federation import build, run
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.rounds import distillation
 from fedllm_sec.rounds.compute import Machine
 
 DIGITS: dict[str, Any] = {
@@ -73,6 +74,41 @@ def test_features_that_are_not_finite_are_quarantined():
     assert "features are not finite" in record.quarantined["c01"]
     assert record.skipped is None
     assert bool(fed.vector.isfinite().all())
+
+
+def test_one_round_of_huge_features_is_skipped_and_the_honest_go_on_as_before():
+    attack = {"malicious": {"ids": [1]}, "stop": 1, "update": [{"name": "byzantine_random", "scale": 1e30}]}
+    sgd = {**DIGITS["clients"], "optimizer": "sgd", "lr": 0.2, "max_grad_norm": None}
+    fed = make(attack=attack, clients=sgd)
+    before = fed.vector.clone()
+    rounds = run(fed, 6)
+    first = next(rounds)
+    assert "server's net is not finite" in first.skipped
+    assert first.quarantined == {}
+    assert torch.equal(fed.vector, before)
+    assert not any("taught" in client.memory for client in fed.clients)
+    later = list(rounds)
+    assert all(record.skipped is None and not record.quarantined for record in later)
+    assert later[-1].quality["accuracy"]["value"] > 0.6
+
+
+def test_a_client_whose_net_diverges_keeps_the_one_it_had(monkeypatch):
+    fed = make(clients={**DIGITS["clients"], "local_epochs": 1})
+    rounds = run(fed, 3)
+    next(rounds)
+    kept = fed.clients[2].memory["net"].clone()
+    learn = distillation.learn
+
+    def diverges(given, pupil, client, *rest):
+        vector, loss = learn(given, pupil, client, *rest)
+        return (vector * float("nan") if client.id == "c02" else vector), loss
+
+    monkeypatch.setattr(distillation, "learn", diverges)
+    record = next(rounds)
+    assert list(record.quarantined) == ["c02"]
+    assert torch.equal(fed.clients[2].memory["net"], kept)
+    monkeypatch.setattr(distillation, "learn", learn)
+    assert next(rounds).quarantined == {}
 
 
 def test_a_resumed_run_goes_on_as_the_straight_one():

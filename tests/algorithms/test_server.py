@@ -11,7 +11,7 @@ from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import ServerContext
 
 UPDATES = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.5]), torch.tensor([0.0, 3.0])]
-FOUR_OF_EIGHT = ServerContext(clients=8, rows=4, steps=5.0, lr=0.1)
+FOUR_OF_EIGHT = ServerContext(steps=5.0, lr=0.1, share=4 / 8)
 
 
 def adaptive(kind: str, beta1: float = 0.9) -> Adaptive:
@@ -77,11 +77,11 @@ def test_effective_steps_are_those_of_the_rows_the_defense_weighs():
     factors = torch.tensor([4.0, 2.0, 1.0, 0.1]).double()  # t = 4 common steps: claims of 1, 2, 4 and 40 steps
     kept = torch.tensor([0.25, 0.25, 0.5, 0.0]).double()
     server, zero, update = EffectiveSteps(lr=1.0), torch.zeros(1), torch.ones(1)
-    weighed = ServerContext(4, 4, 4.0, 0.1, weights=kept, factors=factors)
+    weighed = ServerContext(4.0, 0.1, weights=kept, factors=factors)
     assert server(zero, update, weighed).item() == pytest.approx((0.25 * 1 + 0.25 * 2 + 0.5 * 4) / 4)
-    scaled = ServerContext(4, 4, 4.0, 0.1, weights=kept / 3, factors=factors)  # a rule that clips: weights sum to 1/3
+    scaled = ServerContext(4.0, 0.1, weights=kept / 3, factors=factors)  # a rule that clips: weights sum to 1/3
     assert server(zero, update, scaled).item() == pytest.approx(2.75 / 4)
-    unsaid = ServerContext(4, 4, 4.0, 0.1, factors=factors)
+    unsaid = ServerContext(4.0, 0.1, factors=factors)
     assert server(zero, update, unsaid).item() == pytest.approx((1 + 2 + 4 + 40) / 16)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fedllm_sec.algorithms import MENU, fednova
-from fedllm_sec.protocols import Algorithm, Client, LocalTraining
+from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.errors import DefenseError
+from fedllm_sec.protocols import Algorithm, Client, Decision, LocalTraining
 from fedllm_sec.rounds.federation import run
 from tests.algorithms.bowls import bowl, federate, optimum, sgd
 
@@ -80,6 +83,49 @@ def test_a_rejected_row_leaves_no_trace_in_the_servers_state(name):
     assert torch.equal(ends[0].vector, ends[1].vector)
     states = [fed.state_dict().get("server", {}) for fed in ends]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+class Moody:
+    """The uniform mean; `mood` says whether it keeps nobody, or cannot do its work, in this round."""
+
+    mood = "fine"
+
+    def __call__(self, updates, ctx):
+        if self.mood == "stuck":
+            raise DefenseError("too few rows")
+        return Decision.keep(updates, torch.full((updates.n,), self.mood != "nobody"))
+
+
+@pytest.mark.parametrize("mood", ["nobody", "stuck", "stuck after the step"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_that_comes_to_nothing_leaves_vector_and_servers_and_clients_memory_as_they_were(name, mood):
+    def forge(view):
+        return torch.full_like(view.own, float("nan")) if rule.mood != "fine" else view.own
+
+    def after(vector, ctx):
+        if rule.mood == "stuck after the step":
+            raise DefenseError("too long a vector")
+        return vector
+
+    rule = Moody()
+    fed = federate(SHARDS, make(name), training(name), attack=forge)
+    fed = replace(fed, defense=Pipeline([], rule, [after]), root=Client("server", SHARDS[3]))
+    rounds = run(fed, 4)
+    next(rounds), next(rounds)
+    old = copy.deepcopy(fed.state_dict())
+    rule.mood = mood
+    record = next(rounds)
+    assert record.skipped in ("the rule kept nobody", "too few rows", "too long a vector")
+    assert list(record.quarantined) == ["c0"]
+    new = fed.state_dict()
+    assert torch.equal(new["vector"], old["vector"])
+    assert new.get("server", {}).keys() == old.get("server", {}).keys()
+    assert all(torch.equal(new["server"][key], value) for key, value in old.get("server", {}).items())
+    assert new["memory"].keys() == old["memory"].keys()
+    for id, memory in old["memory"].items():
+        assert all(torch.equal(value, new["memory"][id][key]) for key, value in memory.items())
+    rule.mood = "fine"
+    assert next(rounds).update_norm > 0
 
 
 def test_a_step_claim_of_a_rejected_client_does_not_stretch_fednovas_step(monkeypatch):

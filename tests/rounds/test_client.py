@@ -91,6 +91,14 @@ def test_batches_depend_on_seed_round_and_client_alone():
         assert not torch.equal(base, train(training, shard=shard, **change).delta)
 
 
+def test_the_loss_counts_each_row_once_however_the_batches_fall():
+    """101 rows, 100 of which lose 0 and one 5; batches of 100 and 1: the mean over the rows is 5 / 101."""
+    shard = torch.zeros(101, 2)
+    shard[100] = torch.tensor([3.0, 1.0])
+    training = LocalTraining(batch_size=100, epochs=1, optimizer="sgd", lr=1e-12)
+    assert train(training, shard=shard).loss == pytest.approx(5 / 101)
+
+
 def test_the_received_vector_is_not_changed():
     start = torch.tensor([1.0, 1.0])
     task = Quadratic(2)

@@ -17,8 +17,9 @@ from fedllm_sec.errors import AttackError, DefenseError
 from fedllm_sec.protocols import Client, ThreatView
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.rounds.client import LocalTraining
+from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.rounds.federation import Federation, run, sample
+from fedllm_sec.rounds.federation import Federation, run
 from fedllm_sec.seeds import generator_for
 from tests.toy import Quadratic
 
