@@ -1,19 +1,21 @@
-"""What each rule makes of synthetic rounds under each attack: `python scripts/measure_rules.py [rule ...]`.
+"""What each rule makes of synthetic rounds under each attack: `scripts/measure_rules.py [--csv FILE] [rule ...]`.
 
 20 clients, 5 of them malicious, 4,096 parameters in 8 LoRA-like layers, 6 rounds, 3 seeds. An honest row is a common
 step, a personal drift that stays the same over the rounds and fresh noise, of equal length, so two honest rows have
 a cosine of 1/3 and a client's rows of two rounds one of 2/3. A number is the distance of the rule's update from the
 mean of the honest rows, in lengths of that mean, averaged over the last three rounds: 0 is perfect, 1 is as bad as
 no update at all. In brackets, for rules that select, how many of the 15 honest and the 5 malicious rows were kept;
-without an attack all 20 are honest.
+without an attack all 20 are honest. `--csv docs/results/rules.csv` keeps the table for scripts/check_docs.py.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,11 +91,21 @@ def measure(name: str, attack: str) -> str:
 
 
 def main() -> None:
-    names = sys.argv[1:] or [name for name, entry in MENU.items() if entry.kind == "rule"]
+    parser = argparse.ArgumentParser(description="What each rule makes of synthetic rounds under each attack.")
+    parser.add_argument("rules", nargs="*", metavar="rule")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to this file too")
+    options = parser.parse_args()
+    names = options.rules or [name for name, entry in MENU.items() if entry.kind == "rule"]
     print("| rule | " + " | ".join(ATTACKS) + " |")
     print("|---" * (len(ATTACKS) + 1) + "|")
+    table = [["rule", *ATTACKS]]
     for name in names:
-        print(f"| {name} | " + " | ".join(measure(name, attack) for attack in ATTACKS) + " |", flush=True)
+        table.append([name, *(measure(name, attack) for attack in ATTACKS)])
+        print("| " + " | ".join(table[-1]) + " |", flush=True)
+    if options.csv is not None:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(table)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """Defenses: what the server does with a round's update matrix. `MENU` lists every name a recipe can use.
 
-A name's kind says where it stands in a recipe: `before` (rows to rows), `rule` (rows to one update) or
-`after` (the new global vector to the one that is kept). `CLIENT_MENU` lists what clients run on themselves, `client`
-for any task and `client_image` for classifiers of images.
+A name's kind says where it stands in a recipe: `before` (rows to rows), `rule` (rows to one update) or `after` (the new
+global vector to the one that is kept). `CLIENT_MENU` lists what clients run on themselves, `client` for
+any task and `client_image` for classifiers of images.
+
+Methods: before, columns, krum, geometric, similarity, cluster, deepsight, filters, spectral, history, prediction,
+residual, trust, after, client_side. Around them: screen (what is checked on a row), pipeline (the stages of a recipe),
+checks and claims (what rules ask of rows), accountant (privacy), conformance and subject (the kit behind
+`fedllm_sec.testing`).
 """
 
 from fedllm_sec.defenses.after import crfl, weak_dp

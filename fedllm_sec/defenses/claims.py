@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedllm_sec.defenses.checks import need
+from fedllm_sec.kernels.claims import capped
 
 
 def capped_shares(counts: Sequence[float], cap: float, rule: str) -> Tensor:
@@ -27,20 +30,14 @@ def capped_shares(counts: Sequence[float], cap: float, rule: str) -> Tensor:
         "Use weights: uniform.",
         counts=counts,
     )
-    capped = claimed.clamp(max=cap * middle_claim(claimed))
-    return capped / capped.sum()
+    weights = capped(claimed, cap)
+    return weights / weights.sum()
 
 
 def capped_count(counts: Sequence[float], cap: float) -> int:
     """How many claims are above the cap, for the record."""
     shares = torch.tensor(counts, dtype=torch.float64)
-    return int((shares > cap * middle_claim(shares)).sum())
-
-
-def middle_claim(claimed: Tensor) -> float:
-    """The median of the claims above 0, the midpoint for an even number of them."""
-    ordered = claimed[claimed > 0].sort().values
-    return float((ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2)
+    return int((shares > capped(shares, cap)).sum())
 
 
 def row_weights(counts: Sequence[float], weights: str, cap: float, rule: str) -> Tensor:
@@ -48,3 +45,15 @@ def row_weights(counts: Sequence[float], weights: str, cap: float, rule: str) ->
     if weights == "uniform":
         return torch.full((len(counts),), 1.0 / len(counts), dtype=torch.float64)
     return capped_shares(counts, cap, rule)
+
+
+def client_shares(rule: Callable[..., Any], counts: Mapping[str, float], ids: Sequence[str]) -> Tensor:
+    """What the clients `ids` weigh in the mean that `rule` stands for, of all N that `counts` names: (n,) float64.
+
+    By counts, capped among all N, where the rule's setting `weights` is "counts"; else 1 / N each.
+    """
+    settings = {name: known.default for name, known in inspect.signature(rule).parameters.items()}
+    weights = "counts" if settings.get("weights") == "counts" else "uniform"
+    shares = row_weights(list(counts.values()), weights, settings.get("cap", 3.0), "clients")
+    place = {id: i for i, id in enumerate(counts)}
+    return shares[[place[id] for id in ids]]

@@ -118,7 +118,8 @@ class Soteria:
 
     The features are what the linear layer `layer` (default: the model's last) is fed. Which are masked is measured in
     the client's first step, at the received model, on the first `rows` images of its shard; that layer's weights for
-    them then stay as received, in all local steps (Sun et al. 2021, CVPR). Deviations: the paper masks the gradient of
+    them then stay as received, in all local steps (Sun et al. 2021, CVPR). That holds where it is the last of
+    `defense.client`: a rule after it, such as wbc, moves them again. Deviations: the paper masks the gradient of
     one batch, and over several steps a mask for each batch would leave no column of the delta at 0; `share` counts
     features that are not 0, and their score is the mean over the images that excite them.
     """

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
+from fedllm_sec.defenses.after import noise_like
+from fedllm_sec.defenses.before import clip_factors
 from fedllm_sec.defenses.checks import need
-from fedllm_sec.defenses.filters import by_id, clip_factors, midpoint
+from fedllm_sec.defenses.filters import by_id
 from fedllm_sec.defenses.similarity import cosines
 from fedllm_sec.defenses.spectral import draw_coordinates, inside
+from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
@@ -94,19 +97,22 @@ def flame(updates: UpdateMatrix, ctx: RoundContext, *, noise: float = 0.001) -> 
     clean = Decision.weighted(updates, weights, kept=kept, scores=scores, notes=notes)
     if noise == 0:
         return clean
-    drawn = torch.randn(updates.d, generator=ctx.rng, device=ctx.rng.device)
-    update = clean.update + noise * radius * drawn.to(clean.update)
-    return Decision(update, None, kept, scores, notes)
+    return Decision(clean.update + noise_like(clean.update, noise * radius, ctx.rng), None, kept, scores, notes)
 
 
 # ---------------------------------------------------------------- FreqFed
 
 
 def low_frequencies(row: Tensor, count: int) -> Tensor:
-    """The first `count` coefficients of the orthonormal DCT-II of a row / its largest value: (count,)."""
+    """The first `count` coefficients of the orthonormal DCT-II of a row / its largest value: (count,).
+
+    Beside an infinite value the finite ones are nothing, as they are beside a growing one in the limit.
+    """
     from scipy import fft
 
     values = row.detach().cpu().double().numpy()
+    if np.isinf(values).any():
+        values = np.where(np.isinf(values), np.sign(values), 0.0)
     top = float(np.abs(values).max(initial=0.0))
     coefficients = fft.dct(values / top if top > 0 else values, type=2, norm="ortho")
     return torch.from_numpy(coefficients[:count].astype(np.float32))

@@ -44,7 +44,7 @@ def check_defense(
         kind = MENU[defense].kind
     subject = Subject(defense, settings, kind, clients)
     checks: list[Callable[[Subject], None]] = [
-        _shapes, _inputs_unchanged, _deterministic, _bad_rows, _degenerate_rows, _few_clients, _memory,
+        _inputs_unchanged, _shapes, _deterministic, _bad_rows, _degenerate_rows, _few_clients, _memory,
     ]  # fmt: skip
     if exact:
         checks += [_chunks, _on_disk, _order, _half_precision]
@@ -87,16 +87,17 @@ def _inputs_unchanged(subject: Subject) -> None:
         if poison is not None:
             updates.rows[3, 5] = poison
         before = updates.rows.clone()
-        ctx = subject.context()
-        start = ctx.global_vector.clone()
+        ctx, fresh = subject.context(), subject.context()
         try:
             pipeline = subject.make()
-            pipeline.finish(start + pipeline.decide(updates, ctx).update, ctx)
-        except (ValueError, RuntimeError):  # an unscreened NaN may stop a rule
-            subject.expect(poison is not None, "inputs unchanged", "raised on plain rows")
+            pipeline.finish(fresh.global_vector + pipeline.decide(updates, ctx).update, ctx)
+        except (ValueError, RuntimeError) as error:  # an unscreened NaN may stop a rule
+            subject.expect(poison is not None, "inputs unchanged", f"raised on plain rows: {error}")
         same = torch.equal(before.nan_to_num(7.5, 8.5), updates.rows.nan_to_num(7.5, 8.5))
         subject.expect(same, "inputs unchanged", f"the rows were written to (with {poison} among them)")
-        subject.expect(torch.equal(start, ctx.global_vector), "inputs unchanged", "the global vector was written to")
+        for name in ("global_vector", "last_update", "root_update"):  # also through .data or numpy
+            same = torch.equal(getattr(ctx, name), getattr(fresh, name))
+            subject.expect(same, "inputs unchanged", f"the {name.replace('_', ' ')} was written to")
 
 
 def _deterministic(subject: Subject) -> None:

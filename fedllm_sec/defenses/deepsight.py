@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
+from fedllm_sec.defenses.before import clip_factors
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.cluster import cosine_distances, hdbscan_labels
-from fedllm_sec.defenses.filters import by_id, clip_factors, midpoint
+from fedllm_sec.defenses.filters import by_id
+from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 

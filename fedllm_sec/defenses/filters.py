@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
+from fedllm_sec.defenses.before import clip_factors
 from fedllm_sec.defenses.checks import need, need_f
+from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
@@ -25,16 +27,6 @@ def mask_of(members: Sequence[int] | Tensor, n: int) -> Tensor:
     mask = torch.zeros(n, dtype=torch.bool)
     mask[torch.as_tensor(members, dtype=torch.long)] = True
     return mask
-
-
-def midpoint(values: Tensor) -> float:
-    """The median, halfway between the two middle values for an even number."""
-    return float(torch.quantile(values.double(), 0.5))
-
-
-def clip_factors(norms: Tensor, radius: float) -> Tensor:
-    """min(1, radius / norm), 1 for a row that is zero: (n,) float64."""
-    return torch.where(norms > radius, radius / norms.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
 
 
 def subsets(n: int, size: int, batch: int = 20_000) -> Iterator[Tensor]:

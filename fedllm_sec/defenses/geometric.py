@@ -22,6 +22,7 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import bucket_matrix, need, random_order
 from fedllm_sec.defenses.claims import row_weights
 from fedllm_sec.errors import DefenseError
+from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
@@ -34,11 +35,11 @@ def typical_distance(sq_distances: Tensor) -> float:
     """The median distance between two different rows, 0 for a single row."""
     n = len(sq_distances)
     pairs = sq_distances[~torch.eye(n, dtype=torch.bool)]
-    return math.sqrt(float(pairs.median())) if n > 1 else 0.0
+    return midpoint(pairs.sqrt()) if n > 1 else 0.0
 
 
 def central_row(sq_distances: Tensor) -> int:
-    """The row with the smallest median squared distance to all rows."""
+    """The row with the smallest median squared distance to all rows: the lower median, which half far rows leave be."""
     return int(sq_distances.median(dim=1).values.argmin())
 
 
@@ -91,7 +92,7 @@ def weiszfeld(
     """Weiszfeld's iteration from the weighted mean: (weights (n,) of sum 1, steps done, converged).
 
     w_i is in proportion to a_i / max(floor, ||x_i - z||). It stops when a step is shorter than `tolerance`
-    times the median distance of the rows to z.
+    times the median distance of the rows to z (the lower median, so that half far rows do not stop it early).
     """
     w = shares / shares.sum()
     for step in range(1, iterations + 1):

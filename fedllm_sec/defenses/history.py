@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
-from fedllm_sec.defenses.filters import by_id, midpoint
+from fedllm_sec.defenses.filters import by_id
 from fedllm_sec.defenses.geometric import geometric_median
-from fedllm_sec.defenses.similarity import cosines, foolsgold_weights
+from fedllm_sec.defenses.similarity import RowSums, cosines, foolsgold_weights
 from fedllm_sec.errors import DefenseError
+from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
@@ -50,18 +51,6 @@ class RowMemory:
                 fresh[updates.ids[i]][place] = block[i].cpu()
         self.rows.update(fresh)
 
-    def add(self, updates: UpdateMatrix) -> Tensor:
-        """Add this round's rows to the sums kept so far; inner products of the new sums: (n, n) float64."""
-        fresh = [torch.zeros(updates.d) if row is None else row.clone() for row in self.of(updates)]
-        total = torch.zeros(updates.n, updates.n, dtype=torch.float64)
-        for place, block in updates.blocks():
-            for row, part in zip(fresh, block.cpu(), strict=True):
-                row[place] += part
-            sums = torch.stack([row[place] for row in fresh]).double()
-            total += sums @ sums.T
-        self.rows.update(zip(updates.ids, fresh, strict=True))  # tensors already given away stay as they are
-        return total
-
 
 def upper_bound(scores: Tensor, k: float, estimate: Literal["robust", "moments"]) -> float:
     """mu + k sigma of the scores: median and 1.4826 MAD, or mean and sample standard deviation."""
@@ -69,6 +58,13 @@ def upper_bound(scores: Tensor, k: float, estimate: Literal["robust", "moments"]
         return float(scores.mean() + k * scores.std())
     centre = midpoint(scores)
     return centre + k * 1.4826 * midpoint((scores - centre).abs())
+
+
+def need_reach(rule: str, n: int, k: float, estimate: Literal["robust", "moments"]) -> None:
+    """Raise where no score among n can be above `upper_bound`, so that the rule could never act."""
+    can_act = estimate == "robust" or (n - 1) / math.sqrt(n) > k
+    way_out = "Lower k, raise clients.per_round, or set estimate to robust."
+    need(can_act, rule, "(n - 1) / sqrt(n) > k with estimate: moments", way_out, n=n, k=k)
 
 
 def within(scores: Tensor, bound: float) -> Tensor:
@@ -114,15 +110,12 @@ class ThreeSigma:
     ) -> None:
         need(k > 0, "three_sigma", "k > 0", "Raise it.", k=k)
         self.k, self.score, self.reference, self.estimate = k, score, reference, estimate
-        self.sums = RowMemory("three_sigma")
+        self.sums = RowSums("three_sigma")
         self.mean: Tensor | None = None  # (d,) of the updates given so far
         self.rounds = 0
 
     def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
-        n = updates.n
-        can_act = self.estimate == "robust" or (n - 1) / math.sqrt(n) > self.k
-        way_out = "Lower k, raise clients.per_round, or set estimate to robust."
-        need(can_act, "three_sigma", "(n - 1) / sqrt(n) > k with estimate: moments", way_out, n=n, k=self.k)
+        need_reach("three_sigma", updates.n, self.k, self.estimate)
         scores = self._scores(updates, ctx)
         kept = within(scores, upper_bound(scores, self.k, self.estimate))
         decision = Decision.keep(updates, kept, scores=scores)
@@ -148,11 +141,11 @@ class ThreeSigma:
         return distances_to_vector(updates, self.mean)
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"sums": dict(self.sums.rows), "rounds": self.rounds}
+        state: dict[str, Any] = {"sums": self.sums.state_dict(), "rounds": self.rounds}
         return state if self.mean is None else state | {"mean": self.mean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums.rows = dict(state.get("sums", {}))
+        self.sums.load_state_dict(state.get("sums", {}))
         self.rounds, self.mean = int(state.get("rounds", 0)), state.get("mean")
 
 
@@ -189,10 +182,7 @@ class CrossRound:
         self.last = RowMemory("cross_round")
 
     def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
-        n = updates.n
-        can_act = self.estimate == "robust" or (n - 1) / math.sqrt(n) > self.k
-        way_out = "Lower k, raise clients.per_round, or set estimate to robust."
-        need(can_act, "cross_round", "(n - 1) / sqrt(n) > k with estimate: moments", way_out, n=n, k=self.k)
+        need_reach("cross_round", updates.n, self.k, self.estimate)
         suspects = self._suspects(updates, ctx)
         scores = distances_to_median(updates, ctx)
         kept = ~suspects | within(scores, upper_bound(scores, self.k, self.estimate))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,9 @@ from fedllm_sec.defenses.accountant import compose, gaussian_epsilon, mean_sensi
 from fedllm_sec.defenses.after import weak_dp
 from fedllm_sec.defenses.before import norm_clipping
 from fedllm_sec.defenses.columns import mean
+from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.protocols import After, Before, Decision, Defense, RoundContext
 
 
@@ -38,11 +41,13 @@ class Pipeline:
         rows = updates
         mix: Tensor | None = torch.eye(updates.n, dtype=torch.float64)  # rows = mix @ updates, while that is known
         for stage in self.before:
-            changed = stage(rows, ctx)
+            with shown_to(stage, ctx, rows=rows.rows):
+                changed = stage(rows, ctx)
             step = mixing_step(rows, changed)
             mix = None if mix is None or step is None else step @ mix
             rows = changed
-        decision = self.rule(rows, ctx)
+        with shown_to(self.rule, ctx, rows=rows.rows):
+            decision = self.rule(rows, ctx)
         self._sensitivity, self._update = self._bounded(updates.n), decision.update
         return for_clients(decision, rows, updates, mix)
 
@@ -50,7 +55,8 @@ class Pipeline:
         """The new global vector (d,) to the one that is kept."""
         self._account(vector, ctx)
         for stage in self.after:
-            vector = stage(vector, ctx)
+            with shown_to(stage, ctx, new_vector=vector):
+                vector = stage(vector, ctx)
         return vector
 
     def rehearse(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
@@ -104,6 +110,14 @@ class Pipeline:
         return [*before, ("rule", self.rule), *after]
 
 
+def shown_to(part: Any, ctx: RoundContext, **seen: Tensor) -> AbstractContextManager[None]:
+    """A DefenseError that names the stage or rule, if it writes into the rows or the vectors it was shown."""
+    made = part.func if isinstance(part, functools.partial) else part
+    name = getattr(made, "__name__", type(made).__name__)
+    vectors = {"global_vector": ctx.global_vector, "last_update": ctx.last_update, "root_update": ctx.root_update}
+    return only_shown(name, DefenseError, **seen, **vectors)
+
+
 def settings_if(part: Any, function: Any) -> dict[str, Any] | None:
     """The settings of `part` if it is `function` with settings bound, as `resolve` makes it; else None."""
     if part is function:
@@ -129,15 +143,18 @@ def for_clients(decision: Decision, rows: UpdateMatrix, updates: UpdateMatrix, m
     """The decision on `rows` = mix @ updates, told in terms of the clients of `updates`.
 
     Weights become mix^T w. Where a row is still one client's, scores and kept stay; where rows are groups,
-    a client's score is the average over the groups it is in, and kept is not said.
+    a client's score is the average over the groups it is in, and kept is not said, unless no row was kept: then no
+    client was.
     """
     if rows.ids == updates.ids:
         weights = decision.weights if mix is None or decision.weights is None else mix.T @ decision.weights
         return replace(decision, weights=weights)
+    nobody = decision.kept is not None and not bool(decision.kept.any())
+    kept = torch.zeros(updates.n, dtype=torch.bool) if nobody else None
     if mix is None:
-        return replace(decision, weights=None, kept=None, scores=None)
+        return replace(decision, weights=None, kept=kept, scores=None)
     weights = None if decision.weights is None else mix.T @ decision.weights
     share = mix.abs()
     share = share / share.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     scores = None if decision.scores is None else share.T @ decision.scores
-    return replace(decision, weights=weights, kept=None, scores=scores)
+    return replace(decision, weights=weights, kept=kept, scores=scores)

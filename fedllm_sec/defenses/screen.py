@@ -8,13 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedllm_sec import kernels
 from fedllm_sec.errors import DefenseError
+from fedllm_sec.kernels.usable import LONGEST, lengths
 from fedllm_sec.matrix import Layout, UpdateMatrix
-
-# float32 ends at 3.4e38. A row shorter than this can be added, clipped and mixed without overflow, and no training
-# step that is any use comes near it.
-LONGEST = 1e36
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,7 +21,7 @@ def screen(updates: UpdateMatrix) -> tuple[UpdateMatrix, dict[str, str]]:
     Set aside are rows with a value that is not finite, rows longer than 1e36, and rows whose sender claims a number
     of examples that is not finite or not positive. Raises DefenseError when no row is left.
     """
-    norms = _norms(updates)
+    norms = lengths(updates)
     reasons: dict[str, str] = {}
     keep: list[int] = []
     for i, (name, norm, count) in enumerate(zip(updates.ids, norms.tolist(), updates.counts, strict=True)):
@@ -40,16 +36,6 @@ def screen(updates: UpdateMatrix) -> tuple[UpdateMatrix, dict[str, str]]:
     if not keep:
         raise DefenseError(f"screen: none of the {updates.n} rows can be used: {_listed(reasons)}.")
     return (updates if len(keep) == updates.n else updates.select(keep)), reasons
-
-
-def _norms(updates: UpdateMatrix) -> Tensor:
-    """Length of each row in float64, NaN or infinite exactly where a value is: (n,)."""
-    if updates.picked is not None:
-        return kernels.row_norms(updates)
-    squares = torch.zeros(updates.n, dtype=torch.float64)  # truly mixed rows: look at what they come to
-    for _, block in updates.blocks():
-        squares += block.double().square().sum(1).cpu()
-    return squares.sqrt()
 
 
 def _describe_non_finite(updates: UpdateMatrix, row: int) -> str:

@@ -43,37 +43,22 @@ def foolsgold_weights(cosine: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
     return logit.clamp(0.0, 1.0), similarity
 
 
-class FoolsGold:
-    """Row weights from the cosine similarity of the clients' updates, accumulated over the rounds by id.
+class RowSums:
+    """What each client sent, added up over the rounds by id: one float32 row (d,) for each client ever seen."""
 
-    Fung et al. 2020, algorithm 1, on all coordinates (the paper can weigh them by importance). The learning
-    rates are normalised to sum 1: the paper adds up updates. When every client is a copy of another there
-    is nobody to prefer and the weights are equal (note `all_alike` = 1). The history holds one float32 row
-    of d values for each client ever seen; `history=False` looks at the present round only and keeps
-    nothing. Scores are the similarities.
-    """
-
-    def __init__(self, *, kappa: float = 1.0, history: bool = True) -> None:
-        need(kappa > 0, "foolsgold", "kappa > 0", "Raise kappa.", kappa=kappa)
-        self.kappa, self.history = kappa, history
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
         self.place: dict[str, int] = {}  # client id -> its number in `sums`
         self.sums: Tensor | None = None  # of the clients seen
         self.d = 0  # values for each client
 
-    def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
-        one_each = len(set(updates.ids)) == updates.n
-        need(one_each, "foolsgold", "one row for each client", "Give distinct ids.", n=updates.n)
-        gram = self._accumulate(updates) if self.history else kernels.gram(updates)
-        rates, similarity = foolsgold_weights(cosines(gram), self.kappa)
-        alike = float(rates.sum()) == 0.0
-        weights = torch.full_like(rates, 1.0 / updates.n) if alike else rates / rates.sum()
-        return Decision.weighted(updates, weights, scores=similarity, notes={"all_alike": float(alike)})
-
-    def _accumulate(self, updates: UpdateMatrix) -> Tensor:
-        """Add this round to the history; inner products of the sums of this round's clients, (n, n), in their order."""
+    def add(self, updates: UpdateMatrix) -> Tensor:
+        """Add this round's rows; inner products of the sums of this round's clients, (n, n) float64, in their order."""
+        distinct = len(set(updates.ids)) == updates.n
+        need(distinct, self.rule, "one row for each client", "Give distinct ids.", n=updates.n)
         if self.sums is not None and self.d != updates.d:
             raise DefenseError(
-                f"foolsgold: the history has {self.d} values for each client, the rows have {updates.d}. "
+                f"{self.rule}: the history has {self.d} values for each client, the rows have {updates.d}. "
                 "Start a new run where the trained parameters change."
             )
         new = [name for name in updates.ids if name not in self.place]
@@ -92,3 +77,33 @@ class FoolsGold:
         self.place = {name: int(row) for name, row in state.get("place", {}).items()}
         self.sums = state["sums"].clone().contiguous() if "sums" in state else None
         self.d = int(state.get("d", 0))
+
+
+class FoolsGold:
+    """Row weights from the cosine similarity of the clients' updates, accumulated over the rounds by id.
+
+    Fung et al. 2020, algorithm 1, on all coordinates (the paper can weigh them by importance). The learning
+    rates are normalised to sum 1: the paper adds up updates. When every client is a copy of another there
+    is nobody to prefer and the weights are equal (note `all_alike` = 1). The history holds one float32 row
+    of d values for each client ever seen; `history=False` looks at the present round only and keeps
+    nothing. Scores are the similarities.
+    """
+
+    def __init__(self, *, kappa: float = 1.0, history: bool = True) -> None:
+        need(kappa > 0, "foolsgold", "kappa > 0", "Raise kappa.", kappa=kappa)
+        self.kappa = kappa
+        self.history = RowSums("foolsgold") if history else None
+
+    def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
+        gram = kernels.gram(updates) if self.history is None else self.history.add(updates)
+        rates, similarity = foolsgold_weights(cosines(gram), self.kappa)
+        alike = float(rates.sum()) == 0.0
+        weights = torch.full_like(rates, 1.0 / updates.n) if alike else rates / rates.sum()
+        return Decision.weighted(updates, weights, scores=similarity, notes={"all_alike": float(alike)})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.history is None else self.history.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.history is not None:
+            self.history.load_state_dict(state)

@@ -18,6 +18,22 @@ from fedllm_sec.defenses.geometric import central_row
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
+EQUAL = 1e-6  # relative; eigenvalues and projections of equal rows differ by rounding, which must not decide a tie
+
+
+def levelled(values: Tensor) -> Tensor:
+    """Values >= 0 (n,) of which those that differ by rounding only are made equal.
+
+    That is `EQUAL` of the value itself, or 1e-12 of the largest, to which small projections are rounded.
+    """
+    ordered, order = values.sort()
+    step = ordered.diff() > EQUAL * ordered[1:] + 1e-12 * ordered[-1]
+    run = torch.cat([torch.zeros(1, dtype=torch.long), step.cumsum(0)])
+    first = torch.searchsorted(run, run)  # where the run of each begins
+    made = torch.empty_like(values)
+    made[order] = ordered[first]
+    return made
+
 
 def centred_products(sq_distances: Tensor, weights: Tensor) -> Tensor:
     """<x_i - m, x_j - m> for m = sum_k w_k x_k, weights of sum 1: (..., n, n).
@@ -90,7 +106,7 @@ def dnc(
         else:
             squares = sampled_distances(updates, ctx.rng, coordinates)
         scores[order] = outlier_scores(squares[order][:, order])
-        survived[lowest(scores, n - dropped, updates.ids)] += 1
+        survived[lowest(levelled(scores), n - dropped, updates.ids)] += 1
     kept = survived == survived.max()
     fallback = int(survived.max()) < iterations
     weights = kept.double() / int(kept.sum())
@@ -185,23 +201,32 @@ def caf(updates: UpdateMatrix, ctx: RoundContext, *, f: int) -> Decision:
 
 
 def smallest_spread(sq_distances: Tensor, size: int) -> list[int]:
-    """The `size` rows whose covariance has the smallest top eigenvalue; every subset is looked at."""
+    """The `size` rows whose covariance has the smallest top eigenvalue; every subset is looked at.
+
+    Of several such sets the first one, which holds the lower places.
+    """
     uniform = torch.full((size,), 1.0 / size, dtype=torch.float64)
-    best, members = math.inf, list(range(size))
+    sets, largest = [], []
     for batch in subsets(len(sq_distances), size, batch=max(1, 4_000_000 // size**2)):
         inner = sq_distances[batch[:, :, None], batch[:, None, :]]  # (b, size, size)
-        values = torch.linalg.eigvalsh(centred_products(inner, uniform.expand(len(batch), size)))[:, -1]
-        first = int(values.argmin())
-        if float(values[first]) < best:
-            best, members = float(values[first]), batch[first].tolist()
+        largest.append(torch.linalg.eigvalsh(centred_products(inner, uniform.expand(len(batch), size)))[:, -1])
+        sets.append(batch)
+    values = torch.cat(largest)
+    smallest = values.min()
+    first = int((values <= smallest + EQUAL * smallest.abs()).nonzero()[0])
+    members: list[int] = torch.cat(sets)[first].tolist()
     return members
 
 
 def peel_spread(sq_distances: Tensor, size: int) -> list[int]:
-    """Greedy stand-in: drop the row with the largest projection on the top direction, and repeat."""
+    """Greedy stand-in: drop the row with the largest projection on the top direction, and repeat.
+
+    Of several such rows the one in the last place.
+    """
     left = list(range(len(sq_distances)))
     while len(left) > size:
-        left.pop(int(outlier_scores(sq_distances[left][:, left]).argmax()))
+        scores = levelled(outlier_scores(sq_distances[left][:, left]))
+        left.pop(int((scores == scores.max()).nonzero()[-1]))
     return left
 
 

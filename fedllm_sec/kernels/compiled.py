@@ -1,18 +1,24 @@
 """How functions are compiled for the CPU, and how a tile of columns gets into the cache.
 
-Compiled with numba on first use and kept on disk next to the source. The functions release the interpreter lock,
-so that a few Python threads each work on their own columns. Letters: n rows, c tile width.
+Compiled with numba on first use and kept on disk next to the source, until a kernel's source changes. The functions
+release the interpreter lock, so that a few Python threads each work on their own columns.
+Letters: n rows, c tile width.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
@@ -24,13 +30,50 @@ LINE = 64  # bytes that come from memory together
 
 def compiled(function: F) -> F:
     """Strict arithmetic: comparisons with infinities mean what they say."""
-    return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
+    return _kept(function, njit(nogil=True, error_model="numpy")(function))
 
 
 def compiled_sums(function: F) -> F:
     """Sums may be reordered, which is what lets them be vectorised; infinities still count."""
     options = {"reassoc", "contract", "nsz"}
-    return cast(F, njit(nogil=True, cache=True, error_model="numpy", fastmath=options)(function))
+    return _kept(function, njit(nogil=True, error_model="numpy", fastmath=options)(function))
+
+
+def _kept(function: F, dispatcher: Any) -> F:
+    """The compiled function, kept on disk for as long as no kernel's source changes.
+
+    numba's own `cache=True` looks at the function's file alone: what it imports from other kernels, and has compiled
+    in, could be old for ever. Where there is no folder to keep it in, it is compiled anew in every process.
+    """
+    path = function.__code__.co_filename
+    make_cache: Any = FunctionCache  # untyped
+    index: Any = IndexDataCacheFile
+    try:
+        cache = make_cache(function)
+    except RuntimeError:  # numba's "no locator available"
+        _say_not_kept(Path(path).parent)
+    else:
+        cache._cache_file = index(cache.cache_path, cache._impl.filename_base, source_digest(path))
+        dispatcher._cache = cache
+    return cast(F, dispatcher)
+
+
+@functools.cache  # once is enough
+def _say_not_kept(folder: Path) -> None:
+    warnings.warn(
+        f"kernels: neither {folder}/__pycache__ nor a folder of the user's own can be written, so those there are "
+        "compiled anew in every process. Set NUMBA_CACHE_DIR to a folder that can.",
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def source_digest(path: str) -> str:
+    """Of the file at `path` and of all that it may import: every file in this folder."""
+    digest = hashlib.sha256()
+    for file in sorted({Path(path), *Path(__file__).parent.glob("*.py")}):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _prefetch(typing: Any, address: Any) -> Any:

@@ -148,6 +148,23 @@ def test_low_frequencies_by_hand():
     assert low_frequencies(torch.full((4,), 2.0), 2).tolist() == pytest.approx([2.0, 0.0])
 
 
+def test_low_frequencies_of_an_infinite_row_are_those_of_its_infinite_values_alone():
+    row = torch.tensor([5.0, math.inf, 0.0, -math.inf])
+    alone = torch.tensor([0.0, 1.0, 0.0, -1.0])
+    assert low_frequencies(row, 4).tolist() == low_frequencies(alone, 4).tolist()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e30, math.inf])
+def test_freqfed_leaves_out_a_row_with_one_huge_or_infinite_value(size):
+    rows = torch.ones(7, 32)
+    rows[3, 5] = size
+    decision = freqfed(UpdateMatrix.of(rows), context(32))
+    assert decision.kept.tolist() == [True, True, True, False, True, True, True]
+    assert decision.update.tolist() == pytest.approx([1.0] * 32)
+    assert bool(decision.scores.isfinite().all())
+
+
 def test_freqfed_does_not_look_at_high_frequencies():
     # the last basis function of the DCT tells the last two rows apart, but not in the lowest quarter
     high = torch.cos(torch.pi / 32 * 15 * (2 * torch.arange(16) + 1))

@@ -22,6 +22,7 @@ from fedllm_sec.defenses import (
 )
 from fedllm_sec.defenses.accountant import gaussian_epsilon
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.protocols import Decision
 from tests.defenses.small import context, matrix
 
 uniform = partial(mean, weights="uniform")
@@ -49,6 +50,15 @@ def test_a_rule_after_bucketing_says_no_kept_list_but_a_score_for_each_client():
     assert decision.scores.shape == (6,)
     partners = decision.scores == decision.scores[5]
     assert int(partners.sum()) == 2  # a client shares the score of its bucket
+
+
+def test_a_rule_after_bucketing_that_keeps_no_group_has_kept_no_client():
+    def nobody(updates, ctx):
+        return Decision.keep(updates, torch.zeros(updates.n, dtype=torch.bool))
+
+    updates = matrix([[0.0], [0.1], [0.2], [0.3], [0.4]])
+    decision = Pipeline([partial(bucketing, s=2)], nobody).decide(updates, context(1))
+    assert decision.kept.tolist() == [False] * 5
 
 
 def test_rows_mapped_from_a_selection_still_belong_to_the_selected_clients():
