@@ -21,6 +21,7 @@ from typing import Any
 
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.recipe.resolve import did_you_mean
+from fedllm_sec.records.outcomes import numbers
 from fedllm_sec.train import heed_ctrl_c
 
 # what launchers set for one process of several; accelerate would make them work on one run together
@@ -180,9 +181,10 @@ def line_of(cell: Any, seconds: float) -> str:
         return f"{cell.slug}  FAILED  {error.get('type', '')}: {first}"
     summary = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
     parts = [cell.slug]
-    for name, value in {**(summary["quality"] or {}), **(summary["attack"] or {})}.items():
-        if isinstance(value, dict):
-            parts.append(f"{'ASR' if name == 'asr' else name.replace('_', ' ')} {value['value']:.3f}")
+    given = {**(summary["quality"] or {}), **(summary["attack"] or {})}
+    for name, value in numbers(given).items():
+        if isinstance(given[name], dict):
+            parts.append(f"{'ASR' if name == 'asr' else name.replace('_', ' ')} {value:.3f}")
     if len(parts) == 1 and summary["quality"]:
         parts.append(f"loss {float(summary['quality']['loss']):.3f}")
     return "  ".join([*parts, f"{seconds:.1f} s"])

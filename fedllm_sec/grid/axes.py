@@ -16,6 +16,14 @@ from fedllm_sec.recipe.sections import TASKS
 
 SWITCHED = ("attack", "defense")  # axes that may have the label `none`: switched off
 NONE = "none"
+# Columns of results.csv; an axis with a name of your own may have none of them.
+COLUMNS = (
+    *("cell", "status", "error", "is_twin", "done", "failed", "seeds", "rounds", "robustness", "quarantined"),
+    *("accuracy", "worst_class_accuracy", "exact_match", "token_overlap", "loss", "perplexity", "asr", "false_trigger"),
+    *("skipped_rounds", "defense_peak_mb"),
+)
+COLUMN_STARTS = ("detection_", "stealth_", "lifespan_")
+COLUMN_ENDS = ("_low", "_high", "_n", "_drop", "_rise", "_seconds")
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ def _axis(name: str, given: Any, base: dict[str, Any]) -> Axis:
             raise RecipeError(f"{place}.none: means switched off and takes no settings. Give it another label.")
         values = {label: None if label == NONE else value for label, value in values.items()}
     elif unknown is not None:
+        if name in COLUMNS or name.startswith(COLUMN_STARTS) or name.endswith(COLUMN_ENDS):
+            raise RecipeError(f"{place}: is the name of a column of results.csv. Give it another one, e.g. my_{name}.")
         kind = TASKS.get(str(base.get("task", "causal_lm")), TASKS["causal_lm"])
         for label, block in values.items():
             block = values[label] = {} if block is None else block

@@ -161,6 +161,7 @@ def describe(grid: Grid, command: str) -> dict[str, Any]:
                 "axes": dict(cell.axes),
                 "twin": None if cell.twin is None else f"cells/{cell.twin}",
                 "is_twin": cell.twin is None,
+                **({"also": [dict(at) for at in cell.also]} if cell.also else {}),
             }
             for cell in grid.cells
         ],

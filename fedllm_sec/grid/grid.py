@@ -27,8 +27,8 @@ from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.grid.axes import NONE, SWITCHED, Axis, matches, read_axes, read_rules
+from fedllm_sec.recipe import places, shipped
 from fedllm_sec.recipe import reading as recipes
-from fedllm_sec.recipe import shipped
 from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.recipe.sections import Attack, Malicious, Recipe
 
@@ -44,6 +44,7 @@ class Cell:
     axes: Mapping[str, str]  # axis -> label
     recipe: Recipe
     twin: str | None  # slug of the run without attack and defense, None for such a run itself
+    also: Sequence[Mapping[str, str]] = ()  # the labels of other combinations that come to this very run
 
     @property
     def folder(self) -> Path:
@@ -84,7 +85,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Grid:
     for text in (o for o in overrides if o not in own):
         place, _, value = text.partition("=")
         section, _, name = place.partition(".")
-        parsed = recipes.parse_yaml(value, f"override {place}")
+        parsed = recipes.parse(value, f"override {place}")
         if section == "axes" and name:
             raw["axes"] = {**(raw.get("axes") or {}), name: parsed}
             if parsed is None:
@@ -106,7 +107,7 @@ def make(raw: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> G
     if not re.fullmatch(r"[\w.+ -]+", name):
         problems.append(f"name: {name!r}: letters, digits, '.', '+', '-' and '_' only; it names a folder.")
     base = _base(raw, path, overrides)
-    folder = Path(str((base.get("output") or {}).get("folder") or "runs/{name}").replace("{name}", name))
+    folder = Path(places.home(str((base.get("output") or {}).get("folder") or "runs/{name}").replace("{name}", name)))
     axes, found = read_axes(raw.get("axes"), base)
     problems += found
     if problems:
@@ -130,7 +131,7 @@ def _base(raw: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> dict[
     """The raw base recipe with the grid's and the command line's overrides, without variants and output folder."""
     base = raw.get("base")
     if isinstance(base, str):
-        base = recipes.read(path.parent / base)
+        base = recipes.read(path.parent / places.home(base))
     if not isinstance(base, dict):
         raise RecipeError(f"base: {base!r}: must be the path of a recipe, relative to {path}, or a recipe itself.")
     if is_grid(base):
@@ -208,6 +209,7 @@ def _cells(
                 update={"output": recipe.output.model_copy(update={"folder": str(folder / "cells" / slugs[key])})}
             ),
             None if twin is None else slugs[twin],
+            tuple(places[1:]),
         )
         for key, (recipe, places, twin) in runs.items()
     ]

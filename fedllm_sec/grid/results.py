@@ -5,18 +5,30 @@ A cell that failed or was not reached is a row with its status and no measures: 
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fedllm_sec.evaluation.intervals import bootstrap, wilson
+from fedllm_sec.grid.axes import SWITCHED
 from fedllm_sec.grid.cells import error_of, status
 from fedllm_sec.grid.grid import Cell, Grid
-from fedllm_sec.records.history import RoundRecord, read_history, write_atomic
-from fedllm_sec.records.outcomes import quality_drop
+from fedllm_sec.records.history import DETAILS, RoundRecord, read_history, write_atomic
+from fedllm_sec.records.outcomes import (
+    DETECTION,
+    STEALTH,
+    lifespan,
+    means_under_attack,
+    numbers,
+    quality_drop,
+    same_probe,
+    worst_classes,
+)
 
 ATTACK = ("asr", "false_trigger")
 COUNTS = ("rounds", "skipped_rounds", "quarantined", "defense_peak_mb")  # and seconds: averaged without an interval
@@ -25,25 +37,43 @@ SEED = "seed"
 
 def write(grid: Grid) -> list[Path]:
     """results.csv, results.parquet and results_by_cell.csv in the grid's folder."""
-    import pandas
-
     rows = table(grid)
-    frame = pandas.DataFrame(rows)
-    for column in frame.columns:
-        kinds = {type(v) for v in frame[column] if v is not None and v == v}
-        if len(kinds) > 1 and kinds != {int, float}:  # a column of several types is text
-            frame[column] = [None if v is None or v != v else str(v) for v in frame[column]]
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False)
-    means = pandas.DataFrame(over_seeds(rows, grid.axes))
     made = {
-        "results.csv": frame.to_csv(index=False).encode(),
-        "results.parquet": buffer.getvalue(),
-        "results_by_cell.csv": means.to_csv(index=False).encode(),
+        "results.csv": as_csv(rows),
+        "results.parquet": as_parquet(rows),
+        "results_by_cell.csv": as_csv(over_seeds(rows, grid.axes)),
     }
     for name, data in made.items():
         write_atomic(grid.folder / name, data)
     return [grid.folder / name for name in made]
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as CSV: what was not measured is empty, what was measured and is not a number says nan, inf or -inf."""
+    text = io.StringIO()
+    made = csv.writer(text, lineterminator="\n")
+    made.writerow(rows[0] if rows else ())
+    made.writerows(row.values() for row in rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as Parquet: what was not measured is null, and NaN is NaN; a column of several types is text."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns: dict[str, Any] = {}
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        kinds = {type(value) for value in values if value is not None}
+        if kinds == {int, float}:
+            values = [None if value is None else float(value) for value in values]
+        elif len(kinds) > 1:
+            values = [None if value is None else str(value) for value in values]
+        columns[name] = pyarrow.array(values, from_pandas=False)
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------- a row for every cell
@@ -53,27 +83,40 @@ def table(grid: Grid) -> list[dict[str, Any]]:
     """One row a cell, in the grid's order; every row has every column.
 
     Measures are those of the last evaluated round of a cell that is done. `X_drop` is what a quality measure lost
-    against the twin (above 0: worse, also for loss), `asr_rise` and `false_trigger_rise` what the attack gained.
+    against the twin (above 0: worse, also for loss), `asr_rise` and `false_trigger_rise` what the attack gained where
+    both were asked the same. An axis that a cell does not have, such as the setting of a defense that is off, is
+    empty; a measure that has the name of an axis or of a recipe key stands as measured.NAME.
     """
-    summaries = {cell.slug: _summary(cell) for cell in grid.cells}
+    done, cells = {cell.slug: _finished(cell) for cell in grid.cells}, {cell.slug: cell for cell in grid.cells}
     varied = varying_keys(grid)
     rows = []
     for cell in grid.cells:
-        flat = flatten(_settings(cell))
-        state = status(cell) if summaries[cell.slug] is not None or status(cell) != "done" else "unfinished"
+        settings, run = _settings(cell), done[cell.slug]
+        flat = flatten(settings)
+        state = status(cell) if run is not None or status(cell) != "done" else "unfinished"
         row: dict[str, Any] = {"cell": cell.slug, "status": state, "error": None, "is_twin": cell.twin is None}
         if state == "failed":
             error = error_of(cell)
             row["error"] = f"{error.get('type', 'error')}: {error.get('message', '')}"
-        row |= {axis: flat.get(axis, label) for axis, label in cell.axes.items()}
+        row |= {axis: label_in(cell, axis, settings) for axis in grid.axes}
         row |= {key: flat.get(key) for key in varied if key not in row}
-        summary = summaries[cell.slug]
-        if state == "done" and summary is not None:
-            row |= measures(summary, read_history(cell.folder))
-            row |= against(summary, summaries.get(cell.twin) if cell.twin is not None else None)
+        if state == "done" and run is not None:
+            found = measures(cell, *run)
+            if cell.twin is not None and (twin := done[cell.twin]) is not None:
+                found |= against(cell, run, cells[cell.twin], twin)
+            taken = {*row}
+            row |= {f"measured.{name}" if name in taken else name: value for name, value in found.items()}
         rows.append(row)
     columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
     return [{column: row.get(column) for column in columns} for row in rows]
+
+
+Finished = tuple[Mapping[str, Any], Sequence[RoundRecord]]  # summary.json and the records
+
+
+def _finished(cell: Cell) -> Finished | None:
+    summary = _summary(cell)
+    return None if summary is None or status(cell) != "done" else (summary, read_history(cell.folder))
 
 
 def _summary(cell: Cell) -> dict[str, Any] | None:
@@ -85,8 +128,30 @@ def _summary(cell: Cell) -> dict[str, Any] | None:
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
+    """The recipe that acts: of an attack that is off, only the data attack that is asked for."""
     settings = cell.recipe.model_dump(mode="json", exclude={"output", "variants", "enable_attack", "enable_defense"})
+    if not cell.recipe.enable_attack and settings["attack"] is not None:
+        settings["attack"] = {"data": settings["attack"]["data"]}
     return dict(settings)
+
+
+def label_in(cell: Cell, axis: str, settings: Mapping[str, Any]) -> Any:
+    """What a cell has on an axis: the setting's value, else its label; None where it has no such setting.
+
+    A cell that stands for several labels of an axis is one for which it makes no difference.
+    """
+    label = cell.axes[axis]
+    if axis in SWITCHED:
+        return label
+    if any(at[axis] != label for at in cell.also):
+        return None
+    path = axis.split(".")
+    if path[0] not in settings:  # a name of one's own
+        return label
+    here: Any = settings
+    for part in path:
+        here = here.get(part) if isinstance(here, Mapping) else None
+    return label if isinstance(here, (Mapping, list)) else here
 
 
 def varying_keys(grid: Grid) -> list[str]:
@@ -109,40 +174,46 @@ def flatten(value: Any, place: str = "") -> dict[str, Any]:
     return {k: v for key, part in parts for k, v in flatten(part, f"{place}.{key}" if place else str(key)).items()}
 
 
-def measures(summary: Mapping[str, Any], records: Sequence[RoundRecord]) -> dict[str, Any]:
+def measures(cell: Cell, summary: Mapping[str, Any], records: Sequence[RoundRecord]) -> dict[str, Any]:
     """Numbers of one run by column."""
     row: dict[str, Any] = {"rounds": summary.get("rounds")}
     for name, given in {**(summary.get("quality") or {}), **(summary.get("attack") or {})}.items():
+        if name in DETAILS:
+            continue
         if isinstance(given, Mapping):
             row[name] = _number(given.get("value"))
             row |= {f"{name}_{part}": _number(given.get(part)) for part in ("low", "high", "n")}
         elif given is not None:
             row[name] = _number(given)
-    attacked = [r for r in records if r.attacking]
-    for name in ("tpr", "fpr", "auc"):
-        row[f"detection_{name}"] = _mean((r.detection or {}).get(name) for r in attacked)
-    row["robustness"] = _mean(r.robustness for r in attacked)
-    for name in ("norm_rank", "cosine_rank"):
-        row[f"stealth_{name}"] = _mean((r.stealth or {}).get(name) for r in attacked)
-    lifespan = summary.get("lifespan") or {}
-    row |= {f"lifespan_{name}": lifespan.get(name) for name in ("value", "at_least")}
+    worst = worst_classes(summary.get("quality"))
+    row["worst_class_accuracy"] = None if worst is None else _number(worst[1]["value"])
+    means = means_under_attack(records, cell.recipe.enable_attack)
+    row |= {f"detection_{name}": (means["detection"] or {}).get(name) for name in DETECTION}
+    row["robustness"] = means["robustness"]
+    row |= {f"stealth_{name}": (means["stealth"] or {}).get(name) for name in STEALTH}
+    row |= _lived(cell, records, None)
     row["skipped_rounds"], row["quarantined"] = summary.get("skipped_rounds"), summary.get("quarantined")
     row |= {f"{name}_seconds": seconds for name, seconds in (summary.get("seconds") or {}).items()}
-    row["defense_peak_mb"] = max((r.memory_mb["defense"] for r in records if "defense" in r.memory_mb), default=None)
+    peaks = [float(r.memory_mb["defense"]) for r in records if "defense" in r.memory_mb]
+    row["defense_peak_mb"] = max(peaks, default=None)
     return row
 
 
-def against(summary: Mapping[str, Any], twin: Mapping[str, Any] | None) -> dict[str, float]:
+def _lived(cell: Cell, records: Sequence[RoundRecord], clean: Sequence[RoundRecord] | None) -> dict[str, Any]:
+    attack = cell.recipe.attack if cell.recipe.enable_attack else None
+    found = lifespan(records, attack.stop if attack is not None else None, clean) or {}
+    return {f"lifespan_{name}": found.get(name) for name in ("value", "at_least")}
+
+
+def against(cell: Cell, run: Finished, twin: Cell, other: Finished) -> dict[str, Any]:
     """What a run lost, and its attack gained, against its twin."""
-    if twin is None:
-        return {}
-    drops = {f"{name}_drop": value for name, value in quality_drop(summary, twin).items()}
-    rises = {}
-    for name in ATTACK:
-        own, base = ((run.get("attack") or {}).get(name) for run in (summary, twin))
-        if own is not None and base is not None:
-            rises[f"{name}_rise"] = own["value"] - base["value"]
-    return drops | rises
+    found: dict[str, Any] = {f"{name}_drop": value for name, value in quality_drop(run[0], other[0]).items()}
+    asked = [None if c.recipe.attack is None else c.recipe.attack.model_dump() for c in (cell, twin)]
+    if not same_probe(*asked):
+        return found
+    own, base = (numbers(summary.get("attack")) for summary, _ in (run, other))
+    found |= {f"{name}_rise": own[name] - base[name] for name in ATTACK if name in own and name in base}
+    return found | _lived(cell, run[1], other[1])
 
 
 def _number(value: Any) -> Any:
@@ -207,7 +278,7 @@ def _averaged(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[f"{key}_low"], found[f"{key}_high"] = bootstrap(values)
     elif f"{key}_n" in (rows[0] if rows else {}):
         found |= {f"{key}_{part}": known[0][f"{key}_{part}"] if known else None for part in ("low", "high")}
-    if len(values) > 1 and all(row.get(f"{key}_n") for row in known):
+    if len(values) > 1 and all(row.get(f"{key}_n") and math.isfinite(row[key]) for row in known):
         n = sum(int(row[f"{key}_n"]) for row in known)
         pooled = wilson(round(sum(row[key] * row[f"{key}_n"] for row in known)), n)
         found |= {f"{key}_pooled_{part}": (pooled or {}).get(part) for part in ("low", "high")} | {f"{key}_n": n}

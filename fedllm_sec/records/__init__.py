@@ -1,6 +1,9 @@
-"""What a run leaves behind: its folder, one record a round, and what follows from the records.
+"""What a run leaves behind. Reports read this alone.
 
-Reports read this alone.
+history      RoundRecord (what a round is remembered by), RunFolder (line and checkpoint, which count only together)
+outcomes     what follows from the records of a whole run
+summary      the line of a round, what a tracker gets, summary.json
+environment  where and with what it was made
 """
 
 from fedllm_sec.records.history import RoundRecord, RunFolder, read_history

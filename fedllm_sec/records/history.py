@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# What stands in `quality` and `attack` beside the measures: rates of each class, why a rate is None, rows left out.
+DETAILS = ("per_class", "reasons", "left_out")
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """Everything one round is remembered by. None means "not measured", never 0."""
@@ -42,8 +46,8 @@ class RoundRecord:
     skipped: str | None  # why the round left the model as it was
     lora_gap: float | None  # relative error of averaging A and B apart instead of B A
     detection: dict[str, float | None] | None  # tpr, fpr, auc
-    quality: dict[str, Any] | None  # measures on clean held-out data; rates as {value, low, high, n}
-    attack: dict[str, Any] | None  # asr, false_trigger as {value, low, high, n}
+    quality: dict[str, Any] | None  # measures on clean held-out data; rates as {value, low, high, n}, and DETAILS
+    attack: dict[str, Any] | None  # asr, false_trigger as {value, low, high, n}, and DETAILS
     # Older run folders lack what follows. `robustness`: ||update - honest mean||^2 / honest variance; `stealth`: norm
     # and cosine rank of the malicious rows among the honest ones, each 0..1.
     robustness: float | None = None

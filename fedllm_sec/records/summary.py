@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.records.history import RoundRecord, read_history
-from fedllm_sec.records.outcomes import lifespan
+from fedllm_sec.records.history import DETAILS, RoundRecord, read_history
+from fedllm_sec.records.outcomes import lifespan, means_under_attack
 
 
 def round_line(record: RoundRecord, rounds: int) -> str:
@@ -18,11 +18,13 @@ def round_line(record: RoundRecord, rounds: int) -> str:
         if record.quality.get("accuracy"):
             parts.append(f"accuracy {record.quality['accuracy']['value']:.3f}")
     if record.attack is not None:
-        parts.append(f"ASR {record.attack['asr']['value']:.3f}")
+        if record.attack.get("asr"):
+            parts.append(f"ASR {record.attack['asr']['value']:.3f}")
         if record.attack.get("false_trigger"):
             parts.append(f"false triggers {record.attack['false_trigger']['value']:.3f}")
     if record.kept is not None:
-        dropped = [id + ("*" if id in record.malicious else "") for id in record.cohort if id not in record.kept]
+        judged = [id for id in record.cohort if id not in record.quarantined]
+        dropped = [id + ("*" if id in record.malicious else "") for id in judged if id not in record.kept]
         parts.append("dropped " + (" ".join(dropped[:8]) + (" ..." if len(dropped) > 8 else "") if dropped else "none"))
     if record.quarantined:
         parts.append(f"quarantined {' '.join(record.quarantined)}")
@@ -40,14 +42,18 @@ def scalars(record: RoundRecord) -> dict[str, float]:
         flat["robustness"] = record.robustness
     for group in ("quality", "attack", "detection", "stealth"):
         for name, value in (getattr(record, group) or {}).items():
-            number = value["value"] if isinstance(value, dict) else value
-            if number is not None:
+            number = value.get("value") if isinstance(value, dict) else value
+            if number is not None and name not in DETAILS:
                 flat[f"{group}/{name}"] = number
     return flat
 
 
-def summary(folder: Path, command: str, stop: int | None = None) -> dict[str, Any]:
-    """The last measured round, the totals, and how long the attack outlived its last round `stop`."""
+def summary(folder: Path, command: str, *, attacked: bool, stop: int | None = None) -> dict[str, Any]:
+    """The last measured round, the totals, means over the rounds under attack, and how long a backdoor outlived it.
+
+    `attacked` is whether the run has attackers, `stop` their last round. Without an attack-free run beside it, what
+    the lifespan is measured against is 0.
+    """
     records = read_history(folder)
     measured = [r for r in records if r.quality is not None]
     last = measured[-1] if measured else None
@@ -56,9 +62,7 @@ def summary(folder: Path, command: str, stop: int | None = None) -> dict[str, An
         "rounds": len(records),
         "quality": last.quality if last else None,
         "attack": last.attack if last else None,
-        "detection": last.detection if last else None,
-        "robustness": last.robustness if last else None,
-        "stealth": last.stealth if last else None,
+        **means_under_attack(records, attacked),
         "lifespan": lifespan(records, stop),
         "skipped_rounds": sum(r.skipped is not None for r in records),
         "quarantined": sum(len(r.quarantined) for r in records),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,11 @@ examples:
 """
 
 
+def path(text: str) -> Path:
+    """A path as it is typed: `~` is the home folder, also where no shell has put it in."""
+    return Path(os.path.expanduser(text))
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fedllm_sec.report",
@@ -36,10 +42,10 @@ def arguments() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run or comparison folder")
+    parser.add_argument("folders", nargs="+", type=path, metavar="FOLDER", help="run or comparison folder")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="the page to write (default: report.html in FOLDER; with several folders, in the current one)",
     )

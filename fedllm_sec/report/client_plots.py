@@ -14,8 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from fedllm_sec.records.history import RoundRecord
-from fedllm_sec.report.measures import defense_name, plain, plural
+from fedllm_sec.records.outcomes import judged_rounds
+from fedllm_sec.report.decided import clients_of, kept_says, malicious_of, redrawn, share_of, weights_says, who_first
+from fedllm_sec.report.measures import plain, plural
 from fedllm_sec.report.plots import (
     BLUE,
     INK,
@@ -38,20 +39,9 @@ GREY = "#8a8f97"
 NAMED_CLIENTS = 30  # up to so many clients, each row of the decision picture has its id
 
 
-def malicious_of(run: Run) -> set[str]:
-    return {i for record in run.rounds for i in record.malicious}
-
-
-def _under_attack(run: Run) -> list[RoundRecord]:
-    """The rounds in which the attack was active; all rounds of a run without one."""
-    return [record for record in run.rounds if record.attacking] or list(run.rounds)
-
-
-def clients_of(run: Run) -> list[str]:
-    """All clients that took part: malicious first, then in natural order."""
-    bad = malicious_of(run)
-    seen = {i for record in run.rounds for i in record.cohort}
-    return sorted(seen, key=lambda i: (i not in bad, not i.isdigit(), int(i) if i.isdigit() else 0, i))
+def _blank(run: Run) -> str:
+    skipped = sum(record.skipped is not None and record.kept is None and not record.weights for record in run.rounds)
+    return f" Blank where the round was skipped ({skipped} of {len(run.rounds)})." if skipped else ""
 
 
 # ---------------------------------------------------------------- update norms
@@ -59,18 +49,18 @@ def clients_of(run: Run) -> list[str]:
 
 def norms(run: Run, salt: str) -> Picture | None:
     """Length of every submitted update by round; filled if the rule kept it, hollow if not."""
-    bad, selects = malicious_of(run), any(record.kept is not None for record in run.rounds)
+    ever, selects = malicious_of(run), any(record.kept is not None for record in run.rounds)
     order = {i: place for place, i in enumerate(clients_of(run))}
     dots: dict[tuple[bool, bool], list[tuple[float, float]]] = {}
     screened: list[float] = []
     for record in run.rounds:
         for i, norm in record.norms.items():
-            x = record.round + _nudge(order.get(i, 0), i in bad, len(order) - len(bad), len(bad))
+            x = record.round + _nudge(order.get(i, 0), i in ever, len(order) - len(ever), len(ever))
             if i in record.quarantined:
                 screened.append(x)
             elif finite(norm) and norm == norm:
                 kept = record.kept is None or i in record.kept
-                dots.setdefault((i in bad, kept), []).append((x, norm))
+                dots.setdefault((i in record.malicious, kept), []).append((x, norm))
     if not dots and not screened:
         return None
     count = sum(len(group) for group in dots.values())
@@ -143,18 +133,19 @@ def _norm_keys(dots: dict[tuple[bool, bool], Any], selects: bool, screened: bool
 
 
 def _norms_alt(run: Run) -> str:
-    under = _under_attack(run)
-    bad = [n for r in under for i, n in r.norms.items() if i in r.malicious and finite(n) and n == n]
-    good = [n for r in under for i, n in r.norms.items() if i not in r.malicious and finite(n) and n == n]
+    under = judged_rounds(run.rounds, run.attacked)
+    sent = [(i in r.malicious, n) for r in under for i, n in r.norms.items() if i not in r.quarantined and finite(n)]
+    bad, good = ([n for is_bad, n in sent if is_bad is side] for side in (True, False))
     if bad and good:
         b, g = median(bad), median(good)
         ratio = b / g if g > 0 else 0.0
-        times = f", {ratio:.{0 if ratio >= 10 else 1}f} times as long" if ratio else ""
+        far = f"{ratio:.{0 if ratio >= 10 else 1}f}" if ratio < 1e5 else f"{ratio:.0e}"
+        times = f", {far} times as long" if ratio else ""
         text = f"Median update length under attack: malicious {plain(b)}, honest {plain(g)}{times}."
     elif good:
         text = f"Median update length of the honest clients: {plain(median(good))}."
     else:
-        text = "No update had a usable length."
+        text = "No update had a usable length." if under else "No round was under attack."
     screened = sum(len(record.quarantined) for record in run.rounds)
     return text + (f" {plural(screened, 'row')} quarantined." if screened else "")
 
@@ -195,9 +186,10 @@ def _dress(axes: Axes, run: Run, ids: Sequence[str]) -> None:
             if i in malicious_of(run):
                 tick.set_color(VERMILLION)
                 tick.set_fontweight("bold")
-        axes.set_ylabel("client (bold: malicious)" if bad else "client")
+        who = who_first(run).replace(" in ", "\nin ")
+        axes.set_ylabel(f"client\n(bold: {who})" if bad else "client")
     else:
-        groups = [(0, bad, "malicious"), (bad, len(ids), "honest")]
+        groups = [(0, bad, who_first(run).replace(" in ", "\nin ")), (bad, len(ids), "honest")]
         shown = [(start, stop, name) for start, stop, name in groups if stop > start]
         axes.set_yticks([(a + b - 1) / 2 for a, b, _ in shown], [f"{b - a}\n{name}" for a, b, name in shown])
     axes.tick_params(length=0)
@@ -223,7 +215,7 @@ def _extent(run: Run, ids: Sequence[str]) -> tuple[float, float, float, float]:
 
 
 def _kept_map(run: Run, salt: str) -> Picture:
-    ids, bad = clients_of(run), malicious_of(run)
+    ids = clients_of(run)
     colours = {"kept": to_rgba(SKY), "dropped": to_rgba(VERMILLION), "quarantined": to_rgba(GREY)}
 
     def cell(record: Any, i: str) -> Any:
@@ -237,39 +229,32 @@ def _kept_map(run: Run, salt: str) -> Picture:
         axes.imshow(cells, aspect="auto", interpolation="nearest", extent=_extent(run, ids))
         out = [(r.round, ids.index(i)) for r in run.rounds for i in r.quarantined if i in r.cohort]
         axes.plot([x for x, _ in out], [y for _, y in out], "X", color=INK, markersize=5)
+        _mark_malicious(axes, run, ids, INK)
         _dress(axes, run, ids)
         axes.set_title("Whom the rule kept")
         used = ["kept", "dropped"] + (["quarantined"] if any(r.quarantined for r in run.rounds) else [])
         keys = [Patch(facecolor=colours[name], label=name) for name in used]
         fig.legend(handles=keys, loc="outside lower left", ncols=3, fontsize=9.5, columnspacing=1.2)
         svg = to_svg(fig, salt)
-    judged = [
-        (i in bad, i in record.kept)
-        for record in _under_attack(run)
-        for i in record.cohort
-        if record.kept is not None and i not in record.quarantined
-    ]
-    counts = [
-        f"{sum(group)} of {plural(len(group), f'{who} row')}"
-        for who, inside in (("malicious", True), ("honest", False))
-        if (group := [kept for is_bad, kept in judged if is_bad is inside])
-    ]
-    when = " under attack" if any(record.attacking for record in run.rounds) else ""
-    alt = f"{defense_name(run)} kept {' and '.join(counts)}{when}."
-    return Picture(salt, svg, alt, "One cell per client and round.")
+    return Picture(salt, svg, kept_says(run), f"One cell per client and round.{_marked(run)}{_blank(run)}")
+
+
+def _mark_malicious(axes: Axes, run: Run, ids: Sequence[str], colour: str) -> None:
+    """A triangle on the rows of a round's attackers, where they are others in each round."""
+    if redrawn(run):
+        spots = [(r.round, ids.index(i)) for r in run.rounds if r.attacking for i in r.malicious]
+        axes.plot([x for x, _ in spots], [y for _, y in spots], ls="", marker="^", color=colour, markersize=3)
+
+
+def _marked(run: Run) -> str:
+    return " A triangle: attacks in that round." if redrawn(run) else ""
 
 
 def _weight_map(run: Run, salt: str) -> Picture:
-    ids, bad = clients_of(run), malicious_of(run)
-
-    def share(record: Any, i: str) -> Any:
-        """The weight in units of an equal share."""
-        weights = record.weights or {}
-        return weights[i] * len(weights) if i in weights else None
-
+    ids = clients_of(run)
     with matplotlib.rc_context(STYLE):
         fig, axes = _canvas(run, ids)
-        cells = _grid(run, ids, share, 1)[:, :, 0]
+        cells = _grid(run, ids, share_of, 1)[:, :, 0]
         top = max(2.0, float(np.nanquantile(cells, 0.98)))
         image = axes.imshow(
             cells,
@@ -280,18 +265,11 @@ def _weight_map(run: Run, salt: str) -> Picture:
             vmin=0,
             vmax=top,
         )
+        _mark_malicious(axes, run, ids, "white")
         _dress(axes, run, ids)
         axes.set_title("How much each client weighed")
         bar = fig.colorbar(image, ax=axes, pad=0.02, aspect=25, extend="max")
         bar.set_label("weight (1 = equal share)")
         bar.outline.set_visible(False)
         svg = to_svg(fig, salt)
-    means = []
-    for who, inside in (("malicious", True), ("honest", False)):
-        rows = [(r, i) for r in _under_attack(run) for i in r.cohort if (i in bad) is inside]
-        group = [v for r, i in rows if (v := share(r, i)) is not None]
-        if group:
-            means.append(f"{who} rows {plain(sum(group) / len(group))}")
-    server = defense_name(run) if run.defended else "The plain mean"
-    alt = f"{server} weighed {' and '.join(means)} of an equal share on average."
-    return Picture(salt, svg, alt, "One cell per client and round.")
+    return Picture(salt, svg, weights_says(run), f"One cell per client and round.{_marked(run)}{_blank(run)}")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,9 @@ HERE = Path(__file__).parent
 T = TypeVar("T")
 
 
-def fill(template: str, *, styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
-    """A whole page: everything from files is escaped, and only the page's own script may run."""
+@lru_cache(maxsize=1)
+def _templates() -> Environment:
+    """The templates, each compiled once in a process."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -31,14 +33,23 @@ def fill(template: str, *, styles: Sequence[str], scripts: Sequence[str], **cont
     )
     environment.filters["unbroken"] = unbroken
     environment.filters["breakable"] = breakable
+    return environment
+
+
+def fill(template: str, *, styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
+    """A whole page: everything from files is escaped, and only the page's own script may run."""
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = environment.get_template(template).render(
-        version=VERSION,
-        css=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in styles)),
-        js=Markup(script),
-        script_hash=f"sha256-{digest}",
-        **content,
+    text = (
+        _templates()
+        .get_template(template)
+        .render(
+            version=VERSION,
+            css=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in styles)),
+            js=Markup(script),
+            script_hash=f"sha256-{digest}",
+            **content,
+        )
     )
     return str(text)
 

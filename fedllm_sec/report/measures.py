@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fedllm_sec.records.history import RoundRecord
+from fedllm_sec.records.history import DETAILS, RoundRecord
+from fedllm_sec.records.outcomes import found_under_attack
 from fedllm_sec.report.runs import Run, methods
 
 
@@ -24,25 +25,59 @@ class Measure:
 
 @dataclass(frozen=True)
 class Kind:
-    """How a measure is named and written."""
+    """How a measure is named, explained and written."""
 
     key: str
     title: str
     unit: str  # rate: 0.71; percent: 97 %; number: 3 digits; seconds
     higher_is_better: bool | None
+    explained: str = ""
+    least: float | None = None  # below which it cannot be
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest value that it can have."""
+        if self.unit in ("rate", "percent"):
+            return 0.0, 1.0
+        return (-math.inf if self.least is None else self.least), math.inf
 
 
 QUALITY = (
-    Kind("accuracy", "accuracy", "rate", True),
-    Kind("exact_match", "exact match", "rate", True),
-    Kind("token_overlap", "token overlap", "rate", True),
-    Kind("loss", "held-out loss", "number", False),
-    Kind("perplexity", "perplexity", "number", False),
+    Kind("accuracy", "accuracy", "rate", True, "share of clean held-out rows answered right"),
+    Kind("exact_match", "exact match", "rate", True, "share of answers that are the right text exactly"),
+    Kind("token_overlap", "token overlap", "rate", True, "how many tokens an answer shares with the right one"),
+    Kind("loss", "held-out loss", "number", False, "", 0.0),
+    Kind("perplexity", "perplexity", "number", False, "exp of the held-out loss", 0.0),
 )
 ATTACK = (
-    Kind("asr", "attack success", "percent", False),
-    Kind("false_trigger", "false triggers", "percent", False),
-)
+    Kind("asr", "attack success", "percent", False, "share of triggered held-out rows that got the attacker's answer"),
+    Kind(
+        "false_trigger", "false triggers", "percent", False,
+        "share of clean held-out rows, without the trigger, that got the attacker's answer",
+    ),
+)  # fmt: skip
+# What is written under "loss", by task: its name, and what it is a mean of.
+LOSSES = {
+    "causal_lm": ("held-out loss", "mean loss per token on clean held-out rows"),
+    "classify": ("held-out loss", "mean log-loss of a clean held-out row"),
+    "nas": ("held-out loss", "mean log-loss of a clean held-out row"),
+    "next_char": ("held-out loss", "mean loss per character on clean held-out text"),
+    "gan": (
+        "Fréchet distance",
+        "from generated to real images in the first 32 principal components of these, over their variance: 0 is the "
+        "same distribution, 1 a generator that always gives the mean image",
+    ),
+}
+ASKED = {"causal_lm": "prompt", "next_char": "character"}  # what the model is asked on; else rows
+
+
+def tasks_of(runs: Iterable[Run]) -> list[str]:
+    return list(dict.fromkeys(str(run.recipe.get("task", "causal_lm")) for run in runs))
+
+
+def asked(run: Run) -> str:
+    """What a trigger is put into: prompts, characters, rows."""
+    return ASKED.get(tasks_of([run])[0], "row")
 
 
 def kinds(runs: Sequence[Run]) -> tuple[list[Kind], list[Kind]]:
@@ -50,10 +85,18 @@ def kinds(runs: Sequence[Run]) -> tuple[list[Kind], list[Kind]]:
     found = []
     for known, field in ((QUALITY, "quality"), (ATTACK, "attack")):
         taken = [getattr(record, field) or {} for run in runs for record in run.records]
-        keys = {key for row in taken for key, value in row.items() if value is not None}
+        keys = {key for row in taken for key, value in row.items() if value is not None and key not in DETAILS}
         extra = sorted(keys - {kind.key for kind in known})
-        found.append([k for k in known if k.key in keys] + [_unknown(runs, field, key) for key in extra])
+        named = [_named(k, runs) if k.key == "loss" else k for k in known if k.key in keys]
+        found.append(named + [_unknown(runs, field, key) for key in extra])
     return found[0], found[1]
+
+
+def _named(loss: Kind, runs: Sequence[Run]) -> Kind:
+    """The loss under the name that it has in these runs' tasks."""
+    told = dict.fromkeys(LOSSES.get(task, ("held-out loss", "")) for task in tasks_of(runs))
+    titles, texts = (list(dict.fromkeys(filter(None, parts))) for parts in zip(*told, strict=True))
+    return replace(loss, title=" or ".join(titles), explained="; or ".join(texts))
 
 
 def _unknown(runs: Sequence[Run], field: str, key: str) -> Kind:
@@ -95,9 +138,8 @@ def main_quality(runs: Sequence[Run]) -> Kind | None:
 
 
 def detection_mean(run: Run, key: str) -> Measure | None:
-    """Mean of a detection rate over the rounds under attack (over all rounds of an attack-free run)."""
-    records = [r for r in run.rounds if r.attacking] or (list(run.rounds) if not run.attacked else [])
-    values = [v for r in records if r.detection is not None and (v := r.detection.get(key)) is not None]
+    """Mean of a detection rate over the rounds under attack (over all rounds of a run without attackers)."""
+    values = found_under_attack(run.rounds, run.attacked, "detection", key)
     return Measure(sum(values) / len(values), n=len(values)) if values else None
 
 
@@ -152,20 +194,42 @@ def defense_name(run: Run) -> str:
 # ---------------------------------------------------------------- writing numbers
 
 
+LEAST_SEEN = 1e-9  # what is smaller is rounding: nothing is a rate of a thousand million rows
+
+
+def _fixed(value: float, decimals: int) -> str:
+    """So many decimals; nothing has no sign."""
+    text = f"{value:.{decimals}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def _decimals(value: float, usual: int, whole: float) -> int:
+    """So many decimals as tell a share of `whole` from none and from all of it; `usual` where those do."""
+    size, decimals = abs(value), usual
+    while (text := float(f"{size:.{decimals}f}")) in (0.0, whole) and abs(size - text) > LEAST_SEEN:
+        decimals += 1
+    return decimals
+
+
 def percent(value: float) -> str:
-    """97 %, 0.4 %; never rounds to 0 % or 100 % what is not."""
+    """97 %, 0.4 %, -0.04 %, 99.96 %; never rounds to 0 % or 100 % what is not."""
     if not math.isfinite(value):
         return str(value)
     hundred = 100.0 * value
-    if 0.0 < hundred < 1.0:
-        return f"{hundred:.2g} %"
-    return f"{min(hundred, 99.9):.1f} %" if 99.0 < hundred < 100.0 else f"{hundred:.0f} %"
+    size = abs(hundred)
+    if LEAST_SEEN < size < 1.0:  # two digits
+        decimals = 1 - math.floor(math.log10(size))
+    else:
+        decimals = _decimals(hundred, 1 if 99.0 < size < 100.0 else 0, 100.0)
+    text = _fixed(hundred, decimals)
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
 
 
 def plain(value: float) -> str:
     """Three significant digits or two decimals: 2.13, 0.510, 0.00412, 51234."""
     if not math.isfinite(value):
         return str(value)
+    value += 0.0  # -0 is 0
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-4:
         return f"{value:.2e}"
@@ -193,17 +257,18 @@ def written(value: float, unit: str) -> str:
         return duration(value)
     if unit != "rate" or not math.isfinite(value):
         return plain(value)
-    text = f"{value:.2f}"
-    return "0.00" if text == "-0.00" else text
+    return _fixed(value, _decimals(value, 2, 1.0))
 
 
 def interval(m: Measure, unit: str) -> str:
-    """The interval as [0.66, 0.76] or [93, 99], empty where there is none."""
+    """The interval as [0.66, 0.76] or [93, 99], empty where there is none; a rate's limits have its decimals."""
     if m.low is None or m.high is None:
         return ""
-    if unit == "percent":
-        return f"[{100 * m.low:.0f}, {100 * m.high:.0f}]"
-    return f"[{written(m.low, unit)}, {written(m.high, unit)}]"
+    if unit not in ("percent", "rate") or not math.isfinite(m.value):
+        return f"[{written(m.low, unit)}, {written(m.high, unit)}]"
+    decimals = len(written(m.value, unit).removesuffix(" %").partition(".")[2])
+    times = 100 if unit == "percent" else 1
+    return f"[{_fixed(times * m.low, decimals)}, {_fixed(times * m.high, decimals)}]"
 
 
 def listed(words: Sequence[str]) -> str:

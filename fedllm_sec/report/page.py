@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.records.history import write_atomic
-from fedllm_sec.report import client_plots, plots, tables, words
+from fedllm_sec.report import client_plots, pairs, plots, tables, words
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
 from fedllm_sec.report.markup import environment_of, facts_of, fill, grouped
@@ -56,7 +56,8 @@ def page_of(folder: Path) -> str:
 def summary_text(runs: Sequence[Run]) -> str:
     """The finding, the table and the notes, as plain text."""
     table = tables.as_text(tables.terse(tables.summary_table(runs)))
-    parts = [" ".join(words.finding(runs)), table, *(f"note: {text}" for text in warnings_of(runs))]
+    notes = [*warnings_of(runs), *tables.remarks(runs)]
+    parts = [" ".join(words.finding(runs)), table, *(f"note: {text}" for text in notes)]
     return tables.printable("\n\n".join(parts))
 
 
@@ -77,6 +78,8 @@ def render(runs: Sequence[Run], folders: Sequence[Path]) -> str:
         warnings=warnings_of(runs),
         runs=runs,
         table=tables.terse(tables.summary_table(runs)),
+        remarks=tables.remarks(runs),
+        classes=tables.class_table(runs),
         colours={name: stroke.colour for name, stroke in plots.strokes(runs).items()},
         anchors=anchors,
         curves=curves_of(runs),
@@ -96,7 +99,8 @@ def render(runs: Sequence[Run], folders: Sequence[Path]) -> str:
 
 
 def warnings_of(runs: Sequence[Run]) -> list[str]:
-    return [f"{run.name}: {text}" if len(runs) > 1 else text for run in runs for text in run.warnings]
+    own = [f"{run.name}: {text}" if len(runs) > 1 else text for run in runs for text in run.warnings]
+    return [*pairs.notes(runs), *own]
 
 
 def curves_of(runs: Sequence[Run]) -> list[plots.Picture]:

@@ -7,6 +7,7 @@ marker and line style. Lines, text and grid are written as CSS variables, so tha
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedllm_sec.report.measures import Kind, defense_name, plural, series, written
+from fedllm_sec.report.measures import Kind, Measure, defense_name, plural, series, written
 from fedllm_sec.report.runs import Run
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -145,9 +146,58 @@ def described(run: Run) -> str:
     return label(run.name if name == "none" or name in run.name else f"{run.name} ({name})")
 
 
+def line(
+    axes: Axes, points: Sequence[Measure], stroke: Stroke, *, opacity: float, markers: int, name: str | None = None
+) -> None:
+    """A measure over the rounds, its interval as a band of this opacity, about so many markers, a name for the legend.
+
+    Where it stops being a number the line ends, and a cross at the top says so.
+    """
+    band = [(m.round, m.low, m.high) for m in points if m.low is not None and m.high is not None]
+    if band and stroke != UNNAMED:
+        x, low, high = zip(*band, strict=True)
+        axes.fill_between(x, low, high, color=stroke.colour, alpha=opacity, linewidth=0)
+    axes.plot(
+        [m.round for m in points],
+        [m.value if finite(m.value) else math.nan for m in points],
+        color=stroke.colour,
+        marker=stroke.marker,
+        linestyle=stroke.dashes,
+        markevery=max(1, len(points) // markers),
+        linewidth=1.0 if stroke == UNNAMED else 2.0,
+        label=name,
+        clip_on=False,
+    )
+    lost = lost_at(points)
+    if lost is not None:
+        top = axes.get_xaxis_transform()
+        axes.plot([lost], [0.965], transform=top, ls="", marker="X", ms=8, color=stroke.colour, label="_")
+
+
+def lost_at(points: Sequence[Measure]) -> int | None:
+    """The first round in which the measure is not a finite number."""
+    return next((m.round for m in points if not finite(m.value)), None)
+
+
+def ends(points: Sequence[Measure], unit: str) -> str:
+    """Its first and its last value in words, and from which round it is no number."""
+    lost = lost_at(points)
+    text = f"{written(points[0].value, unit)} → {written(points[-1].value, unit)}"
+    return text if lost is None else f"{text} (not finite in round {lost})"
+
+
+def caption_of(lines: Sequence[Sequence[Measure]], first: str = "") -> str:
+    """What bands and crosses mean, where there are any."""
+    banded = any(m.low is not None and m.high is not None for points in lines for m in points)
+    lost = any(lost_at(points) is not None for points in lines)
+    parts = [first + "bands are 95 % intervals." if banded else "", "A cross: not a finite number." if lost else ""]
+    text = " ".join(filter(None, parts))
+    return text[:1].upper() + text[1:]
+
+
 def curves(runs: Sequence[Run], kind: Kind) -> Picture | None:
     """A measure over the rounds, one line a run, with its interval as a band."""
-    drawn = [(run, points) for run in runs if (points := [m for m in series(run, kind.key) if finite(m.value)])]
+    drawn = [(run, points) for run in runs if (points := series(run, kind.key))]
     if not drawn:
         return None
     chosen = strokes(runs)
@@ -155,31 +205,12 @@ def curves(runs: Sequence[Run], kind: Kind) -> Picture | None:
         fig, axes = figure()
         for run, points in drawn:
             stroke = chosen[run.name]
-            band = [(m.round, m.low, m.high) for m in points if m.low is not None and m.high is not None]
-            if band and stroke != UNNAMED:
-                x, low, high = zip(*band, strict=True)
-                axes.fill_between(x, low, high, color=stroke.colour, alpha=0.14, linewidth=0)
-            axes.plot(
-                [m.round for m in points],
-                [m.value for m in points],
-                color=stroke.colour,
-                marker=stroke.marker,
-                linestyle=stroke.dashes,
-                markevery=max(1, len(points) // 10),
-                linewidth=1.0 if stroke == UNNAMED else 2.0,
-                label="_" if stroke == UNNAMED else described(run),
-                clip_on=False,
-            )
+            line(axes, points, stroke, opacity=0.14, markers=10, name="_" if stroke == UNNAMED else described(run))
         unnamed = sum(chosen[run.name] == UNNAMED for run, _ in drawn)
         if unnamed:
             axes.plot([], [], color=MUTED, linestyle=UNNAMED.dashes, linewidth=1, label=plural(unnamed, "other run"))
         round_axis(axes, [r for run, _ in drawn for r in run.records])
-        if kind.unit in ("percent", "rate"):
-            axes.set_ylim(0, 1)
-        if kind.unit == "percent":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
-        elif spread([m.value for _, points in drawn for m in points]) > 50:
-            log_scale(axes)
+        value_axis(axes, [m.value for _, points in drawn for m in points], kind.unit)
         axes.set_title(_titled(kind))
         mark_attack(axes, [run for run, _ in drawn])
         if len(drawn) > 1:
@@ -187,8 +218,17 @@ def curves(runs: Sequence[Run], kind: Kind) -> Picture | None:
             fig.legend(loc="outside lower left", ncols=columns, fontsize=10, handlelength=3.2)
         salt = f"curve-{re.sub(r'[^a-z0-9]+', '-', kind.key)}"
         svg = to_svg(fig, salt)
-    caption = "Bands are 95 % intervals." if kind.unit != "number" else ""
-    return Picture(salt, svg, _curve_alt(drawn, kind), caption)
+    return Picture(salt, svg, _curve_alt(drawn, kind), caption_of([points for _, points in drawn]))
+
+
+def value_axis(axes: Axes, values: Sequence[float], unit: str) -> None:
+    """From 0 to 1 for a rate; for a number logarithmic where the finite values spread widely."""
+    if unit in ("percent", "rate"):
+        axes.set_ylim(0, 1)
+    elif spread([v for v in values if finite(v)]) > 50:
+        log_scale(axes)
+    if unit == "percent":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
 
 
 def _titled(kind: Kind) -> str:
@@ -206,7 +246,7 @@ def _curve_alt(drawn: Sequence[tuple[Run, list[Any]]], kind: Kind) -> str:
     for run, points in drawn[:12]:
         first, last = points[0], points[-1]
         when = "" if shared else f" (round {first.round} to {last.round})"
-        parts.append(f"{run.name} {written(first.value, kind.unit)} → {written(last.value, kind.unit)}{when}")
+        parts.append(f"{run.name} {ends(points, kind.unit)}{when}")
     more = f"; and {len(drawn) - 12} more runs" if len(drawn) > 12 else ""
     head = f"{kind.title[0].upper()}{kind.title[1:]}"
     head += f" from round {shared[0]} to {shared[1]}" if shared else " over the rounds"
@@ -238,14 +278,18 @@ def round_axis(axes: Axes, records: Sequence[Any]) -> None:
 
 
 def mark_attack(axes: Axes, runs: Sequence[Run]) -> None:
-    """A line where an attack starts or stops inside the run, named between the picture and its title."""
+    """A line where an attack starts or stops inside the run, named between the picture and its title.
+
+    From the recipe: a round in which the attackers pause, or draw not to attack, is neither.
+    """
     edges: dict[float, str] = {}
     for run in runs:
-        active = [record.round for record in run.rounds if record.attacking]
-        if active and active[0] > 1:
-            edges[active[0] - 0.5] = "attack starts"
-        if active and active[-1] < run.rounds[-1].round:
-            edges[active[-1] + 0.5] = "attack stops"
+        start, stop = run.attack.get("start"), run.attack.get("stop")
+        last = run.records[-1].round
+        if isinstance(start, int) and 1 < start <= last:
+            edges[start - 0.5] = "attack starts"
+        if isinstance(stop, int) and 1 <= stop < last:
+            edges[stop + 0.5] = "attack stops"
     for x, text in edges.items():
         axes.axvline(x, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
         axes.text(

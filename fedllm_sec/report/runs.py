@@ -232,11 +232,16 @@ def _numbers(values: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _measures(values: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Numbers, None, and rates {value, low, high, n}."""
-    return {
-        key: _numbers(value, f"{place}.{key}") if isinstance(value, dict) else _numbers({key: value}, place)[key]
-        for key, value in values.items()
-    }
+    """Numbers, None, rates {value, low, high, n}, and DETAILS."""
+
+    def number(key: str, value: Any) -> Any:
+        if key == "reasons" and value is not None:
+            return {str(name): str(why) for name, why in value.items()}
+        if key == "per_class" and value is not None:
+            return _measures(value, f"{place}.{key}")
+        return _numbers(value, f"{place}.{key}") if isinstance(value, dict) else _numbers({key: value}, place)[key]
+
+    return {key: number(key, value) for key, value in values.items()}
 
 
 def _read_text(path: Path) -> str:

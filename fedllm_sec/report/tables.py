@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fedllm_sec.records.outcomes import worst_classes
 from fedllm_sec.report.measures import (
+    ATTACK,
+    QUALITY,
     Kind,
     Measure,
     attack_name,
@@ -15,12 +18,15 @@ from fedllm_sec.report.measures import (
     final,
     interval,
     kinds,
+    listed,
     total_seconds,
     written,
 )
 from fedllm_sec.report.runs import Run
 
 NOT_MEASURED = "n/a"
+CLASSES_SHOWN = 100
+OVER = "mean over the rounds under attack, or over all of a run without attackers"
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Cell:
     interval: str = ""
     sort: float | None = None
     measure: Measure | None = None
+    worst: bool = False  # marked as the worst of its column
 
     def __str__(self) -> str:
         return f"{self.text} {self.interval}".rstrip()
@@ -78,20 +85,14 @@ def summary_table(runs: Sequence[Run]) -> Table:
 
     for kind in (*attack, *quality):
         add(
-            Column(kind.key, kind.title, kind.unit, _explain(kind)),
+            Column(kind.key, kind.title, kind.unit, kind.explained),
             [_number_cell(final(run, kind.key), kind.unit) for run in runs],
         )
+    explained = "the class with the lowest accuracy at the last evaluation; all classes stand in their own table"
+    add(Column("worst class", "worst class", "rate", explained), [worst_class(run) for run in runs])
     for key, title, explained in (
-        (
-            "tpr",
-            "malicious dropped",
-            "share of malicious rows that the rule dropped, mean over attacked rounds (TPR)",
-        ),
-        (
-            "fpr",
-            "honest dropped",
-            "share of honest rows that the rule dropped, mean over attacked rounds (FPR)",
-        ),
+        ("tpr", "malicious dropped", f"share of malicious rows that the rule dropped, {OVER} (TPR)"),
+        ("fpr", "honest dropped", f"share of honest rows that the rule dropped, {OVER} (FPR)"),
     ):
         add(
             Column(key, title, "percent", explained),
@@ -102,7 +103,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
             "auc",
             "AUC",
             "rate",
-            "chance that a malicious row scores worse than an honest one, mean over rounds",
+            f"chance that a malicious row scores worse than an honest one, {OVER}",
         ),
         [_number_cell(detection_mean(run, "auc"), "rate") for run in runs],
     )
@@ -122,14 +123,63 @@ def summary_table(runs: Sequence[Run]) -> Table:
     return Table(columns, cells, _note(runs, [*quality, *attack]))
 
 
-def _explain(kind: Kind) -> str:
-    return {
-        "asr": "share of triggered held-out prompts that got the attacker's answer",
-        "false_trigger": "share of clean held-out prompts that got the attacker's answer",
-        "accuracy": "share of clean held-out rows answered right",
-        "loss": "mean loss per token on clean held-out rows",
-        "perplexity": "exp of the held-out loss",
-    }.get(kind.key, "")
+def worst_class(run: Run) -> Cell:
+    """The lowest accuracy of a class, with its name; all names where several share it."""
+    found = worst_classes(next((r.quality for r in reversed(run.records) if r.quality is not None), None))
+    if found is None:
+        return Cell(NOT_MEASURED)
+    names, rate = found
+    m = Measure(rate["value"], rate.get("low"), rate.get("high"))
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return Cell(written(m.value, "rate"), f"{interval(m, 'rate')} ({some})".strip(), m.value, m)
+
+
+def class_table(runs: Sequence[Run]) -> Table | None:
+    """Accuracy class by class at the last evaluation, one column a run; the worst of each run is marked."""
+    rates: dict[str, dict[str, Measure]] = {}
+    for run in runs:
+        quality = next((r.quality for r in reversed(run.records) if r.quality is not None), None)
+        found = ((quality or {}).get("per_class") or {}).items()
+        rates[run.name] = {
+            name: Measure(rate["value"], rate.get("low"), rate.get("high"))
+            for name, rate in found
+            if rate and rate.get("value") is not None
+        }
+    classes = list(dict.fromkeys(name for own in rates.values() for name in own))
+    shown = [run for run in runs if rates[run.name]]
+    if not classes:
+        return None
+    least = {run.name: min(m.value for m in rates[run.name].values()) for run in shown}
+    rows = []
+    for name in classes[:CLASSES_SHOWN]:
+        cells = []
+        for run in shown:
+            m = rates[run.name].get(name)
+            cell = _number_cell(m, "rate")
+            cells.append(replace(cell, worst=m is not None and m.value == least[run.name]))
+        rows.append([Cell(name), *cells])
+    columns = [Column("class", "class", "text"), *(Column(run.name, run.name, "rate") for run in shown)]
+    more = len(classes) - len(rows)
+    note = "Accuracy of each class at the last evaluation; the worst of each run is marked."
+    return Table(columns, rows, note + (f" {more} more classes are in history.jsonl." if more > 0 else ""))
+
+
+def remarks(runs: Sequence[Run]) -> list[str]:
+    """Why a rate is not measured, and which held-out rows count in none, from the last evaluation of each run."""
+    texts: dict[str, list[str]] = {}
+    for run in runs:
+        blocks = [
+            next((block for r in reversed(run.records) if (block := getattr(r, field)) is not None), None) or {}
+            for field in ("quality", "attack")
+        ]
+        titles = {kind.key: kind.title for kind in (*QUALITY, *ATTACK)}
+        for block in blocks:
+            for key, why in (block.get("reasons") or {}).items():
+                texts.setdefault(f"{titles.get(key, key)} n/a: {why}", []).append(run.name)
+            for why, count in (block.get("left_out") or {}).items():
+                texts.setdefault(f"in none of the attack's rates: {count:.0f} held-out ({why})", []).append(run.name)
+    alone = len(runs) == 1
+    return [f"{text}." if alone else f"{listed(names)}: {text}." for text, names in texts.items()]
 
 
 def _rounds_text(run: Run) -> str:
@@ -205,7 +255,7 @@ def as_markdown(table: Table, *, caption: str = "") -> str:
     head = "| " + " | ".join(_markdown(column.title) for column in table.columns) + " |"
     align = "|" + "|".join(" :-- " if column.unit == "text" else " --: " for column in table.columns) + "|"
     body = ["| " + " | ".join(_markdown(str(cell)) for cell in row) + " |" for row in table.rows]
-    above = [f"**{_markdown(caption)}**", ""] if caption else []
+    above = [f"**{_markdown(caption.strip())}**", ""] if caption else []
     below = ["", table.note] if table.note else []
     return "\n".join([*above, head, align, *body, *below])
 
@@ -238,6 +288,10 @@ LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "→": r"$\rightarrow$",
+    "<": r"\textless{}",  # the usual font has other signs in the places of these four
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\texttt{\char34}",
     **{c: f"\\{c}" for c in "&%$#_{}"},
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedllm_sec.report import pairs
 from fedllm_sec.report.measures import (
     Kind,
     Measure,
+    asked,
     attack_name,
     defense_name,
     final,
@@ -43,22 +46,30 @@ def trigger_and_target(run: Run) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _groups(runs: Sequence[Run]) -> tuple[Run | None, Run | None, list[Run]]:
-    """The attack-free run, the attacked run without a defense, and the attacked runs with one."""
-    clean = next((r for r in runs if not r.attacked and not r.defended), None)
-    clean = clean or next((r for r in runs if not r.attacked), None)
-    bare = next((r for r in runs if r.attacked and not r.defended), None)
-    return clean, bare, [r for r in runs if r.attacked and r.defended]
+FEDERATIONS_TOLD = 4
+Measured = tuple[Run, Measure]
 
 
 def finding(runs: Sequence[Run]) -> list[str]:
-    """What the attack did and what the defense saved, in one or two sentences."""
-    clean, bare, defended = _groups(runs)
+    """What the attack did and what the defense saved, in one or two sentences for each federation."""
+    groups = pairs.federations(runs)
+    if len(groups) == 1:
+        return _finding(runs)
+    told = [f"{pairs.label_of(group, runs)}: {text}" for group in groups[:FEDERATIONS_TOLD] for text in _finding(group)]
+    more = len(groups) - FEDERATIONS_TOLD
+    return [*told, *([f"{plural(more, 'more federation')}: see the table."] if more > 0 else [])]
+
+
+def _finding(runs: Sequence[Run]) -> list[str]:
+    """The same for runs that differ in attack and defense only."""
+    clean = next((r for r in runs if not r.attacked and not r.defended), None)
+    bare = next((r for r in runs if r.attacked and not r.defended), None)
+    defended = [r for r in runs if r.attacked and r.defended]
     quality = main_quality(runs)
     if bare is None and not defended:
         return _attack_free(runs, quality)
-    attacked = [run for run in (bare, *defended) if run is not None]
-    if len({attack_name(run) for run in attacked}) > 1:
+    attacked = [run for run in runs if run.attacked]
+    if len({pairs.attack_of(run) for run in attacked}) > 1:
         return _several_attacks(attacked)
     if any(final(run, "asr") is not None for run in attacked):
         return _backdoor(clean, bare, defended, quality)
@@ -76,25 +87,38 @@ def _attack_free(runs: Sequence[Run], quality: Kind | None) -> list[str]:
 
 
 def _several_attacks(attacked: Sequence[Run]) -> list[str]:
+    attacks = len({pairs.attack_of(run) for run in attacked})
+    defenses = len({str(run.defense) for run in attacked if run.defended})
+    return [f"{plural(attacks, 'attack')} against {plural(defenses, 'defense')}.", *_most_successful(attacked)]
+
+
+def _most_successful(attacked: Sequence[Run]) -> list[str]:
     measured = [(run, m) for run in attacked if (m := final(run, "asr")) is not None]
-    attacks = len({attack_name(run) for run in attacked})
-    defenses = len({defense_name(run) for run in attacked if run.defended})
-    sentences = [f"{plural(attacks, 'attack')} against {plural(defenses, 'defense')}."]
-    if measured:
-        worst_run, worst = max(measured, key=lambda pair: pair[1].value)
-        sentences.append(
-            f"The most successful, {attack_name(worst_run)} against {_by(worst_run)}, "
-            f"got its answer on {percent(worst.value)}{_of(worst)}."
-        )
-    return sentences
+    if not measured:
+        return []
+    run, top = max(measured, key=lambda pair: pair[1].value)
+    same, near = (
+        listed([f"{attack_name(run)} against {_by(run, attacked)}" for run in runs])
+        for runs in pairs.level_with(top, measured, "percent")
+    )
+    text = f"The most successful, {same}, got the attacker's answer on {percent(top.value)}{_of(run, top)}"
+    return [f"{text}; {near} cannot be told apart from that." if near else f"{text}."]
 
 
-def _by(run: Run) -> str:
-    return defense_name(run) if run.defended else "no defense"
+def _by(run: Run, among: Sequence[Run]) -> str:
+    """The defense by name, and the run where several have that name."""
+    name = defense_name(run) if run.defended else "no defense"
+    same = [other for other in among if other.defended and defense_name(other) == name]
+    return f"{name} ({run.name})" if len(same) > 1 else name
 
 
-def _of(m: Measure) -> str:
-    return f" of {m.n} triggered prompts" if m.n else " of the triggered prompts"
+def _some(runs: Sequence[Run], among: Sequence[Run]) -> str:
+    return listed([_by(run, among) for run in runs]) if len(runs) < 4 else f"{len(runs)} of them"
+
+
+def _of(run: Run, m: Measure) -> str:
+    rows = f"triggered {asked(run)}s"
+    return f" of {m.n} {rows}" if m.n else f" of the {rows}"
 
 
 def _backdoor(clean: Run | None, bare: Run | None, defended: list[Run], quality: Kind | None) -> list[str]:
@@ -104,89 +128,110 @@ def _backdoor(clean: Run | None, bare: Run | None, defended: list[Run], quality:
     answer = quoted(target) if target is not None else "the attacker's answer"
     before = final(bare, "asr") if bare is not None else None
     shielded = [(run, m) for run in defended if (m := final(run, "asr")) is not None]
-    shielded.sort(key=lambda pair: pair[1].value)
-    if before is not None:
-        text = f"{what} made the undefended model answer {answer} to {percent(before.value)}{_of(before)}"
-        text += _base_rate(bare, before)
+    shielded.sort(key=lambda pair: math.inf if math.isnan(pair[1].value) else pair[1].value)
+    if bare is not None and before is not None:
+        text = _taught(f"{what} made the undefended model answer {answer}", bare, before, clean)
         text += f"; {_outcomes(before, shielded)}." if shielded else "."
     else:
         run, m = shielded[0]
-        model = f"the model defended by {defense_name(run)}"
-        text = f"{what} made {model} answer {answer} to {percent(m.value)}{_of(m)}"
-        rest = [f"{percent(m.value)} under {defense_name(run)}" for run, m in shielded[1:4]]
+        model = f"the model defended by {_by(run, defended)}"
+        text = _taught(f"{what} made {model} answer {answer}", run, m, clean)
+        rest = [f"{percent(m.value)} under {_by(run, defended)}" for run, m in shielded[1:4]]
         text += f" ({'; '.join(rest)})." if rest else "."
     best = shielded[0][0] if shielded else None
     return [text, *_quality_sentence(quality, clean, bare, best)]
 
 
-def _base_rate(run: Run | None, asr: Measure) -> str:
+def _taught(made: str, run: Run, m: Measure, clean: Run | None) -> str:
+    """How often the answer came, and how often it comes anyway: from the attack-free model, or without the trigger."""
+    free = final(clean, "asr") if clean is not None and pairs.asked_alike(run, clean) else None
+    text = f"{made} to {percent(m.value)}{_of(run, m)}"
+    if free is not None and not pairs.apart(m, free, "percent"):
+        return f"{text}, which cannot be told from the attack-free model's {percent(free.value)}"
+    if free is not None:
+        return f"{text} (the attack-free model: {percent(free.value)})"
+    return text + _base_rate(run, m)
+
+
+def _base_rate(run: Run, asr: Measure) -> str:
     """How often the same answer comes without the trigger, where that explains a part of the success."""
-    base = final(run, "false_trigger") if run is not None else None
+    base = final(run, "false_trigger")
     if base is None or base.value < 0.1 or base.value < 0.1 * asr.value:
         return ""
     return f" (and to {percent(base.value)} of clean ones, without the trigger)"
 
 
-def _outcomes(before: Measure, shielded: Sequence[tuple[Run, Measure]]) -> str:
-    """What each defense made of it, the best first; many are summed up by the best and the worst."""
+def _outcomes(before: Measure, shielded: Sequence[Measured]) -> str:
+    """What each defense made of it, the least success first; many are summed up by the two ends."""
+    among = [run for run, _ in shielded]
     if len(shielded) > 3:
-        best, worst = shielded[0], shielded[-1]
-        return (
-            f"the best of {len(shielded)} defenses, {defense_name(best[0])}, {_moved(before, best[1])} "
-            f"{percent(best[1].value)}, the worst, {defense_name(worst[0])}, {_moved(before, worst[1])} "
-            f"{percent(worst[1].value)}"
-        )
+        ends = []
+        for word, m in (("least", shielded[0][1]), ("most", shielded[-1][1])):
+            same, near = (_some(runs, among) for runs in pairs.level_with(m, shielded, "percent"))
+            ends.append(f"{word} is left by {same}, which {_moved(before, m)} {percent(m.value)}")
+            ends[-1] += f" ({near} cannot be told apart from that)" if near else ""
+        return f"of {len(shielded)} defenses the {', the '.join(ends)}"
     by_verb: dict[str, list[str]] = {}
     for run, m in shielded:
         verb = _moved(before, m)
         to = f"{verb if verb not in by_verb else verb.split()[-1]} {percent(m.value)}"
-        by_verb.setdefault(verb, []).append(f"{defense_name(run)} {to}")
+        by_verb.setdefault(verb, []).append(f"{_by(run, among)} {to}")
     return ", ".join(listed(group) for group in by_verb.values())
 
 
 def _moved(before: Measure, after: Measure) -> str:
-    """Brought down or raised only where the intervals do not overlap, else left."""
-    below = after.value < before.value and (after.high is None or before.low is None or after.high < before.low)
-    above = after.value > before.value and (after.low is None or before.high is None or after.low > before.high)
-    return "brought it down to" if below else "raised it to" if above else "left it at"
+    """Brought down or raised only where the two can be told apart, else left."""
+    if not pairs.apart(before, after, "percent"):
+        return "left it at"
+    return "brought it down to" if after.value < before.value else "raised it to"
 
 
 def _quality_sentence(quality: Kind | None, clean: Run | None, bare: Run | None, best: Run | None) -> list[str]:
     if quality is None:
         return []
     parts = []
-    for run, label in (
-        (clean, "attack-free"),
-        (bare, "attacked"),
-        (best, f"with {defense_name(best)}" if best else ""),
-    ):
+    shielded = f"with {defense_name(best)}" if best else ""
+    for run, label in ((clean, "attack-free"), (bare, "attacked"), (best, shielded)):
         m = final(run, quality.key) if run is not None else None
         if m is not None:
             parts.append(f"{written(m.value, quality.unit)} {label}")
     return [f"{quality.title[0].upper()}{quality.title[1:]}: {', '.join(parts)}."] if parts else []
 
 
+def _harm(value: float, quality: Kind) -> float:
+    """Larger is worse; what is not a number is worst."""
+    return math.inf if math.isnan(value) else value if quality.higher_is_better is False else -value
+
+
 def _damage(clean: Run | None, bare: Run | None, defended: list[Run], quality: Kind | None) -> list[str]:
     """For attacks that aim at quality itself."""
     first = bare or defended[0]
-    who = _who(first)
-    text = f"{attack_name(first)} by {who}"
+    text = f"{attack_name(first)} by {_who(first)}"
     if quality is None or all(final(run, quality.key) is None for run in (bare, *defended) if run is not None):
         return [f"{text}: nothing was evaluated."]
     start, hurt = (final(run, quality.key) if run is not None else None for run in (clean, bare))
-    if hurt is not None and start is not None:
-        text += (
-            f" took the undefended model's {quality.title} from {written(start.value, quality.unit)}"
-            f" to {written(hurt.value, quality.unit)}"
-        )
-    elif hurt is not None:
-        text += f" left the undefended model at {quality.title} {written(hurt.value, quality.unit)}"
+    if hurt is not None:
+        text += _hurt(quality, start, hurt)
     shielded = [(run, m) for run in defended if (m := final(run, quality.key)) is not None]
-    shielded.sort(key=lambda pair: pair[1].value, reverse=quality.higher_is_better is not False)
-    kept = [f"{written(m.value, quality.unit)} with {defense_name(run)}" for run, m in shielded[:3]]
+    shielded.sort(key=lambda pair: _harm(pair[1].value, quality))
+    among = [run for run, _ in shielded]
+    kept = [f"{written(m.value, quality.unit)} with {_by(run, among)}" for run, m in shielded[:3]]
     if kept:
         text += f"; it is {listed(kept)}" if hurt is not None else f": {quality.title} {listed(kept)}"
+        text += f", and in the table with {len(shielded) - 3} more" if len(shielded) > 3 else ""
     return [f"{text[0].upper()}{text[1:]}."]
+
+
+def _hurt(quality: Kind, start: Measure | None, hurt: Measure) -> str:
+    """What became of the undefended model: taken down only where that can be told from the attack-free one."""
+    now = written(hurt.value, quality.unit)
+    if start is None:
+        return f" left the undefended model at {quality.title} {now}"
+    then = written(start.value, quality.unit)
+    worse = _harm(hurt.value, quality) > _harm(start.value, quality) and pairs.apart(start, hurt, quality.unit)
+    if worse:
+        return f" took the undefended model's {quality.title} from {then} to {now}"
+    return f" left the undefended model's {quality.title} at {now} (attack-free {then})"
 
 
 # ---------------------------------------------------------------- threat model

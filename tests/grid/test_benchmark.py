@@ -40,10 +40,14 @@ def start(path: Path, out: Path, *more: str) -> int:
     return main([str(path), f"output.folder={out}", *more])
 
 
-def launch(command: list[str], path: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+def launch(command: list[str], path: Path, out: Path, *more: str, deaf: bool = False) -> subprocess.Popen[str]:
+    """The benchmark in a process of its own; `deaf`: with SIGINT ignored, as a shell starts a background job."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *command, "-m", "fedllm_sec.benchmark", str(path), f"output.folder={out}", *more]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if deaf else None,
+    )  # fmt: skip
 
 
 def histories(out: Path) -> dict[str, bytes]:
@@ -272,9 +276,10 @@ def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_and_the_grid_goes_on(finished: Path, tmp_path: Path):
+@pytest.mark.parametrize("deaf", [False, True])
+def test_ctrl_c_stops_all_processes_and_the_grid_goes_on(deaf: bool, finished: Path, tmp_path: Path):
     out = tmp_path / "out"
-    process = launch([], written(tmp_path), out, "--jobs", "2")
+    process = launch([], written(tmp_path), out, "--jobs", "2", deaf=deaf)
     while not list(out.glob("cells/*/history.jsonl")) and process.poll() is None:
         time.sleep(0.05)
     workers = [int(p.read_text()) for p in (out / ".locks").iterdir() if p.read_text()]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pyarrow import parquet
 
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.grid import grid
 from fedllm_sec.grid.axes import label_of
-from fedllm_sec.grid.results import flatten, over_seeds, varying_keys
+from fedllm_sec.grid.cells import describe
+from fedllm_sec.grid.results import _settings, as_csv, as_parquet, flatten, label_in, over_seeds, varying_keys
 from tests.conftest import ROOT
 
 BASE: dict[str, Any] = {
@@ -69,6 +73,60 @@ def test_combinations_that_come_to_the_same_run_are_one_cell():
     }  # fmt: skip
     assert {c.twin for c in found.cells} == {None, "none__none"}
     assert {c.recipe.attack.malicious.count for c in found.cells if c.recipe.enable_attack} == {1, 2}
+
+
+def test_a_cell_that_is_several_combinations_says_so_and_has_no_label_of_what_it_lacks():
+    found = made(
+        {
+            "attack": {"none": None, "flip": {}},
+            "defense": {"none": None, "krum": {"rule": {"name": "multi_krum", "f": 1}}},
+            "defense.rule.f": [1, 2],
+            "attack.malicious.count": [2, 3],
+        },
+        base={**BASE, "clients": {**BASE["clients"], "total": 8}},
+    )
+    cells = {cell.slug: cell for cell in found.cells}
+    twin = cells["none__none"]
+    assert len(twin.also) == 3  # f and count, two values each
+    assert [at["defense.rule.f"] for at in (twin.axes, *twin.also)] == ["1", "1", "2", "2"]
+    assert cells["flip__krum__f-2__count-3"].also == ()
+    shown = {slug: (label_in(c, "defense.rule.f", _settings(c)), label_in(c, "attack.malicious.count", _settings(c)))
+             for slug, c in cells.items()}  # fmt: skip
+    assert shown["none__none"] == (None, None)
+    assert shown["flip__none__count-3"] == (None, 3)
+    assert shown["none__krum__f-2"] == (2, None)
+    assert shown["flip__krum__f-1__count-2"] == (1, 2)
+    assert [*describe(found, "x")["cells"][0]["also"]] == [dict(at) for at in twin.also]
+
+
+def test_settings_of_an_attack_that_is_off_are_no_settings():
+    found = made({"attack": ATTACKS, "attack.malicious.count": [2]})
+    assert [label_in(c, "attack.malicious.count", _settings(c)) for c in found.cells] == [None, 2, 2]
+
+
+def test_a_value_that_is_null_is_empty_and_a_block_is_named_by_its_label():
+    partitions = {"even": {"name": "iid"}}
+    found = made({"clients.per_round": [None, 4], "clients.partition": partitions, "own": {"a": {"rounds": 3}}})
+    labels = [[label_in(c, axis, _settings(c)) for axis in found.axes] for c in found.cells]
+    assert labels == [["none", "none", None, "even", "a"], ["none", "none", 4, "even", "a"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["status", "accuracy", "cell", "seeds", "loss_drop", "asr_rise", "detection_tpr", "done"]
+)
+def test_an_axis_of_ones_own_is_not_named_like_a_column(name):
+    assert f"axes.{name}: is the name of a column of results.csv" in problems({name: {"a": {"rounds": 3}, "b": {}}})
+
+
+def test_what_was_not_measured_is_empty_and_what_is_no_number_says_so():
+    rows = [{"cell": "a", "loss": math.nan, "n": 3}, {"cell": "b", "loss": None, "n": None}]
+    assert as_csv(rows).decode().splitlines() == ["cell,loss,n", "a,nan,3", "b,,"]
+    table = parquet.read_table(io.BytesIO(as_parquet(rows)))
+    assert table.column("loss").null_count == 1
+    assert math.isnan(table.column("loss")[0].as_py())
+    assert str(table.schema.field("n").type) == "int64"
+    means = over_seeds([{**rows[0], "status": "done", "attack": "x", "seed": 0}], {"attack": ["x"], "seed": ["0"]})
+    assert as_csv(means).decode().splitlines()[1].split(",")[-2:] == ["nan", "3.0"]
 
 
 def test_a_run_without_attack_keeps_the_probe_of_its_first_data_attack_and_nothing_else():

@@ -17,8 +17,9 @@ from fedllm_sec.records.history import write_json
 from fedllm_sec.report.grid import details, heat, tables, words
 from fedllm_sec.report.grid.folder import DONE, FAILED, PARTIAL, UNREADABLE, WAITING, read_grid
 from fedllm_sec.report.grid.intervals import difference, over_seeds
-from fedllm_sec.report.grid.numbers import common, met, order_of, ranks, slices, views, worst
+from fedllm_sec.report.grid.numbers import common, met, slices, views, worst
 from fedllm_sec.report.grid.page import paper_text, summary_text
+from fedllm_sec.report.grid.ranks import order_of, ranks
 from fedllm_sec.report.measures import Measure
 from fedllm_sec.report.page import terminal_summary, write_report
 from tests.report.fake_grid import write_grid
@@ -213,7 +214,7 @@ def test_the_worst_case_is_over_the_attacks_and_says_what_is_missing(broken_grid
     accuracy = views(read)[0]
     case = worst(met(slices(read), accuracy), accuracy, "none")
     assert case is not None
-    assert (case.attack, case.measured, case.planned) == ("ipm", 3, 3)
+    assert ([attack for _, attack in case.rows], case.measured, case.planned) == (["ipm"], 3, 3)
 
 
 def test_defenses_are_ranked_in_blocks_in_which_all_have_a_result(grid: Path, broken_grid: Path) -> None:

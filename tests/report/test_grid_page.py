@@ -220,7 +220,7 @@ def test_a_click_on_a_square_opens_its_run_and_escape_goes_back_to_it(browser: B
     assert opened(browser) == "ipm against multi_krum"
     text = browser.run("document.querySelector('dialog').innerText")
     assert "Whom the rule kept" in text
-    assert "rows kept" in text
+    assert "multi_krum kept 0 of 12 malicious rows and 28 of 28 honest rows under attack." in text
     assert "accelerate launch -m fedllm_sec.train" in text
     assert browser.run("location.hash").startswith("#run-")
     browser.press("Escape")

@@ -96,7 +96,7 @@ def test_the_threat_card_says_if_attackers_are_redrawn_act_alone_and_how_often(c
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0 %"), (0.004, "0.4 %"), (0.034, "3 %"), (0.9675, "97 %"), (0.9996, "99.9 %"), (1.0, "100 %")],
+    [(0.0, "0 %"), (0.004, "0.4 %"), (0.034, "3 %"), (0.9675, "97 %"), (0.9996, "99.96 %"), (1.0, "100 %")],
 )
 def test_per_cent_never_rounds_to_all_or_nothing(value: float, text: str) -> None:
     assert percent(value) == text

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import matplotlib
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from fedllm_sec.report.grid.folder import NONE
 from fedllm_sec.report.grid.intervals import over_seeds
 from fedllm_sec.report.grid.numbers import Slice, View
-from fedllm_sec.report.measures import Measure, measure, plural, written
+from fedllm_sec.report.measures import Measure, measure, plural
 from fedllm_sec.report.plots import (
     BLUE,
     GREEN,
@@ -19,16 +19,18 @@ from fedllm_sec.report.plots import (
     PURPLE,
     SKY,
     STYLE,
+    UNNAMED,
     VERMILLION,
     YELLOW,
     Picture,
     Stroke,
+    caption_of,
+    ends,
     figure,
-    finite,
     label,
-    log_scale,
-    spread,
+    line,
     to_svg,
+    value_axis,
 )
 
 PICTURES = 16  # a page draws so many; the other curves open with their run
@@ -40,7 +42,6 @@ OTHERS = (
     Stroke(SKY, "P", (0, (1, 1))),
     Stroke(YELLOW, "*", (0, (8, 1, 1, 1, 1, 1))),
 )
-UNNAMED = Stroke(MUTED, "", (0, (1, 2)))
 
 
 def strokes(best_first: Sequence[str]) -> dict[str, Stroke]:
@@ -80,11 +81,12 @@ def _lines(part: Slice, attack: str, view: View) -> dict[str, list[Measure]]:
         for run in runs:
             for record in run.records if run else ():
                 m = measure(record, view.kind.key)
-                if m is not None and finite(m.value):
+                if m is not None:
                     taken.setdefault(record.round, []).append(m)
         points = []
         for round in sorted(taken):
-            if len(taken[round]) == len(runs) and (m := over_seeds(taken[round], view.unit)) is not None:
+            m = over_seeds(taken[round], view.unit, view.kind.bounds[0])
+            if m is not None and len(taken[round]) == len(runs):
                 points.append(Measure(m.value, m.low, m.high, m.n, round))
         if points:
             lines[defense] = points
@@ -98,21 +100,7 @@ def _picture(
     with matplotlib.rc_context(STYLE):
         fig, axes = figure(height=3.5)
         for name in reversed(order):
-            stroke, points = chosen[name], lines[name]
-            band = [(m.round, m.low, m.high) for m in points if m.low is not None and m.high is not None]
-            if band and stroke != UNNAMED:
-                x, low, high = zip(*band, strict=True)
-                axes.fill_between(x, low, high, color=stroke.colour, alpha=0.12, linewidth=0)
-            axes.plot(
-                [m.round for m in points],
-                [m.value for m in points],
-                color=stroke.colour,
-                marker=stroke.marker,
-                linestyle=stroke.dashes,
-                markevery=max(1, len(points) // 8),
-                linewidth=1.0 if stroke == UNNAMED else 2.0,
-                clip_on=False,
-            )
+            line(axes, lines[name], chosen[name], opacity=0.12, markers=8)
         named = [name for name in order if chosen[name] != UNNAMED]
         handles = [
             axes.plot([], [], color=s.colour, marker=s.marker, linestyle=s.dashes, label=label(_called(name), 26))[0]
@@ -124,22 +112,21 @@ def _picture(
             handles += axes.plot([], [], color=MUTED, linestyle=UNNAMED.dashes, linewidth=1, label=text)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-        if view.unit in ("percent", "rate"):
-            axes.set_ylim(0, 1)
-        elif spread([m.value for points in lines.values() for m in points]) > 50:
-            log_scale(axes)
-        if view.unit == "percent":
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+        value_axis(axes, [m.value for points in lines.values() for m in points], view.unit)
         axes.set_title(label(title, 58))
         fig.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=10, handlelength=3.2)
         svg = to_svg(fig, salt)
-    ends = "; ".join(
-        f"{_called(name)} {written(lines[name][0].value, view.unit)} → {written(lines[name][-1].value, view.unit)}"
-        for name in order
-    )
-    first, last = (min(p[at].round for p in lines.values()) for at in (0, -1))
-    caption = "Means over seeds; bands are 95 % intervals." if any(p[-1].low for p in lines.values()) else ""
-    return Picture(salt, svg, f"{title}, from round {first} to {last}: {ends}.", caption)
+    spans = {(points[0].round, points[-1].round) for points in lines.values()}
+    shared = spans.pop() if len(spans) == 1 else None
+    texts = []
+    for name in order:
+        points = lines[name]
+        when = "" if shared else f" (round {points[0].round} to {points[-1].round})"
+        texts.append(f"{_called(name)} {ends(points, view.unit)}{when}")
+    head = f"{title}, from round {shared[0]} to {shared[1]}" if shared else f"{title}, over the rounds"
+    several = any((m.n or 0) > 1 for points in lines.values() for m in points)
+    caption = caption_of([*lines.values()], "means over seeds; " if several else "")
+    return Picture(salt, svg, f"{head}: {'; '.join(texts)}.", caption)
 
 
 def _called(name: str) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import mean
 from typing import Any
 
-from fedllm_sec.records.outcomes import lifespan
-from fedllm_sec.report.client_plots import clients_of, malicious_of
+from fedllm_sec.records.outcomes import lifespan, means_under_attack
+from fedllm_sec.report.decided import clients_of, decisions_say, malicious_of, who_first
 from fedllm_sec.report.grid.folder import Cell, Grid
 from fedllm_sec.report.grid.numbers import View
 from fedllm_sec.report.grid.tables import number
-from fedllm_sec.report.measures import detection_mean, flat, kinds, percent, plain, series, written
+from fedllm_sec.report.measures import detection_mean, flat, kinds, percent, plain, plural, series, written
+from fedllm_sec.report.pairs import asked_alike
+from fedllm_sec.report.plots import ends
 from fedllm_sec.report.runs import Run, command_of
+from fedllm_sec.report.tables import remarks, worst_class
 
 CURVE_POINTS = 60
 TOTAL_LETTERS = 3_000_000  # all decision maps of a page together, one letter a client and round
@@ -28,15 +30,21 @@ def details(grid: Grid, shown: Sequence[View]) -> list[dict[str, Any]]:
     base = next((cell.run for cell in grid.cells if cell.run is not None), None)
     basis = dict(flat(base.recipe)) if base else {}
     places = {cell.folder: place for place, cell in enumerate(grid.cells)}
-    return [_entry(cell, shown, basis, letters, places) for cell in grid.cells]
+    runs = {cell.folder: cell.finished for cell in grid.cells}
+    return [_entry(cell, shown, basis, letters, places, runs.get(cell.twin or "")) for cell in grid.cells]
 
 
 def _entry(
-    cell: Cell, shown: Sequence[View], basis: Mapping[str, Any], letters: int, places: Mapping[str, int]
+    cell: Cell,
+    shown: Sequence[View],
+    basis: Mapping[str, Any],
+    letters: int,
+    places: Mapping[str, int],
+    twin: Run | None,
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "slug": cell.slug,
-        "axes": dict(cell.axes),
+        "axes": cell.shown_axes,
         "state": cell.state,
         "reason": cell.reason,
         "trace": cell.trace,
@@ -47,7 +55,8 @@ def _entry(
         return {key: value for key, value in entry.items() if value not in ("", None)}
     run = cell.run
     entry |= {
-        "measures": _measures(cell, shown),
+        "measures": _measures(cell, shown, twin),
+        "remarks": remarks([run]),
         "curves": _curves(run),
         "decisions": decisions(run, letters),
         "incidents": _incidents(run),
@@ -63,7 +72,7 @@ def _short(value: float | None) -> float | str | None:
     return None if value is None else float(f"{value:.4g}") if math.isfinite(value) else str(value)
 
 
-def _measures(cell: Cell, shown: Sequence[View]) -> list[list[str]]:
+def _measures(cell: Cell, shown: Sequence[View], twin: Run | None) -> list[list[str]]:
     """[title, value, interval] of everything measured when it was last taken."""
     rows = [[view.title, *_pair(number(view.of([cell]), view.unit))] for view in shown if cell.finished]
     run = cell.run
@@ -75,6 +84,9 @@ def _measures(cell: Cell, shown: Sequence[View]) -> list[list[str]]:
         points = series(run, kind.key)
         if points and kind.key not in known:
             rows.append([kind.title, *_pair(number(points[-1], kind.unit))])
+    worst = worst_class(run)
+    if worst.measure is not None:
+        rows.append(["accuracy of the worst class", *_pair(worst)])
     for key, title in (("tpr", "malicious dropped"), ("fpr", "honest dropped")):
         m = detection_mean(run, key)
         if m is not None:
@@ -82,28 +94,33 @@ def _measures(cell: Cell, shown: Sequence[View]) -> list[list[str]]:
     area = detection_mean(run, "auc")
     if area is not None:
         rows.append(["AUC of its scores", written(area.value, "rate"), ""])
-    return rows + _outcomes(run)
+    return rows + _outcomes(run, twin)
 
 
-def _outcomes(run: Run) -> list[list[str]]:
+def _outcomes(run: Run, twin: Run | None) -> list[list[str]]:
     """What the attack did to the aggregate, how well it hid, and how long a backdoor outlived it; means of rounds."""
-    attacked = [record for record in run.rounds if record.attacking]
-    rows = []
-    for title, values in (
-        ("robustness ratio", [record.robustness for record in attacked]),
-        ("norm rank of malicious rows", [(record.stealth or {}).get("norm_rank") for record in attacked]),
-        ("cosine rank of malicious rows", [(record.stealth or {}).get("cosine_rank") for record in attacked]),
-    ):
-        known = [value for value in values if value is not None]
-        if known:
-            rows.append([title, plain(mean(known)), ""])
+    means = means_under_attack(run.records, run.attacked)
+    stealth = means["stealth"] or {}
+    rows = [
+        [title, plain(value), ""]
+        for title, value in (
+            ("robustness ratio", means["robustness"]),
+            ("norm rank of malicious rows", stealth.get("norm_rank")),
+            ("cosine rank of malicious rows", stealth.get("cosine_rank")),
+        )
+        if value is not None
+    ]
     stop = run.attack.get("stop")
-    lived = lifespan(run.records, stop) if isinstance(stop, int) else None
-    if lived is not None:
-        fallen = lived["value"]
-        text = f"{lived['at_least']} or more" if fallen is None else f"{lived['at_least']} to {fallen}"
-        rows.append(["rounds the backdoor outlived the attack", text, ""])
-    return rows
+    clean = twin.records if twin is not None and asked_alike(run, twin) else None
+    lived = lifespan(run.records, stop, clean) if isinstance(stop, int) else None
+    return [*rows, ["rounds the backdoor outlived the attack", lived_says(lived), ""]] if lived is not None else rows
+
+
+def lived_says(lived: Mapping[str, Any]) -> str:
+    """The bounds of a lifespan; the true number lies above the first and at or under the second."""
+    if lived["value"] is None:
+        return f"{lived['at_least']} or more: not fallen when last measured"
+    return "0" if lived["value"] == 0 else f"{lived['at_least']} to {lived['value']}"
 
 
 def _pair(entry: Any) -> list[str]:
@@ -115,8 +132,9 @@ def _curves(run: Run) -> list[dict[str, Any]]:
     quality, attack = kinds([run])
     found = []
     for kind in (*attack, *quality):
-        points = [m for m in series(run, kind.key) if math.isfinite(m.value)]
-        if len(points) < 2 or kind.key == "perplexity":
+        taken = series(run, kind.key)
+        points = [m for m in taken if math.isfinite(m.value)]
+        if len(taken) < 2 or len(points) < 1 or kind.key == "perplexity":
             continue
         step = math.ceil(len(points) / CURVE_POINTS)
         points = points[::-1][::step][::-1]  # the last is kept
@@ -125,6 +143,7 @@ def _curves(run: Run) -> list[dict[str, Any]]:
             "unit": kind.unit,
             "rounds": [m.round for m in points],
             "values": [_short(m.value) for m in points],
+            "says": f"{kind.title}, round {taken[0].round} to {taken[-1].round}: {ends(taken, kind.unit)}.",
         }
         if all(m.low is not None for m in points):
             curve |= {"low": [_short(m.low) for m in points], "high": [_short(m.high) for m in points]}
@@ -136,7 +155,8 @@ def decisions(run: Run, letters: int) -> dict[str, Any] | None:
     """What became of every client's row, one letter a round: k kept, d dropped, q quarantined, . took no part.
 
     For rules that weigh, a digit instead: 0 no weight, 5 an equal share, 9 nearly two or more. Rounds and honest
-    clients are thinned where the map would have more than `letters`. None where the rule told neither.
+    clients are thinned where the map would have more than `letters`; `says` is about all of them and the true weights.
+    None where the rule told neither.
     """
     selects = any(record.kept is not None for record in run.rounds)
     if not selects and not any(record.weights for record in run.rounds):
@@ -159,14 +179,17 @@ def decisions(run: Run, letters: int) -> dict[str, Any] | None:
         return str(max(0, min(9, round(5 * weight * len(record.weights)))))
 
     rows = ["".join(letter(record, i) for record in records) for i in ids]
+    out = sum(len(record.quarantined) for record in run.rounds)
     return {
         "ids": [i[:40] for i in ids],
         "malicious": sum(i in bad for i in ids),
+        "who": who_first(run),
         "rounds": [record.round for record in records],
         "rows": rows,
         "of": len(everyone),
+        "of_rounds": len(run.rounds),
         "selects": selects,
-        "attacked": [record.round for record in records if record.attacking][:1],
+        "says": decisions_say(run) + (f" {plural(out, 'row')} quarantined in all rounds." if out else ""),
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedllm_sec.errors import FedError
+from fedllm_sec.report import pairs
 from fedllm_sec.report.measures import plural
 from fedllm_sec.report.runs import VERSION, ReportError, Run, read_json, read_run
 
@@ -15,6 +16,7 @@ FORMAT = 1
 ATTACK, DEFENSE, SEED = "attack", "defense", "seed"
 BASE = "as in the base recipe"  # the label of an axis that the grid does not vary
 NONE = "none"  # the label of an attack or defense that is switched off
+ABSENT = "–"  # in place of what a cell does not have
 LONGEST_REASON, LONGEST_TRACE = 600, 4000  # characters that a page repeats from an error.json
 
 DONE, PARTIAL, FAILED, WAITING, UNREADABLE = "done", "stopped", "failed", "not run", "unreadable"
@@ -32,6 +34,18 @@ class Cell:
     reason: str = ""  # why it is not done
     trace: str = ""
     run: Run | None = None
+    also: tuple[Mapping[str, str], ...] = ()  # the labels of other combinations that are this very run
+
+    @property
+    def shown_axes(self) -> dict[str, str]:
+        """Its labels, ABSENT where several come to this run: it does not have what they set."""
+        shared = {axis for axis, label in self.axes.items() if all(at.get(axis) == label for at in self.also)}
+        return {axis: label if axis in shared else ABSENT for axis, label in self.axes.items()}
+
+    @property
+    def stands_for(self) -> list[Cell]:
+        """The cell once for each combination of labels that it is."""
+        return [self, *(replace(self, axes=at) for at in self.also)]
 
     @property
     def slug(self) -> str:
@@ -100,6 +114,7 @@ def read_grid(folder: Path) -> Grid:
     cells = [_cell(folder, given, f"{path}, cells[{place}]") for place, given in enumerate(_listed(content, path))]
     _check(cells, path)
     warnings = [f"written by fedllm_sec {version}; this is {VERSION}."] if version != VERSION else []
+    warnings += pairs.versions([cell.run for cell in cells if cell.run]) if version == VERSION else []
     warnings += [f"{cell.slug}: {text}" for cell in cells if cell.run for text in cell.run.warnings]
     warnings += _strangers(folder, cells)
     return Grid(
@@ -133,20 +148,28 @@ def _cell(grid: Path, given: Any, place: str) -> Cell:
     folder = PurePosixPath(given["folder"])
     if folder.is_absolute() or ".." in folder.parts or len(folder.parts) < 1:
         raise ReportError(f"{place}: the folder {given['folder'][:80]!r} does not lie inside the grid folder.")
-    axes, twin = given.get("axes"), given.get("twin")
-    if not isinstance(axes, dict):
-        raise ReportError(f"{place}.axes: must be {{axis: label}}, got {str(axes)[:60]}.")
+    twin, also = given.get("twin"), given.get("also", [])
+    if not isinstance(also, list):
+        raise ReportError(f"{place}.also: must be a list of {{axis: label}}, got {str(also)[:60]}.")
+    axes = _labels_of(given.get("axes"), f"{place}.axes")
     if twin is not None and not isinstance(twin, str):
         raise ReportError(f"{place}.twin: must be the folder of another cell or null, got {str(twin)[:60]}.")
     cell = Cell(
         folder=str(folder),
-        axes={str(axis): _label(label, f"{place}.axes.{axis}") for axis, label in axes.items()},
+        axes=axes,
         twin=twin,
         is_twin=given.get("is_twin") is True,
         state=WAITING,
         reason="the benchmark's command, started again, runs it",
+        also=tuple(_labels_of(at, f"{place}.also[{number}]") for number, at in enumerate(also)),
     )
     return _look(cell, grid / Path(*folder.parts))
+
+
+def _labels_of(given: Any, place: str) -> dict[str, str]:
+    if not isinstance(given, dict):
+        raise ReportError(f"{place}: must be {{axis: label}}, got {str(given)[:60]}.")
+    return {str(axis): _label(label, f"{place}.{axis}") for axis, label in given.items()}
 
 
 def _label(given: Any, place: str) -> str:
@@ -205,7 +228,7 @@ def _check(cells: Sequence[Cell], path: Path) -> None:
     if twice is not None:
         raise ReportError(f"{path}: two cells have the folder {twice!r}; each needs its own.")
     seen: dict[tuple[Any, ...], str] = {}
-    for cell in cells:
+    for cell in [at for one in cells for at in one.stands_for]:
         key = (cell.is_twin, *sorted(cell.axes.items()))
         if key in seen:
             raise ReportError(
@@ -227,9 +250,10 @@ def _axes(given: Any, cells: Sequence[Cell], path: Path) -> dict[str, tuple[str,
         if not isinstance(labels, list):
             raise ReportError(f"{path}, axes.{axis}: must be a list of labels, got {str(labels)[:60]}.")
         axes[str(axis)] = tuple(_label(label, f"{path}, axes.{axis}") for label in labels)
-    for axis in (*axes, *dict.fromkeys(name for cell in cells for name in cell.axes)):
+    everything = [at for cell in cells for at in cell.stands_for]
+    for axis in (*axes, *dict.fromkeys(name for at in everything for name in at.axes)):
         # the twin's "none" is not an attack of the grid unless other cells or the axis itself name it
-        used = dict.fromkeys(cell.axes[axis] for cell in cells if axis in cell.axes and not cell.is_twin)
+        used = dict.fromkeys(at.axes[axis] for at in everything if axis in at.axes and not at.is_twin)
         axes[axis] = tuple(dict.fromkeys((*axes.get(axis, ()), *used)))
     return axes
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from matplotlib import colormaps
 
-from fedllm_sec.report.grid.folder import FAILED, NONE, PARTIAL, UNREADABLE, Cell
-from fedllm_sec.report.grid.numbers import Slice, Slot, View
-from fedllm_sec.report.grid.tables import ABSENT, INTERVALS, said, state_of, twin_measure
+from fedllm_sec.report.grid.folder import ABSENT, FAILED, NONE, PARTIAL, UNREADABLE, Cell
+from fedllm_sec.report.grid.numbers import Slice, Slot, View, badness
+from fedllm_sec.report.grid.tables import INTERVALS, said, state_of, twin_measure
 from fedllm_sec.report.measures import Measure, interval, written
 
 LEVELS = 24  # colours from bad (0) to good (LEVELS - 1)
@@ -52,8 +52,11 @@ def scale_of(parts: Sequence[Slice], view: View) -> Scale:
         return Scale(max(high, 0.05), 0.0)
     if view.unit == "rate":
         low, high = math.floor(10 * low) / 10, math.ceil(10 * high) / 10
-    if low >= high:
+    if low >= high and view.unit == "rate":
+        low, high = max(0.0, low - 0.1), min(1.0, high + 0.1)
+    elif low >= high:
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+        low = max(low, view.kind.bounds[0])
     logarithmic = view.unit == "number" and low > 0 and high / low > 50
     return Scale(low, high, logarithmic) if view.higher_is_better else Scale(high, low, logarithmic)
 
@@ -170,10 +173,11 @@ def _says(part: Slice, view: View) -> str:
     ]
     if not found:
         return "No slot under attack has a result."
-    found.sort(key=lambda item: -math.inf if math.isnan(item[0]) else item[0])
-    best, last = (found[-1], found[0]) if view.higher_is_better else (found[0], found[-1])
-    texts = [
-        f"{word} {written(value, view.unit)} ({attack}, {defense})"
-        for word, (value, attack, defense) in (("best", best), ("worst", last))
-    ]
+    found.sort(key=lambda item: badness(item[0], view))
+    texts = []
+    for word, value in (("best", found[0][0]), ("worst", found[-1][0])):
+        end = badness(value, view)
+        same = [f"{attack}, {defense}" for other, attack, defense in found if badness(other, view) == end]
+        where = "; ".join(same[:2]) + (f" and {len(same) - 2} more" if len(same) > 2 else "")
+        texts.append(f"{word} {written(value, view.unit)} ({where})")
     return f"Under attack: {', '.join(texts)}."

@@ -14,12 +14,13 @@ CONFIDENCE = 0.95
 NORMAL = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
-def over_seeds(found: Sequence[Measure], unit: str) -> Measure | None:
+def over_seeds(found: Sequence[Measure], unit: str, least: float = -math.inf) -> Measure | None:
     """The mean of one measure over seeds with a 95 % interval; `n` is the number of seeds.
 
     One seed: the interval of the measure itself (Wilson's, where it is a counted rate). Several: the wider, at each
     end, of Student's t over the seeds and, for counted rates, Wilson's for all their rows together: three seeds that
-    agree exactly are not certain. Rates stay in [0, 1]. A mean that is not finite has no interval.
+    agree exactly are not certain. Rates stay in [0, 1], others at or above `least`. A mean that is not finite has no
+    interval.
     """
     if not found:
         return None
@@ -29,13 +30,26 @@ def over_seeds(found: Sequence[Measure], unit: str) -> Measure | None:
     if not math.isfinite(middle):
         return Measure(middle, n=len(found))
     low, high = student([m.value for m in found])
-    if all(m.n and m.low is not None for m in found):
-        rows = sum(m.n or 0 for m in found)
-        pooled = wilson(sum(m.value * (m.n or 0) for m in found) / rows, rows)
-        low, high = min(low, *pooled), max(high, *pooled)
-    if unit in ("rate", "percent"):
-        low, high = max(0.0, low), min(1.0, high)
+    if all(counted(m) for m in found):
+        _, *limits = pooled(found)
+        low, high = min(low, *limits), max(high, *limits)
+    low = max(low, 0.0 if unit in ("rate", "percent") else least)
+    high = min(high, 1.0) if unit in ("rate", "percent") else high
     return Measure(middle, low, high, len(found))
+
+
+def counted(m: Measure) -> bool:
+    """Whether it is a rate of counted rows."""
+    return bool(m.n) and m.low is not None and m.high is not None
+
+
+def pooled(found: Sequence[Measure]) -> tuple[float, float, float]:
+    """The rate of all rows together, and Wilson's limits of it; one rate keeps its own."""
+    if len(found) == 1 and found[0].low is not None and found[0].high is not None:
+        return found[0].value, found[0].low, found[0].high
+    rows = sum(m.n or 0 for m in found)
+    rate = sum(m.value * (m.n or 0) for m in found) / rows
+    return rate, *wilson(rate, rows)
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
@@ -51,11 +65,12 @@ def wilson(p: float, n: int) -> tuple[float, float]:
     return (p + NORMAL**2 / (2 * n)) / shrink - half, (p + NORMAL**2 / (2 * n)) / shrink + half
 
 
-def difference(pairs: Sequence[tuple[Measure, Measure]]) -> Measure | None:
+def difference(pairs: Sequence[tuple[Measure, Measure]], unit: str = "rate") -> Measure | None:
     """Mean of first minus second over the seeds, with a 95 % interval; `n` is the number of seeds.
 
     The wider, at each end, of Student's t over the paired differences (two seeds or more) and Newcombe's interval
-    (1998, method 10) for the difference of two counted rates, here of the means over the seeds.
+    (1998, method 10) for the difference of two counted rates, from Wilson's limits of the rows of all seeds together:
+    what seeds differ in, both sides of a pair share. Differences of rates stay in [-1, 1].
     """
     if not pairs:
         return None
@@ -67,9 +82,24 @@ def difference(pairs: Sequence[tuple[Measure, Measure]]) -> Measure | None:
     if len(pairs) > 1:
         low, high = student(gaps)
         lows, highs = [low], [high]
-    a, b = (over_seeds([pair[side] for pair in pairs], "rate") for side in (0, 1))
-    counted = all(m.low is not None and m.high is not None and m.n for pair in pairs for m in pair)
-    if counted and a is not None and b is not None and None not in (a.low, a.high, b.low, b.high):
-        lows.append(middle - math.hypot(a.value - a.low, b.high - b.value))  # type: ignore[operator]
-        highs.append(middle + math.hypot(a.high - a.value, b.value - b.low))  # type: ignore[operator]
-    return Measure(middle, min(lows, default=None), max(highs, default=None), len(pairs))
+    if all(counted(m) for pair in pairs for m in pair):
+        (a, a_low, a_high), (b, b_low, b_high) = (pooled([pair[side] for pair in pairs]) for side in (0, 1))
+        lows.append(middle - math.hypot(a - a_low, b_high - b))
+        highs.append(middle + math.hypot(a_high - a, b - b_low))
+    if not lows:
+        return Measure(middle, n=len(pairs))
+    low, high = min(lows), max(highs)
+    if unit in ("rate", "percent"):
+        low, high = max(low, -1.0), min(high, 1.0)
+    return Measure(middle, low, high, len(pairs))
+
+
+def told_apart(pairs: Sequence[tuple[Measure, Measure]], unit: str = "rate") -> bool:
+    """Whether two sides differ by more than their difference's interval; equal ones never do.
+
+    Where there is no interval, as for one loss against another, any difference counts.
+    """
+    if all(a.value == b.value or (math.isnan(a.value) and math.isnan(b.value)) for a, b in pairs):
+        return False
+    gap = difference(pairs, unit)
+    return gap is None or gap.low is None or gap.high is None or not gap.low <= 0.0 <= gap.high

@@ -1,21 +1,17 @@
-"""From the cells of a grid to matrices attack x defense, worst cases and ranks, each number with its interval."""
+"""From the cells of a grid to matrices attack x defense and worst cases, each number with its interval."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import mean
-
-import numpy as np
+from dataclasses import dataclass
 
 from fedllm_sec.report.grid.folder import ATTACK, BASE, DEFENSE, NONE, SEED, Cell, Grid
-from fedllm_sec.report.grid.intervals import difference, over_seeds
+from fedllm_sec.report.grid.intervals import difference, over_seeds, told_apart
 from fedllm_sec.report.measures import ATTACK as ATTACK_KINDS
 from fedllm_sec.report.measures import Kind, Measure, final, main_quality
-from fedllm_sec.report.runs import Run, methods
+from fedllm_sec.report.pairs import asked_alike
 
-RESAMPLES = 4000  # of the bootstrap
 ASR = ATTACK_KINDS[0]
 
 
@@ -71,11 +67,15 @@ class Slice:
 
 
 def slices(grid: Grid) -> list[Slice]:
-    """The grid split by every axis but attack, defense and seed, in the order of its labels."""
+    """The grid split by every axis but attack, defense and seed, in the order of its labels.
+
+    A run that is several combinations, such as the undefended one in a sweep over a defense's setting, is in every
+    part that it stands for.
+    """
     attacks, defenses = _labels(grid, ATTACK), _labels(grid, DEFENSE)
     others = [axis for axis, labels in grid.axes.items() if axis not in (ATTACK, DEFENSE, SEED) and len(labels) > 1]
     groups: dict[tuple[tuple[str, str], ...], list[Cell]] = {}
-    for cell in grid.cells:
+    for cell in [at for one in grid.cells for at in one.stands_for]:
         groups.setdefault(tuple((axis, cell.axes.get(axis, BASE)) for axis in others), []).append(cell)
 
     def order(fixed: tuple[tuple[str, str], ...]) -> list[int]:
@@ -86,14 +86,14 @@ def slices(grid: Grid) -> list[Slice]:
     found = []
     for fixed in sorted(groups, key=order):
         inside = [cell for cell in groups[fixed] if cell.attack in attacks and cell.defense in defenses]
-        twins = [cell for cell in groups[fixed] if cell.is_twin]
-        found.append(Slice(fixed, tuple(inside), tuple(twins), attacks, defenses))
+        twins = {cell.folder: cell for cell in groups[fixed] if cell.is_twin}
+        found.append(Slice(fixed, tuple(inside), tuple(twins.values()), attacks, defenses))
     return found
 
 
 def _labels(grid: Grid, axis: str) -> tuple[str, ...]:
     """The labels of an axis, without "none" where only twins have it: they stand under the maps."""
-    own = {cell.axes.get(axis, BASE) for cell in grid.cells if not cell.is_twin}
+    own = {at.axes.get(axis, BASE) for cell in grid.cells if not cell.is_twin for at in cell.stands_for}
     labels = grid.axes.get(axis, (BASE,))
     return tuple(label for label in labels if label != NONE or label in own or not own)
 
@@ -107,7 +107,7 @@ def views(grid: Grid) -> list[View]:
     if main is not None:
         up = main.higher_is_better is not False
         found = [
-            View(main.key, main.title, main, up, f"{main.title} on clean held-out data", _mean_of(main)),
+            View(main.key, main.title, main, up, main.explained or f"{main.title} on held-out data", _mean_of(main)),
             View(
                 "lost",
                 f"{main.title} {'lost' if up else 'added'}",
@@ -120,8 +120,7 @@ def views(grid: Grid) -> list[View]:
         ]
     if any(final(run, ASR.key) is not None for run in runs):
         found.append(
-            View(ASR.key, ASR.title, ASR, False, "share of triggered held-out rows with the attacker's answer",
-                 _mean_of(ASR))
+            View(ASR.key, ASR.title, ASR, False, ASR.explained, _mean_of(ASR))
         )  # fmt: skip
         gained = View(
             "gained",
@@ -139,7 +138,8 @@ def views(grid: Grid) -> list[View]:
 def _mean_of(kind: Kind) -> Callable[[Sequence[Cell]], Measure | None]:
     def of(cells: Sequence[Cell]) -> Measure | None:
         runs = [cell.finished for cell in cells]
-        return over_seeds([m for run in runs if run is not None and (m := final(run, kind.key))], kind.unit)
+        found = [m for run in runs if run is not None and (m := final(run, kind.key))]
+        return over_seeds(found, kind.unit, kind.bounds[0])
 
     return of
 
@@ -154,30 +154,23 @@ def _change_of(kind: Kind, cells: Mapping[str, Cell], sign: int) -> Callable[[Se
             if cell.finished is None or twin is None or twin.finished is None:
                 continue
             own, other = final(cell.finished, kind.key), final(twin.finished, kind.key)
-            if own is None or other is None or (kind == ASR and not same_probe(cell.finished, twin.finished)):
+            if own is None or other is None or (kind == ASR and not asked_alike(cell.finished, twin.finished)):
                 continue
             pairs.append((other, own) if sign > 0 else (own, other))
-        return difference(pairs)
+        return difference(pairs, kind.unit)
 
     return of
 
 
-def same_probe(run: Run, twin: Run) -> bool:
-    """Whether both were asked for the same answer to the same trigger: their recipes name the same data attacks."""
-    blocks = [r.recipe.get("attack") for r in (run, twin)]
-    wanted = [methods(block, "data") if isinstance(block, Mapping) else [] for block in blocks]
-    return bool(wanted[0]) and wanted[0] == wanted[1]
-
-
-# ---------------------------------------------------------------- worst cases and ranks
+# ---------------------------------------------------------------- worst cases
 
 
 @dataclass(frozen=True)
 class Worst:
-    """The attack under which a defense does worst, in which slice, and how many slots were and should be measured."""
+    """The attacks under which a defense does worst, in which slices, and how many rows were met of how many."""
 
-    attack: str
-    slice: Slice
+    rows: tuple[tuple[Slice, str], ...]  # several where they share the value
+    slot: Slot  # of the first of them
     measure: Measure
     measured: int
     planned: int
@@ -200,23 +193,55 @@ def met(parts: Iterable[Slice], view: View) -> list[tuple[Slice, str]]:
 
 
 def common(rows: Iterable[tuple[Slice, str]], view: View) -> list[tuple[Slice, str]]:
-    """Those rows in which every defense of the grid that should meet the attack has a result."""
+    """Those rows in which every defense of the grid met the attack, and lacks no seed: over them all are comparable."""
     found = []
     for part, attack in rows:
-        slots = [slot for defense in part.defenses if (slot := part.slot(view, attack, defense)).cells]
-        if slots and all(slot.mean is not None for slot in slots):
+        slots = [part.slot(view, attack, defense) for defense in part.defenses if defense != NONE]
+        if slots and all(slot.cells and slot.measured == len(slot.cells) for slot in slots):
             found.append((part, attack))
     return found
 
 
-def worst(rows: Iterable[tuple[Slice, str]], view: View, defense: str) -> Worst | None:
+def excluded(rows: Iterable[tuple[Slice, str]], view: View) -> bool:
+    """Whether some defense does not meet some attack because the grid leaves that combination out."""
+    return any(not part.slot(view, attack, defense).cells for part, attack in rows for defense in part.defenses)
+
+
+def worst(rows: Sequence[tuple[Slice, str]], view: View, defense: str) -> Worst | None:
     """The worst slot of a defense over some rows, None where none has a result."""
-    slots = [(attack, part, part.slot(view, attack, defense)) for part, attack in rows]
-    slots = [item for item in slots if item[2].cells]
-    found = [Worst(attack, part, slot.mean, 0, len(slots)) for attack, part, slot in slots if slot.mean is not None]
+    slots = [((part, attack), part.slot(view, attack, defense)) for part, attack in rows]
+    found = [(row, slot, slot.mean) for row, slot in slots if slot.mean is not None]
     if not found:
         return None
-    return replace(max(found, key=lambda case: harm(case.measure.value, view)), measured=len(found))
+    most = max(badness(m.value, view) for _, _, m in found)
+    shared = [(row, slot, m) for row, slot, m in found if badness(m.value, view) == most]
+    return Worst(tuple(row for row, _, _ in shared), shared[0][1], shared[0][2], len(found), len(rows))
+
+
+def best_worst(cases: Mapping[str, Worst], view: View) -> tuple[list[str], list[str]]:
+    """The defenses whose worst case is best, and those that cannot be told apart from the first of them.
+
+    Two worst cases are compared seed by seed, also where they are under different attacks: the interval of their
+    difference must leave out 0.
+    """
+    least = min(harm(case.measure.value, view) for case in cases.values())
+    best = [name for name, case in cases.items() if harm(case.measure.value, view) == least]
+    first = cases[best[0]]
+    near = [
+        name
+        for name, case in cases.items()
+        if name not in best and not told_apart(_by_seed(case.slot, first.slot, view), view.unit)
+    ]
+    return best, near
+
+
+def _by_seed(slot: Slot, other: Slot, view: View) -> list[tuple[Measure, Measure]]:
+    """What the runs of two slots measured with the same seeds, as counted by each run."""
+    taken = [
+        {cell.seed: m for cell in each.cells if cell.finished and (m := final(cell.finished, view.kind.key))}
+        for each in (slot, other)
+    ]
+    return [(taken[0][seed], taken[1][seed]) for seed in taken[0] if seed in taken[1]]
 
 
 def harm(value: float, view: View) -> float:
@@ -224,64 +249,6 @@ def harm(value: float, view: View) -> float:
     return math.inf if math.isnan(value) else -value if view.higher_is_better else value
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Mean rank of every defense (1 is best) over blocks in which all were measured; `left_out` blocks were not."""
-
-    mean: Mapping[str, Measure]
-    blocks: int
-    left_out: int
-    unranked: tuple[str, ...]  # defenses that were measured nowhere
-
-
-def ranks(parts: Iterable[Slice], view: View) -> Ranks:
-    """Rank the defenses in every block (slice, attack, seed) by a view; ties share their mean rank.
-
-    The interval is a bootstrap over the blocks (percentiles 2.5 and 97.5 of 4,000 resamples, drawn by a fixed seed).
-    """
-    rows: list[dict[str, float]] = []
-    defenses: tuple[str, ...] = ()
-    for part in parts:
-        defenses = part.defenses
-        for attack in part.attacks:
-            cells = [cell for cell in part.cells if cell.attack == attack and attack != NONE]
-            for seed in dict.fromkeys(cell.seed for cell in cells):
-                block = [(cell.defense, view.of([cell])) for cell in cells if cell.seed == seed]
-                rows.append({name: harm(m.value, view) for name, m in block if m is not None})
-    rows = [row for row in rows if row]
-    ranked = [name for name in defenses if any(name in row for row in rows)]
-    whole = [row for row in rows if all(name in row for name in ranked)]
-    if not whole or len(ranked) < 2:
-        return Ranks({}, 0, len(rows), tuple(name for name in defenses if name not in ranked))
-    table = np.array([_tied_ranks([row[name] for name in ranked]) for row in whole])  # (blocks, defenses)
-    low = high = np.full(len(ranked), np.nan)
-    if len(whole) > 1:
-        drawn = np.random.default_rng(0).integers(len(whole), size=(RESAMPLES, len(whole)))
-        counts = np.stack([np.bincount(row, minlength=len(whole)) for row in drawn])
-        low, high = np.quantile(counts @ table / len(whole), [0.025, 0.975], axis=0)
-    known = len(whole) > 1
-    means = {
-        name: Measure(float(table[:, i].mean()), *((float(low[i]), float(high[i])) if known else (None, None)))
-        for i, name in enumerate(ranked)
-    }
-    return Ranks(means, len(whole), len(rows) - len(whole), tuple(n for n in defenses if n not in ranked))
-
-
-def _tied_ranks(values: Sequence[float]) -> list[float]:
-    """1 for the smallest; equal values share the mean of their places."""
-    return [1 + sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
-
-
-def order_of(parts: Sequence[Slice], shown: Sequence[View]) -> list[str]:
-    """The defenses, best first: by the mean of their mean ranks in quality and in attack success.
-
-    Defenses without a rank come after those with one, in the grid's order.
-    """
-    found = [ranks(parts, view).mean for view in shown if view.key not in ("lost", "gained")]
-    names = parts[0].defenses if parts else ()
-
-    def place(name: str) -> float:
-        own = [table[name].value for table in found if name in table]
-        return mean(own) if own else math.inf
-
-    return sorted(names, key=place)
+def badness(value: float, view: View) -> tuple[float, bool]:
+    """Orders values from the best to the worst: what is not a number comes after what is infinite."""
+    return harm(value, view), math.isnan(value)

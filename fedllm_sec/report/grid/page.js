@@ -31,7 +31,7 @@
     return make("figure", {}, svg, make("figcaption", {}, says, caption ? make("span", {}, ` ${caption}`) : null));
   }
 
-  function curve({ title, unit, rounds, values, low, high }) {
+  function curve({ title, unit, rounds, values, low, high, says }) {
     const [width, height, left, top, bottom] = [360, 170, 46, 24, 28];
     const all = [...values, ...(low ?? []), ...(high ?? [])];
     const share = unit === "percent" || unit === "rate";
@@ -56,11 +56,10 @@
       const [cx, cy] = spot.split(",");
       svg.append(shape("circle", { cx, cy, r: 2.5, class: "spot" }));
     }
-    const says = `${title}: ${said(values[0], unit)} after round ${rounds[0]}, ${said(values[values.length - 1], unit)} after round ${last}.`;
     return picture(svg, says, low ? "The band is the 95 % interval." : "");
   }
 
-  function decisions({ ids, malicious, rounds, rows, of, selects }) {
+  function decisions({ ids, malicious, who, rounds, rows, of, of_rounds, selects, says }) {
     const named = ids.length <= 30;
     const [left, top, width] = [118, 24, 560];
     const step = named ? 14 : Math.max(3, 420 / ids.length);
@@ -91,10 +90,10 @@
       }
     });
     if (!named) {
-      const groups = [[0, malicious, "malicious"], [malicious, ids.length, "honest"]];
+      const groups = [[0, malicious, who], [malicious, ids.length, "honest"]];
       for (const [start, stop, name] of groups.filter(([a, b]) => b > a)) {
         const y = top + ((start + stop) / 2) * step + 4;
-        svg.append(shape("text", { x: left - 6, y, "text-anchor": "end", class: name === "malicious" ? "bad" : "" }, `${stop - start} ${name}`));
+        svg.append(shape("text", { x: left - 6, y, "text-anchor": "end", class: start < malicious ? "bad" : "" }, `${stop - start} ${name}`));
       }
     }
     if (malicious > 0 && malicious < ids.length) {
@@ -103,21 +102,12 @@
     const low = height - 7;
     svg.append(shape("text", { x: left, y: low }, `round ${rounds[0]}`));
     svg.append(shape("text", { x: width - 4, y: low, "text-anchor": "end" }, `round ${rounds[rounds.length - 1]}`));
-    const count = (first, last, test) => [...rows.slice(first, last).join("")].filter(test).length;
-    const groups = [["malicious", 0, malicious], ["honest", malicious, ids.length]].filter(([, a, b]) => b > a);
-    const texts = groups.map(([who, a, b]) => {
-      if (selects) {
-        const kept = count(a, b, (c) => c === "k");
-        return `${kept} of ${kept + count(a, b, (c) => c === "d")} ${who} rows kept`;
-      }
-      const weights = [...rows.slice(a, b).join("")].filter((c) => c >= "0" && c <= "9").map(Number);
-      const mean = weights.reduce((sum, weight) => sum + weight, 0) / (weights.length || 1) / 5;
-      return `${who} rows weighed about ${mean.toFixed(1)} of an equal share`;
-    });
-    const out = count(0, ids.length, (c) => c === "q");
-    if (out) texts.push(`${whole(out, "row")} quarantined`);
-    const thinned = ids.length < of ? ` ${ids.length} of ${of} clients are shown.` : "";
-    const figure = picture(svg, `${texts.join("; ")}.`, `One mark per client and round; malicious clients stand first.${thinned}`);
+    const out = rows.some((row) => row.includes("q"));
+    const thinned = [
+      ids.length < of ? ` ${ids.length} of ${of} clients are drawn.` : "",
+      rounds.length < of_rounds ? ` ${rounds.length} of ${of_rounds} rounds are drawn.` : "",
+    ].join("");
+    const figure = picture(svg, says, `One mark per client and round; clients that are ${who} stand first.${thinned}`);
     const keys = selects ? [["k", "kept"], ["d", "dropped"]] : [["w0", "no weight"], ["w5", "equal share"], ["w9", "double or more"]];
     if (out) keys.push(["q", "quarantined"]);
     figure.append(make("p", { class: "keys" }, ...keys.map(([name, text]) => {
@@ -159,6 +149,7 @@
       const rows = run.measures.map(([name, value, range]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "number" }, make("b", {}, value)), make("td", { class: "number" }, make("small", {}, range))));
       parts.push(make("table", { class: "measures" }, make("tbody", {}, ...rows)));
     }
+    for (const text of run.remarks ?? []) parts.push(make("p", { class: "note" }, text));
     if (run.twin !== undefined) parts.push(make("p", { class: "note" }, "Its twin, attack-free and undefended: ", link(run.twin, grid.runs[run.twin].slug)));
     if (run.curves) parts.push(make("div", { class: "pictures" }, ...run.curves.map(curve)));
     if (run.decisions) parts.push(decisions(run.decisions));

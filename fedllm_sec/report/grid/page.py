@@ -11,7 +11,8 @@ from markupsafe import Markup
 from fedllm_sec.report import tables as text_tables
 from fedllm_sec.report.grid import curves, details, heat, tables, words
 from fedllm_sec.report.grid.folder import ATTACK, DEFENSE, DONE, SEED, Grid
-from fedllm_sec.report.grid.numbers import Slice, View, order_of, slices, views
+from fedllm_sec.report.grid.numbers import Slice, View, slices, views
+from fedllm_sec.report.grid.ranks import order_of
 from fedllm_sec.report.markup import environment_of, facts_of, fill
 from fedllm_sec.report.measures import plural
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from fedllm_sec.report.grid.folder import DONE, PARTIAL, Cell, Grid
-from fedllm_sec.report.grid.numbers import Slice, Slot, View, Worst, met, order_of, ranks, worst
+from fedllm_sec.report.grid.folder import ABSENT, DONE, PARTIAL, Cell, Grid
+from fedllm_sec.report.grid.numbers import Slice, Slot, View, Worst, met, worst
+from fedllm_sec.report.grid.ranks import order_of, ranks
 from fedllm_sec.report.measures import (
     Measure,
     duration,
     interval,
+    listed,
     peak_memory,
     plural,
     seconds_per_round,
@@ -21,7 +23,6 @@ from fedllm_sec.report.measures import (
 from fedllm_sec.report.tables import NOT_MEASURED, Column, Table, as_latex, as_markdown  # fmt: skip
 from fedllm_sec.report.tables import Cell as Entry
 
-ABSENT = "–"
 INTERVALS = (
     "Brackets are 95 % intervals: Wilson's for one seed; for several, the wider at each end of Student's t over the "
     "seeds and Wilson's for all their rows; for differences, of Student's t over the pairs and Newcombe's."
@@ -117,11 +118,13 @@ def _left_out(count: int) -> str:
 
 
 def _under(case: Worst | None, several: bool) -> str:
+    """The attacks of a worst case, and over how many of the attacks it is where some were not met."""
     if case is None:
         return ABSENT
-    where = f" ({case.slice.title})" if several and case.slice.title else ""
-    some = f", {case.measured} of {case.planned} measured" if case.measured < case.planned else ""
-    return f"{case.attack}{where}{some}"
+    names = [f"{attack} ({part.title})" if several and part.title else attack for part, attack in case.rows]
+    some = f", {case.measured} of {plural(case.planned, 'attack')}" if case.measured < case.planned else ""
+    shown = listed([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])])
+    return f"{shown}{some}"
 
 
 # ---------------------------------------------------------------- cost
@@ -141,7 +144,8 @@ def cost(parts: Sequence[Slice]) -> Table:
     ]
     rows = []
     for name in parts[0].defenses if parts else ():
-        found = [cell.finished for part in parts for cell in part.cells if cell.defense == name]
+        once = {cell.folder: cell.finished for part in parts for cell in part.cells if cell.defense == name}
+        found = once.values()
         runs = [run for run in found if run is not None]
         per_round = [seconds_per_round(run) for run in runs]
         peak = max((v for run in runs if (v := peak_memory(run)) is not None), default=None)
@@ -183,7 +187,7 @@ def all_runs(grid: Grid, shown: Sequence[View], varied: Sequence[str]) -> Table:
         rows.append(
             [
                 Entry(cell.slug),
-                *(Entry(cell.axes.get(axis, ABSENT)) for axis in varied),
+                *(Entry(cell.shown_axes.get(axis, ABSENT)) for axis in varied),
                 *(number(m, view.unit) for m, view in zip(values, shown, strict=True)),
                 Entry(_how_far(cell)),
                 Entry(NOT_MEASURED) if time is None else Entry(duration(time), sort=time),
@@ -216,8 +220,9 @@ def as_papers(grid: Grid, parts: Sequence[Slice], shown: Sequence[View], *, late
             if twin is not None:
                 caption += f"; attack-free and undefended: {number(twin, view.unit)}"
             blocks.append((caption, matrix(part, view)))
-    listed = ranking(parts, shown)
-    blocks.append(("ranking of the defenses: " + " ".join(listed.remarks), listed.table))
+    ranked = ranking(parts, shown)
+    remarks = f": {' '.join(ranked.remarks)}" if ranked.remarks else ""
+    blocks.append((f"ranking of the defenses{remarks}", ranked.table))
     done = len(grid.in_state(DONE))
     note = f"{done} of {len(grid.cells)} cells are done; the others are named in their place. {INTERVALS}"
     text = [form(table, caption=caption) for caption, table in blocks]

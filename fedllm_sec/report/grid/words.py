@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedllm_sec.report.grid.folder import DONE, FAILED, NONE, PARTIAL, UNREADABLE, WAITING, Cell, Grid
-from fedllm_sec.report.grid.numbers import Slice, View, Worst, common, harm, met, worst
+from fedllm_sec.report.grid.numbers import Slice, View, Worst, best_worst, common, excluded, met, worst
 from fedllm_sec.report.measures import Measure, interval, listed, plural, written
 from fedllm_sec.report.runs import Run
 from fedllm_sec.report.words import attack_card, defense_steps
@@ -22,25 +22,25 @@ def finding(grid: Grid, parts: Sequence[Slice], shown: Sequence[View]) -> list[s
         return [f"{head}: nothing was measured yet.", *_completeness(grid)]
     sentences = [text for view in judged for text in _worst_sentences(parts, view)]
     first = f"{head}: {sentences[0]}" if sentences else f"{head}."
-    rest = [text if text.split()[0] in parts[0].defenses else f"{text[0].upper()}{text[1:]}" for text in sentences[1:]]
+    rest = [text if text.startswith(parts[0].defenses) else f"{text[0].upper()}{text[1:]}" for text in sentences[1:]]
     return [first, *rest, *_completeness(grid)]
 
 
 def _worst_sentences(parts: Sequence[Slice], view: View) -> list[str]:
-    """The defense with the best worst case over the attacks that lack no result, and what to compare it with."""
+    """The defenses with the best worst case over the attacks that all of them met, and what to compare them with."""
     rows = met(parts, view)
     shared = common(rows, view)
-    cases = {name: case for name in parts[0].defenses if (case := worst(shared, view, name)) is not None}
-    defended = {name: case for name, case in cases.items() if name != NONE}
+    found = {name: worst(shared, view, name) for name in parts[0].defenses if name != NONE}
+    cases = {name: case for name, case in found.items() if case is not None}
+    over = ""
+    if len(shared) < len(rows):
+        which = "that all defenses met" if excluded(rows, view) else "for which no result is missing"
+        over = f"over the {len(shared)} of {len(rows)} attacks {which}, "
     texts = []
-    if defended:
-        name = min(defended, key=lambda key: harm(defended[key].measure.value, view))
-        over = (
-            ""
-            if len(shared) == len(rows)
-            else f"over the {len(shared)} of {len(rows)} attacks for which no result is missing, "
-        )
-        texts.append(f"{over}{name} has the best worst case in {view.title}: {_case(defended[name], view, parts)}")
+    if cases:
+        texts.append(over + _best(cases, view, parts))
+    elif rows and len(found) > 1:
+        texts.append(f"no attack was met by all defenses with a result in {view.title}, so none is best")
     others = []
     bare = worst(rows, view, NONE)
     if bare is not None:
@@ -51,9 +51,34 @@ def _worst_sentences(parts: Sequence[Slice], view: View) -> list[str]:
     return [f"{text}." for text in (*texts, "; ".join(others)) if text]
 
 
+def _best(cases: Mapping[str, Worst], view: View, parts: Sequence[Slice]) -> str:
+    """Who has the best worst case: together where it is the same, and with those that cannot be told apart from it."""
+    best, near = best_worst(cases, view)
+    case = cases[best[0]]
+    if len(cases) == 1:
+        return f"with {best[0]} {view.title} is at worst {_case(case, view, parts)}"
+    verb = "has" if len(best) == 1 else "share"
+    value = _number(case.measure, view) if len(best) > 1 else _case(case, view, parts)
+    text = f"{listed(best)} {verb} the best worst case in {view.title}: {value}"
+    if not near:
+        return text
+    if len(best) + len(near) == len(cases):
+        others = [f"{name} {_case(cases[name], view, parts)}" for name in near[:3]]
+        more = f" and {len(near) - 3} more" if len(near) > 3 else ""
+        head = f"no other defense can be told apart from the best worst case in {view.title}"
+        return f"{head}, that of {listed(best)}, {value}: {'; '.join(others)}{more}"
+    return f"{text}; {_some(near)} cannot be told apart from {'it' if len(best) == 1 else 'them'}"
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = len(names) - most
+    return listed([*names[:most], *([f"{more} more"] if more > 0 else [])])
+
+
 def _case(case: Worst, view: View, parts: Sequence[Slice]) -> str:
-    where = f", {case.slice.title}" if len(parts) > 1 and case.slice.title else ""
-    return f"{_number(case.measure, view)} under {case.attack}{where}"
+    several = len(parts) > 1
+    names = [f"{attack}, {part.title}" if several and part.title else attack for part, attack in case.rows]
+    return f"{_number(case.measure, view)} under {_some(names, 3)}"
 
 
 def _number(m: Measure, view: View) -> str:

@@ -1,0 +1,112 @@
+"""Which runs may be compared: those of one federation, which differ in attack and defense only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedllm_sec.records.outcomes import same_probe
+from fedllm_sec.report.grid.intervals import told_apart
+from fedllm_sec.report.measures import Measure, flat, listed
+from fedllm_sec.report.runs import VERSION, Run
+
+# Recipe keys that may differ: who attacks and defends, and what changes no run.
+FREE = ("attack", "enable_attack", "defense", "enable_defense", "output", "variants")
+FREE_KEYS = (
+    *("compute.chunk_mb", "compute.threads", "compute.placement", "compute.gradient_accumulation"),
+    *("evaluate.every", "evaluate.rows", "evaluate.attack_rows", "evaluate.answer_rows", "evaluate.batch_size"),
+)
+KEYS_NAMED, RUNS_NAMED = 6, 4
+
+
+def federation(run: Run) -> dict[str, str]:
+    """What a run must share with another to be compared with it, as {recipe key: value}."""
+    pairs = ((key, json.dumps(value, default=str)) for key, value in flat(run.recipe))
+    return {key: value for key, value in pairs if key.split(".")[0] not in FREE and key not in FREE_KEYS}
+
+
+def federations(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups that share a federation, in order of first appearance."""
+    groups: list[tuple[dict[str, str], list[Run]]] = []
+    for run in runs:
+        own = federation(run)
+        known = next((members for shared, members in groups if shared == own), None)
+        if known is None:
+            groups.append((own, [run]))
+        else:
+            known.append(run)
+    return [members for _, members in groups]
+
+
+def breaking(runs: Sequence[Run]) -> list[str]:
+    """The recipe keys by which some of the runs are no pair."""
+    shared = [federation(run) for run in runs]
+    keys = dict.fromkeys(key for row in shared for key in row)
+    return [key for key in keys if len({row.get(key) for row in shared}) > 1]
+
+
+def label_of(group: Sequence[Run], runs: Sequence[Run]) -> str:
+    """What tells a federation from the others: the value of the one key, or the names of its runs."""
+    keys = breaking(runs)
+    value = federation(group[0]).get(keys[0]) if len(keys) == 1 else None
+    return named(group) if value is None else f"{keys[0]} {json.loads(value)}"
+
+
+def named(runs: Sequence[Run]) -> str:
+    names = [run.name for run in runs[:RUNS_NAMED]]
+    more = len(runs) - len(names)
+    return listed([*names, *([f"{more} more"] if more else [])])
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """Why runs are not compared, and which versions wrote them."""
+    texts, keys = [], breaking(runs)
+    if keys:
+        shown = listed([*keys[:KEYS_NAMED], *([f"{len(keys) - KEYS_NAMED} more"] if len(keys) > KEYS_NAMED else [])])
+        count = len(federations(runs))
+        texts.append(
+            f"these runs are of {count} federations, which are not compared with each other: they differ in {shown}."
+        )
+    return texts + versions(runs)
+
+
+def versions(runs: Sequence[Run]) -> list[str]:
+    """A note where runs were written by different versions of fedllm_sec, or all by another one than this."""
+    by: dict[str, list[Run]] = {}
+    for run in runs:
+        given = run.environment.get("fedllm_sec")
+        if given is not None:
+            by.setdefault(str(given)[:40], []).append(run)
+    if len(by) > 1:
+        parts = [f"{version} ({named(members)})" for version, members in by.items()]
+        return [f"written by different versions of fedllm_sec: {listed(parts)}."]
+    return [f"written by fedllm_sec {version}; this is {VERSION}." for version in by if version != VERSION]
+
+
+def attack_of(run: Run) -> str:
+    """The attack with all its settings, so that equal ones can be found."""
+    return json.dumps(run.attack, sort_keys=True, default=str)
+
+
+def asked_alike(run: Run, other: Run) -> bool:
+    """Whether both were asked for the same answer to the same trigger."""
+    blocks = [r.recipe.get("attack") for r in (run, other)]
+    return same_probe(*(_checked(block) for block in blocks))
+
+
+def _checked(block: Any) -> Mapping[str, Any]:
+    """An attack block from a file: what is no list of methods asks for nothing."""
+    data = block.get("data") if isinstance(block, Mapping) else None
+    return {"data": data} if isinstance(data, list) else {}
+
+
+def apart(a: Measure, b: Measure, unit: str) -> bool:
+    """Whether two measures of single runs differ by more than their difference's interval."""
+    return told_apart([(a, b)], unit)
+
+
+def level_with(first: Measure, others: Sequence[tuple[Run, Measure]], unit: str) -> tuple[list[Run], list[Run]]:
+    """The runs whose measure equals `first`, and those that differ by no more than the interval of the difference."""
+    same = [run for run, m in others if m.value == first.value]
+    return same, [run for run, m in others if m.value != first.value and not apart(first, m, unit)]
