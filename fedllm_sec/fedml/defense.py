@@ -6,39 +6,40 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedllm_sec.fedml.notes import Note, Part, differs, missing, number, same
+from fedllm_sec.fedml.notes import Note, Part, differs, ignored, missing, number, same, switch, switched_on
+from fedllm_sec.fedml.setup import CAPPED
+from fedllm_sec.fedml.threat import NONE
 
 Values = Mapping[str, Any]
 
-ONE_LAYER = "FedML compares one tensor, the last but one, by place in the round's list; here all, by client id"
+ONE_LAYER = (
+    "FedML compares one tensor of the models, the last but one, by place in the round's list; here "
+    "all of the updates, by client id"
+)
+ALIKE = "FedML weighs the rows that are left by claimed counts, without a cap; here they weigh the same"
 
 
 def defense(flat: Values) -> Part:
     """enable_defense and the defense block; one that is switched off is translated if it can be."""
-    enabled = flat.get("enable_defense") is True
-    notes = [same("enable_defense", "enable_defense")] if "enable_defense" in flat else []
     kind = flat.get("defense_type")
     kind = kind.strip() if isinstance(kind, str) else kind
-    if kind in (None, "None", "none", ""):
-        if enabled:
-            return {"enable_defense": False}, [missing("enable_defense", "is true, but defense_type names no defense")]
+    if kind is None or str(kind).lower() in NONE:
+        notes = switch(flat, "enable_defense", False, "defense_type names none, which FedML refuses")
         return {"enable_defense": False}, [
             *notes,
             *([same("defense_type", "no defense block")] if "defense_type" in flat else []),
         ]
-    if kind not in DEFENSES:
-        what = WITHOUT.get(kind, f"known: {', '.join(DEFENSES)}")
-        return {"enable_defense": False}, [
-            *(n for n in notes if not enabled),
-            missing("defense_type", f"{kind!r}: {what}"),
-        ]
-    try_it, how = DEFENSES[kind]
-    block, more = try_it(flat)
+    if kind in DEFENSES:
+        make, how = DEFENSES[kind]
+        block, more = make(flat)
+        if block:
+            more = [differs("defense_type", "defense", how) if how else same("defense_type", "defense"), *more]
+    else:
+        block, more = {}, [missing("defense_type", f"{kind!r}: {WITHOUT.get(kind, f'known: {KNOWN}')}")]
+    notes = switch(flat, "enable_defense", bool(block), "the recipe does not have the defense that it switches on")
     if not block:
         return {"enable_defense": False}, [*notes, *more]
-    place = "defense"
-    notes.append(differs("defense_type", place, how) if how else same("defense_type", place))
-    return {"enable_defense": enabled, "defense": block}, [*notes, *more]
+    return {"enable_defense": switched_on(flat, "enable_defense"), "defense": block}, [*notes, *more]
 
 
 def _attackers(flat: Values) -> tuple[int | None, list[Note]]:
@@ -90,11 +91,12 @@ def geo_median(flat: Values) -> Part:
     rule: dict[str, Any] = {"name": "geometric_median", "weights": "counts"}
     notes = []
     f, batches = number(flat, "byzantine_client_num"), number(flat, "batch_num")
-    if batches is not None:
-        rule["buckets"] = 1 if f == 0 else batches
-        notes.append(
-            differs("batch_num", "geometric_median.buckets", "FedML groups clients in their order, here by lot")
-        )
+    if batches is not None and batches >= 1:
+        n = number(flat, "client_num_per_round", batches)
+        size = math.ceil(n / batches)  # FedML cuts the round's list into groups of so many
+        rule["buckets"] = 1 if f == 0 else math.ceil(n / size)
+        how = f"FedML groups clients in their order, {size} each; here by lot"
+        notes.append(differs("batch_num", "geometric_median.buckets", how))
     if f is not None:
         notes.append(Note("ignored", "byzantine_client_num", "because geo_median only looks whether it is 0"))
     return {"rule": rule}, notes
@@ -117,11 +119,8 @@ def cclip(flat: Values) -> Part:
 
 
 def foolsgold(flat: Values) -> Part:
-    rule: dict[str, Any] = {"name": "foolsgold"}
-    if "use_memory" not in flat:
-        return {"rule": rule}, []
-    rule["history"] = flat["use_memory"] is True
-    return {"rule": rule}, [same("use_memory", "foolsgold.history")]
+    why = "FedML 0.9.6 never reads it: its FoolsGold remembers in any case, as ours does"
+    return {"rule": {"name": "foolsgold"}}, [ignored("use_memory", why)] if "use_memory" in flat else []
 
 
 def slsgd(flat: Values) -> Part:
@@ -134,7 +133,7 @@ def slsgd(flat: Values) -> Part:
         rule["f"] = number(flat, "trim_param_b")
         notes.append(differs("trim_param_b", "slsgd.f", TRIMS))
     else:
-        notes.append(Note("ignored", "trim_param_b", "because option 1 does not trim"))
+        notes.append(ignored("trim_param_b", "option 1 does not trim"))
     return {"rule": rule}, notes
 
 
@@ -229,16 +228,22 @@ def _of_clients(name: str) -> Callable[[Values], Part]:
 
 
 TRIMS = (
-    "FedML drops whole clients, those with the fewest and the most claimed examples; here each coordinate is trimmed"
+    "FedML drops whole clients, those with the fewest and the most claimed examples, and weighs the others by these "
+    "counts; here each coordinate is trimmed and the rest weigh the same"
 )
 MEDIAN = "FedML computes it tensor by tensor, with weights that it keeps in a set; here it is joint"
-NOT_RUN = "FedML 0.9.6 takes the name and never applies the rule; here it acts"
+ONLY_MPI = (
+    "FedML 0.9.6 never applies it in cross-silo; in MPI simulation it votes on models, weighs them by claimed counts "
+    "and turns the sign of the model's own coordinates. Here it turns that of updates, which weigh the same"
+)
+NOT_RUN = "FedML 0.9.6 takes the name, never applies it in cross-silo, and fails in MPI simulation; here it acts"
+KEPT_LAST = "to the mean of the models it kept the last time"
 NO_NAME = "FedML 0.9.6 has the code and refuses the name; here it acts"
 
 # FedML's name -> what makes our block, and how its rule differs ("" where it does not)
 DEFENSES: dict[str, tuple[Callable[[Values], Part], str]] = {
-    "norm_diff_clipping": (norm_clipping, ""),
-    "diff_clipping": (norm_clipping, "FedML 0.9.6 refuses this older name of norm_diff_clipping"),
+    "norm_diff_clipping": (norm_clipping, CAPPED),
+    "diff_clipping": (norm_clipping, f"FedML 0.9.6 refuses this older name of norm_diff_clipping; {CAPPED}"),
     "krum": (krum, ""),
     "multikrum": (krum, "m is krum_param_m, which FedML takes for 1, plain Krum, where it is not set"),
     "trimmed_mean": (trimmed_mean, TRIMS),
@@ -251,28 +256,34 @@ DEFENSES: dict[str, tuple[Callable[[Values], Part], str]] = {
     "rfa": (rfa, f"{MEDIAN}, in three smoothed steps as in the paper"),
     "cclip": (
         cclip,
-        "FedML clips around the row of one random client; here around last round's result, as in the paper",
+        f"FedML clips around the row of one random client; here around last round's result, as in the paper. {ALIKE}",
     ),
-    "foolsgold": (foolsgold, ONE_LAYER),
-    "slsgd": (slsgd, ""),
-    "robust_learning_rate": (robust_learning_rate, NOT_RUN),
-    "weak_dp": (weak_dp, NOT_RUN),
-    "crfl": (crfl, ""),
-    "3sigma": (three_sigma, f"{ONE_LAYER}; FedML starts its running mean from Krum, here from the geometric median"),
+    "foolsgold": (foolsgold, f"{ONE_LAYER}; FedML multiplies its weights by claimed counts, here nothing does"),
+    "slsgd": (slsgd, ALIKE),
+    "robust_learning_rate": (robust_learning_rate, ONLY_MPI),
+    "weak_dp": (weak_dp, f"{NOT_RUN}. {ALIKE}"),
+    "crfl": (crfl, CAPPED),
+    "3sigma": (
+        three_sigma,
+        f"{ONE_LAYER}; FedML measures {KEPT_LAST}, at first to Krum's choice; here to the mean of all updates so far, "
+        f"at first to the geometric median. {ALIKE}",
+    ),
     "3sigma_geo": (
         _pretrained({"k": 1.0}),
-        f"{ONE_LAYER}; FedML keeps the bound and the median of its first round",
+        f"{ONE_LAYER}; FedML keeps the bound and the median of its first round. {ALIKE}",
     ),
     "3sigma_foolsgold": (
         _pretrained({"k": 2.0, "score": "foolsgold"}),
-        f"{ONE_LAYER}; FedML keeps the bound of its first round, and drops low scores of its own scale",
+        f"{ONE_LAYER}; FedML keeps the bound of its first round, and drops low scores of its own scale. {ALIKE}",
     ),
-    "anomaly_detection": (cross_round, f"{ONE_LAYER}; in the second step FedML measures to its running mean"),
+    "anomaly_detection": (cross_round, f"{ONE_LAYER}; in the second step FedML measures {KEPT_LAST}. {ALIKE}"),
     "cross_round": (cross_round, NO_NAME),
     "bulyan": (bulyan, NO_NAME),
     "residual_based_reweighting": (residual_reweighting, NO_NAME),
     "wbc": (_of_clients("wbc"), NO_NAME),
     "soteria": (_of_clients("soteria"), NO_NAME),
 }
+
+KNOWN = ", ".join(DEFENSES)
 
 WITHOUT: dict[str, str] = {"dp": "FedML 0.9.6 refuses this name. See docs/defenses.md for weak_dp and weak_dp_client"}

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedllm_sec.fedml.notes import Note, Part, differs, ignored, missing, number, same
+from fedllm_sec.fedml.notes import Note, Part, differs, ignored, missing, number, same, switched_on
 
 Values = Mapping[str, Any]
 
 BATCH_NORM = "FedML's has BatchNorm, whose statistics it averages; ours has GroupNorm"
+SIGMOID = (
+    "FedML's puts a sigmoid on the logits before the cross entropy, which bounds them to [0, 1] and slows learning; "
+    "ours has none"
+)
+PHONE_LENET = (
+    "FedML 0.9.6 has it for MNN on phones only, with 20 and 50 channels, 500 hidden units and a softmax at the end; "
+    "ours is LeNet-5"
+)
+STEM = (
+    "FedML's has BatchNorm all the same, a 7x7 stem of stride 2 and max pooling; ours has GroupNorm and a 3x3 stem of "
+    "stride 1"
+)
 
 # FedML's name -> task, our model, how it differs
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "lr": ("classify", {"name": "logistic"}, ""),
-    "lenet": ("classify", {"name": "lenet"}, ""),
+    "lr": ("classify", {"name": "logistic"}, SIGMOID),
+    "lenet": ("classify", {"name": "lenet"}, PHONE_LENET),
     "cnn": ("classify", {"name": "cnn"}, "FedML's has 3x3 kernels and dropout; ours is the FedAvg paper's"),
     "cnn_web": ("classify", {"name": "lenet"}, ""),
     "resnet20": ("classify", {"name": "resnet", "depth": 20}, BATCH_NORM),
     "resnet56": ("classify", {"name": "resnet", "depth": 56}, BATCH_NORM),
-    "resnet18_gn": ("classify", {"name": "resnet18"}, ""),
+    "resnet18_gn": ("classify", {"name": "resnet18"}, STEM),
     "rnn": (
         "next_char",
         {"name": "lstm"},
@@ -41,11 +53,16 @@ DATA: dict[str, tuple[str, str]] = {
 }
 TEXTS = ("shakespeare", "fed_shakespeare")
 
+CAPPED = "FedML weighs clients by the counts they claim; here a claim counts for at most three times the median claim"
+
 ALGORITHMS = {
     "FedAvg": "fedavg", "FedAvg_seq": "fedavg", "FedSGD": "fedsgd", "FedProx": "fedprox", "FedOpt": "fedopt",
     "FedOpt_seq": "fedopt", "FedNova": "fednova", "SCAFFOLD": "scaffold", "FedDyn": "feddyn", "FedGAN": "fedgan",
     "FedNAS": "fednas", "FedGKT": "fedgkt",
 }  # fmt: skip
+
+
+BY_COUNTS = ("fedavg", "fedprox", "fedopt", "fednova", "fedgan", "fednas")  # of them FedML takes the mean by counts
 
 
 def learner(flat: Values) -> Part:
@@ -57,8 +74,8 @@ def learner(flat: Values) -> Part:
         # the text tasks cannot do without one
         task = "next_char" if dataset in TEXTS else "classify"
         model = {"name": "lstm" if task == "next_char" else "cnn"}
-        key = "model" if "model" in flat else "dataset"
-        notes.append(missing(key, f"{name!r}: a {model['name']} stands in its place. Known: {', '.join(MODELS)}"))
+        said = "is not in the file" if name is None else f"{name!r}"
+        notes.append(missing("model", f"{said}: a {model['name']} stands in its place. Known: {', '.join(MODELS)}"))
     else:
         notes.append(
             differs("model", f"model {model['name']}", how) if how else same("model", f"model {model['name']}")
@@ -73,12 +90,9 @@ def learner(flat: Values) -> Part:
         if dataset == "femnist":
             data |= {"train": "train[:90%]", "test": "train[90%:]", "classes": 62}
     else:
-        data = {"name": str(dataset)}
-        notes.append(
-            missing(
-                "dataset" if "dataset" in flat else "model", f"{dataset!r}: put a hub set or an .npz into data.name"
-            )
-        )
+        data = {"name": "digits" if dataset is None else str(dataset)}
+        said = "is not in the file: digits stands in its place" if dataset is None else f"{dataset!r}"
+        notes.append(missing("dataset", f"{said}: put a hub set or an .npz into data.name"))
     return {"task": task, "model": model, "data": data}, notes
 
 
@@ -122,8 +136,8 @@ def clients(flat: Values) -> Part:
             block[ours] = number(flat, key)
             notes.append(same(key, f"clients.{ours}"))
     block.setdefault("local_epochs", 1)
-    if block.get("per_round") == block.get("total"):
-        block.pop("per_round", None)
+    if "total" in block and block.get("per_round", 0) >= block["total"]:
+        del block["per_round"]  # FedML takes all of them too
     sgd = flat.get("client_optimizer", "sgd") == "sgd"
     block["optimizer"] = "sgd" if sgd else "adamw"
     if "client_optimizer" in flat:
@@ -151,30 +165,56 @@ def algorithm(flat: Values) -> Part:
     if ours is None:
         what = f"{name!r}: fedavg stands in its place. Known: {', '.join(ALGORITHMS)}"
         return {"algorithm": block}, [missing("federated_optimizer", what)]
-    notes = [same("federated_optimizer", f"algorithm {ours}")] if "federated_optimizer" in flat else []
+    notes = []
+    if "federated_optimizer" in flat:
+        key, place = "federated_optimizer", f"algorithm {ours}"
+        notes.append(differs(key, place, CAPPED) if ours in BY_COUNTS else same(key, place))
     if ours == "fedopt":
-        kind = str(flat.get("server_optimizer", "sgd")).lower()
-        how = "FedML runs torch.optim on the difference, with bias correction; ours is Reddi et al. 2021"
-        if kind in ("sgd", "adam", "yogi", "adagrad"):
-            block["optimizer"] = kind
-            notes += [differs("server_optimizer", "fedopt.optimizer", how)] if "server_optimizer" in flat else []
-        else:
-            block["optimizer"] = "sgd"
-            notes.append(
-                missing("server_optimizer", f"{kind!r}: sgd stands in its place. Known: sgd, adam, yogi, adagrad")
-            )
-        for key, setting in (("server_lr", "server_lr"), ("server_momentum", "beta1")):
-            if key in flat:
-                block[setting] = number(flat, key)
-                notes.append(same(key, f"fedopt.{setting}"))
+        settings, more = server(flat)
+        block |= settings
+        notes += more
     for key, method, setting in (("fedprox_mu", "fedprox", "mu"), ("feddyn_alpha", "feddyn", "alpha")):
         if key in flat and ours == method:
             block[setting] = number(flat, key)
             notes.append(same(key, f"{method}.{setting}"))
     for key in ("server_optimizer", "server_lr", "server_momentum", "fedprox_mu", "feddyn_alpha"):
-        if key in flat and not any(note.key == key for note in notes):
+        if flat.get(key) is not None and not any(note.key == key for note in notes):
             notes.append(ignored(key, f"{name} does not use it"))
     return {"algorithm": block}, notes
+
+
+# FedML's server_optimizer -> how torch.optim's differs from ours
+SERVERS = {
+    "sgd": "",
+    "adam": "FedML runs torch.optim's, with bias correction, beta2 0.999 and eps 1e-8; ours is Reddi et al. 2021",
+    "adagrad": "FedML runs torch.optim's, with eps 1e-10; ours is Reddi et al. 2021",
+    "yogi": "torch.optim has none, so that FedML ends with an error; ours is Reddi et al. 2021",
+}
+
+
+def server(flat: Values) -> Part:
+    """fedopt's settings. torch's SGD has momentum 0 unless it is told otherwise; its Adagrad never has any."""
+    kind = str(flat.get("server_optimizer") or "sgd").lower()
+    block: dict[str, Any] = {"optimizer": kind if kind in SERVERS else "sgd"}
+    notes: list[Note] = []
+    if kind not in SERVERS:
+        what = f"{kind!r}: sgd stands in its place. Known: {', '.join(SERVERS)}"
+        notes.append(missing("server_optimizer", what))
+    elif "server_optimizer" in flat:
+        how, place = SERVERS[kind], "fedopt.optimizer"
+        notes.append(differs("server_optimizer", place, how) if how else same("server_optimizer", place))
+    if number(flat, "server_lr") is not None:
+        block["server_lr"] = number(flat, "server_lr")
+        notes.append(same("server_lr", "fedopt.server_lr"))
+    if block["optimizer"] == "sgd":
+        block["beta1"] = number(flat, "server_momentum", 0.0)
+        how = "FedML reads it in MPI simulation only"
+        notes += [differs("server_momentum", "fedopt.beta1", how)] if "server_momentum" in flat else []
+    elif "server_momentum" in flat:
+        notes.append(ignored("server_momentum", f"torch.optim's {kind} has no momentum: in MPI simulation FedML fails"))
+    if block["optimizer"] == "adagrad":
+        block["beta1"] = 0.0
+    return block, notes
 
 
 def run(flat: Values) -> Part:
@@ -182,9 +222,15 @@ def run(flat: Values) -> Part:
     block: dict[str, Any] = {"seed": number(flat, "random_seed", 0), "rounds": number(flat, "comm_round", 10)}
     notes = [same(key, ours) for key, ours in (("random_seed", "seed"), ("comm_round", "rounds")) if key in flat]
     if "frequency_of_the_test" in flat:
-        block["evaluate"] = {"every": number(flat, "frequency_of_the_test")}
-        notes.append(same("frequency_of_the_test", "evaluate.every"))
-    if flat.get("enable_wandb") is True:
+        k = number(flat, "frequency_of_the_test", 1)
+        block["evaluate"] = {"every": k}
+        how = (
+            f"FedML counts rounds from 0 and tests in 1, {1 + k}, {1 + 2 * k}, ... and the last; here in {k}, {2 * k}, "
+        )
+        how += f"{3 * k}, ... and the last"
+        place = "evaluate.every"
+        notes.append(same("frequency_of_the_test", place) if k == 1 else differs("frequency_of_the_test", place, how))
+    if switched_on(flat, "enable_wandb"):
         block["output"] = {"tracker": "wandb"}
     if "enable_wandb" in flat:
         notes.append(same("enable_wandb", "output.tracker"))

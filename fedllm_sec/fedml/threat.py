@@ -6,38 +6,62 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedllm_sec.fedml.notes import Note, Part, differs, missing, number, same
+from fedllm_sec.fedml.notes import Note, Part, differs, ignored, missing, number, same, switch, switched_on
 
 Values = Mapping[str, Any]
+
+NONE = (None, "", "none", "null", "benign")
 
 
 def threat(flat: Values) -> Part:
     """enable_attack and the attack block; an attack that is switched off is translated if it can be."""
-    enabled = flat.get("enable_attack") is True
-    block: dict[str, Any] = {"enable_attack": enabled}
-    notes = [same("enable_attack", "enable_attack")] if "enable_attack" in flat else []
     kind = flat.get("attack_type")
     kind = kind.strip() if isinstance(kind, str) else kind
-    if kind in (None, "None", "none", ""):
-        if enabled:
-            return {"enable_attack": False}, [missing("enable_attack", "is true, but attack_type names no attack")]
-        return block, [*notes, *([same("attack_type", "no attack block")] if "attack_type" in flat else [])]
-    if kind not in ATTACKS:
-        what = WITHOUT.get(kind, "FedML 0.9.6 takes this for no attack at all, without a word")
-        found = missing("attack_type", f"{kind!r}: {what}")
-        return {"enable_attack": False}, [*(n for n in notes if not enabled), found]
-    made, more = ATTACKS[kind](flat)
-    if "malicious" not in made:
+    if kind is None or str(kind).lower() in NONE:
+        notes = switch(flat, "enable_attack", False, "attack_type names none, which FedML takes for no attack")
+        return {"enable_attack": False}, [
+            *notes,
+            *([same("attack_type", "no attack block")] if "attack_type" in flat else []),
+        ]
+    made, more = _made(flat, kind)
+    notes = switch(flat, "enable_attack", bool(made), "the recipe does not have the attack that it switches on")
+    if not made:
         return {"enable_attack": False}, [*notes, *more]
-    if "attack_prob" in flat:
+    if number(flat, "attack_prob") is not None:
         made["probability"] = number(flat, "attack_prob")
         more.append(differs("attack_prob", "attack.probability", "FedML draws anew at each of its checks in a round"))
-    return {**block, "attack": made}, [*notes, *more]
+    return {"enable_attack": switched_on(flat, "enable_attack"), "attack": made}, [*notes, *more]
+
+
+def _made(flat: Values, kind: Any) -> Part:
+    """The attack block, empty where there is no equivalent."""
+    if kind not in ATTACKS:
+        what = WITHOUT.get(kind, "FedML 0.9.6 takes this for no attack at all, without a word")
+        return {}, [missing("attack_type", f"{kind!r}: {what}")]
+    block, notes = ATTACKS[kind](flat)
+    return (block if "malicious" in block else {}), notes
+
+
+def _of_round(flat: Values, wanted: int) -> tuple[dict[str, Any], str]:
+    """The malicious block with `wanted` attackers in a round on average, and how that differs from FedML.
+
+    FedML picks so many among the clients of each round. Here attackers are drawn among all clients, so that with
+    sampling there must be total / per_round times as many.
+    """
+    total, per_round = number(flat, "client_num_in_total"), number(flat, "client_num_per_round")
+    if total is None or per_round is None or not 0 < per_round < total:
+        return {"count": wanted, "redraw": True}, ""
+    wanted = min(wanted, per_round)
+    count = round(wanted * total / per_round)
+    how = f"FedML picks {wanted} among the {per_round} clients of each round; here {count} of all {total} are drawn, "
+    how += f"of whom {count * per_round / total:.3g} take part in a round on average, now more, now fewer"
+    return {"count": count, "redraw": True}, how
 
 
 def _redrawn(flat: Values, key: str) -> Part:
-    how = "FedML picks them among the clients of the round; here they are drawn among all clients of the federation"
-    return {"count": number(flat, key), "redraw": True}, [differs(key, "attack.malicious {count, redraw: true}", how)]
+    block, how = _of_round(flat, number(flat, key))
+    place = "attack.malicious {count, redraw: true}"
+    return block, [differs(key, place, how) if how else same(key, place)]
 
 
 def byzantine(flat: Values) -> Part:
@@ -71,13 +95,14 @@ def byzantine(flat: Values) -> Part:
 
 
 def label_flipping(flat: Values) -> Part:
-    old, new = flat.get("original_class_list"), flat.get("target_class_list")
+    old: Any = flat.get("original_class_list")
+    new: Any = flat.get("target_class_list")
     how = "FedML flips the attackers' test rows too, and measures with them; here all test rows stay as they are"
     notes = [differs("attack_type", "attack.data label_flip", how)]
-    if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 0 and len(set(old)) == len(old)):
+    if not (_classes(old) and _classes(new) and len(old) == len(new) > 0 and len(set(old)) == len(old)):
         return {}, [
             *notes,
-            missing("original_class_list", "needs two lists of equal length, the first without repeats"),
+            missing("original_class_list", "needs two lists of class numbers, equally long, the first without repeats"),
         ]
     notes.append(same("original_class_list", "label_flip.mapping"))
     later = any(new[i] in old[i + 1 :] for i in range(len(old)))
@@ -106,17 +131,30 @@ def label_flipping(flat: Values) -> Part:
     return block, notes
 
 
+def _classes(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int) for value in values)
+
+
 def model_replacement(flat: Values) -> Part:
     how = "FedML scales an ordinary update, with no backdoor in it. Add poisoned data under attack.data for the paper's"
     notes = [differs("attack_type", "attack.update model_replacement", how)]
-    block: dict[str, Any] = {"malicious": {"count": 1, "redraw": True}, "update": [{"name": "model_replacement"}]}
-    if flat.get("malicious_client_id") is not None:
+    who, of_round = _of_round(flat, 1)
+    block: dict[str, Any] = {"malicious": who, "update": [{"name": "model_replacement"}]}
+    if flat.get("malicious_client_id") is None:
+        notes += [differs("attack_type", "attack.malicious {count, redraw: true}", of_round)] if of_round else []
+    elif not of_round:
         block["malicious"] = {"ids": [number(flat, "malicious_client_id")]}
-        how = "FedML means the place in the round's list; here it is the client's number"
-        notes.append(differs("malicious_client_id", "attack.malicious.ids", how))
+        notes.append(
+            same("malicious_client_id", "attack.malicious.ids: where all take part, FedML's place in the list")
+        )
+    else:
+        how = f"FedML means the place in the round's list, which is another client in each round: {of_round}"
+        notes.append(differs("malicious_client_id", "attack.malicious {count, redraw: true}", how))
     if "byzantine_client_num" in flat:
         notes.append(Note("ignored", "byzantine_client_num", "because model_replacement has one attacker in FedML"))
-    if flat.get("scale_factor_S") is not None:
+    if isinstance(flat.get("scale_factor_S"), int):
+        notes.append(ignored("scale_factor_S", "FedML takes only a number with a decimal point"))
+    elif flat.get("scale_factor_S") is not None:
         what = "is an absolute length. model_replacement.max_norm is in median honest lengths: set it yourself"
         notes.append(missing("scale_factor_S", what))
     rounds = flat.get("attack_training_rounds")

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedllm_sec.fedml import setup
 from fedllm_sec.fedml.defense import defense
-from fedllm_sec.fedml.notes import Note, flatten, ignored, missing
+from fedllm_sec.fedml.notes import READ, Note, flatten, ignored, missing, must_be_words, must_say_something
 from fedllm_sec.fedml.threat import threat
 
 # sections whose keys have no effect on results here, whatever they say
@@ -58,14 +58,24 @@ KEYS = {
     "cosine_similarity_bound": "only anomaly_detection reads it",
     "lambda_param": "only residual_based_reweighting reads it",
     "thresh": "only residual_based_reweighting reads it",
-    "use_memory": "only foolsgold reads it",
+    "use_memory": "FedML 0.9.6 does not read it",
     "attack_prob": "there is no attack",
+    "scale_factor_S": "only model_replacement reads it",
+    "attack_training_rounds": "only model_replacement reads it",
+    "poisoned_training_round": "only model_replacement reads it",
+    "bound_param": "FedML 0.9.6 does not read it",
+    "pretraining_round_num": "only 3sigma_geo and 3sigma_foolsgold read it",
+    "to_keep_higher_scores": "only 3sigma_geo and 3sigma_foolsgold read it",
+    "bucketing_batch_size": "only 3sigma_foolsgold reads it",
+    "mode": "only residual_based_reweighting reads it",
 }
 
 
 def translate(raw: Any) -> tuple[dict[str, Any], list[Note]]:
     """The recipe, unchecked, and a note on each key in the order of the YAML; RecipeError if it is no such YAML."""
     flat = flatten(raw)
+    must_say_something(flat)
+    must_be_words(flat)
     values = flat.values
     recipe: dict[str, Any] = {}
     notes = list(flat.notes)
@@ -89,8 +99,14 @@ def _rest(key: str, section: str, values: dict[str, Any]) -> Note:
         return ignored(key, "enable_dp is not true")
     if section in SECTIONS:
         return ignored(key, SECTIONS[section])
+    if key.startswith("wandb_"):
+        return ignored(key, SECTIONS["tracking_args"])
+    if key in READ and values[key] is None:
+        return ignored(key, "it is not set")
     if key in KEYS:
         return ignored(key, KEYS[key])
+    if key in READ:
+        return ignored(key, "nothing that this file asks for reads it")
     return missing(key, "is no key that FedML 0.9.6 or we know here")
 
 

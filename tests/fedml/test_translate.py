@@ -128,7 +128,9 @@ def test_a_secret_is_never_repeated():
 
 def test_the_defense_takes_the_number_of_attackers_from_the_attack_where_it_has_none_as_in_fedml():
     raw = config(
-        {"attack_type": "byzantine", "attack_mode": "flip", "byzantine_client_num": 1}, {"defense_type": "krum"}
+        {"attack_type": "byzantine", "attack_mode": "flip", "byzantine_client_num": 1},
+        {"defense_type": "krum"},
+        train_args={"client_num_per_round": 20},
     )
     recipe, _ = translate(raw)
     assert recipe["attack"] == {"malicious": {"count": 1, "redraw": True}, "update": [{"name": "byzantine_flip"}]}
@@ -139,6 +141,7 @@ def test_a_key_that_stands_twice_counts_as_the_later_one_and_is_named():
     raw = config(
         {"attack_type": "byzantine", "attack_mode": "flip", "byzantine_client_num": 3},
         {"defense_type": "krum", "byzantine_client_num": 1},
+        train_args={"client_num_per_round": 20},
     )
     recipe, notes = translate(raw)
     assert recipe["attack"]["malicious"]["count"] == recipe["defense"]["rule"]["f"] == 1
@@ -161,7 +164,8 @@ def test_byzantine_modes(mode: str, method: dict[str, Any], kind: str):
 
 
 def test_model_replacement_has_one_attacker_and_says_what_it_lacks():
-    raw = config({"attack_type": "model_replacement", "malicious_client_id": 4, "attack_training_rounds": [3, 5, 7]})
+    attack = {"attack_type": "model_replacement", "malicious_client_id": 4, "attack_training_rounds": [3, 5, 7]}
+    raw = config(attack, train_args={"client_num_per_round": 20})
     recipe, notes = translate(raw)
     assert recipe["attack"] == {
         "malicious": {"ids": [4]},
@@ -214,7 +218,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "rfa": ({}, {"rule": {"name": "rfa"}}),
     "cclip": ({"bucket_size": 2}, {"rule": {"name": "centered_clipping", "tau": 10, "bucket_size": 2}}),
-    "foolsgold": ({"use_memory": False}, {"rule": {"name": "foolsgold", "history": False}}),
+    "foolsgold": ({"use_memory": False}, {"rule": {"name": "foolsgold"}}),
     "slsgd": (
         {"trim_param_b": 2, "alpha": 0.7, "option_type": 2},
         {"rule": {"name": "slsgd", "option": 2, "alpha": 0.7, "f": 2}},
@@ -353,9 +357,10 @@ def test_unknown_model_data_and_optimizers_are_named_and_something_else_stands_i
 
 
 def test_fedopt_takes_its_server_settings_and_other_methods_ignore_them():
-    server = {"server_optimizer": "adam", "server_lr": 0.02, "server_momentum": 0.8}
-    recipe, _ = translate(config(None, None, train_args={"federated_optimizer": "FedOpt", **server}))
-    assert recipe["algorithm"] == {"name": "fedopt", "optimizer": "adam", "server_lr": 0.02, "beta1": 0.8}
+    server = {"server_optimizer": "sgd", "server_lr": 0.02, "server_momentum": 0.8}
+    recipe, notes = translate(config(None, None, train_args={"federated_optimizer": "FedOpt", **server}))
+    assert recipe["algorithm"] == {"name": "fedopt", "optimizer": "sgd", "server_lr": 0.02, "beta1": 0.8}
+    assert "in MPI simulation only" in kinds(notes, "differs")["server_momentum"]
     recipe, notes = translate(config(None, None, train_args=server))
     assert recipe["algorithm"] == {"name": "fedavg"}
     assert kinds(notes, "ignored")["server_lr"] == "because FedAvg does not use it"
@@ -371,8 +376,12 @@ def test_each_fl_method_has_its_name(name: str, ours: str):
     ("raw", "words"),
     [
         ([], "mapping of sections"),
-        ({"train_args": 3}, "train_args: 3: must be a section"),
+        ({"train_args": 3}, "train_args: int: must be a section"),
         ({"train_args": {"comm_round": "many"}}, "comm_round: 'many': must be a number"),
+        ({"mapping_default": {"host1": [2, 2]}}, "no FedML experiment: no section has any of dataset, model"),
+        ({"model_args": {"model": ["lr", "cnn"]}}, r"model_args.model: \['lr', 'cnn'\]: must be one word"),
+        ({"attack_args": {"attack_type": ["byzantine"]}}, "attack_args.attack_type: .*: must be one word"),
+        ({"defense_args": {"defense_type": {"krum": 1}}}, "defense_args.defense_type: .*: must be one word"),
     ],
 )
 def test_what_is_no_fedml_yaml_is_an_error(raw: Any, words: str):
@@ -388,7 +397,7 @@ def write(path: Path, raw: Any) -> str:
 def test_the_command_prints_the_recipe_and_its_notes_apart(tmp_path: Path, capsys):
     assert main(["from-fedml", write(tmp_path / "c.yaml", CONFIG)]) == 0
     printed = capsys.readouterr()
-    recipe = recipes.parse_yaml(printed.out, "printed")
+    recipe = recipes.parse(printed.out, "printed")
     assert recipe == translate(CONFIG)[0]
     assert "translated    train_args.comm_round is rounds" in printed.err
     assert "ignored       device_args.using_gpu" in printed.err
