@@ -253,7 +253,10 @@ class CausalLM:
 
     @torch.no_grad()
     def answer(self, shard: Encoded, rows: Sequence[int], max_new_tokens: int) -> list[str]:
-        """Greedy answers, stopping when every row has ended; no setting of the model folder has a part in them."""
+        """Greedy answers, stopping when every row has ended; no setting of the model folder has a part in them.
+
+        Where a logit is nan nothing is likeliest: the answer ends there.
+        """
         from transformers import GenerationConfig
 
         pad = [self.tokenizer.eos_token_id]
@@ -266,8 +269,17 @@ class CausalLM:
             eos_token_id=sorted({stop for found in self.stop_tokens.values() for stop in found}),
             pad_token_id=self.tokenizer.pad_token_id,
         )
+
+        def ended(_: Tensor, logits: Tensor) -> Tensor:
+            broken = logits.isnan().any(-1)
+            logits[broken] = -torch.inf
+            logits[broken, self.tokenizer.eos_token_id] = 0.0
+            return logits
+
         with _unconfigured(self._base) as model:
-            out = model.generate(input_ids=batch.ids, attention_mask=batch.mask, generation_config=greedy)
+            out = model.generate(
+                input_ids=batch.ids, attention_mask=batch.mask, generation_config=greedy, logits_processor=[ended]
+            )
         return [self.decode(ids) for ids in out[:, batch.ids.shape[1] :].tolist()]
 
 

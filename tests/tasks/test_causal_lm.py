@@ -174,6 +174,18 @@ def test_greedy_answers_obey_no_setting_of_the_model_folder(task):
         base.generation_config = own
 
 
+def test_a_model_that_is_not_finite_answers_nothing(task, monkeypatch):
+    shard = task.encode(rows("The keeper saved the penalty.", "Ann baked bread."), "here")
+    monkeypatch.setattr(task, "decode", list)  # in another tokenizer token 0, the argmax of nan, may be a word
+    with torch.no_grad():
+        task.parameters.fill_(float("nan"))
+    try:
+        assert [ids[0] for ids in task.answer(shard, [0, 1], 4)] == [task.tokenizer.eos_token_id] * 2
+    finally:
+        with torch.no_grad():
+            task.parameters.copy_(task.initial)
+
+
 def test_stop_tokens_of_the_model_folder_are_kept_and_told(task):
     end = task.tokenizer.eos_token_id
     assert task.stop_tokens["tokenizer"] == [end]
