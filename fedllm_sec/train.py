@@ -6,7 +6,9 @@ Started again with the same recipe it goes on where it was stopped; a finished r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import json
 import shlex
 import signal
 import sys
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--explain", action="store_true", help="say what it would do and cost, and stop")
     options = parser.parse_intermixed_args(argv)
     heed_ctrl_c()
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         plans = load(options.recipe, options.overrides)
         among = list(plans)
@@ -58,13 +61,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(explain(plans))
             return 0
         run_all(plans, _command(options), among)
+        idle = [plan.recipe.output.folder for plan in plans.values() if _all_skipped(Path(plan.recipe.output.folder))]
+        if idle:
+            print(f"error: every round was skipped in {', '.join(idle)}: nothing was learnt.", file=sys.stderr)
+            return 1
     except FedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        print(f"error: {what}. What was written is whole: the same command goes on from there.", file=sys.stderr)
+        return 2
+    except Terminated:
+        print("terminated; the same command goes on from the last whole round.", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last whole round.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def _all_skipped(folder: Path) -> bool:
+    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return found["rounds"] == found["skipped_rounds"] > 0
 
 
 def heed_ctrl_c() -> None:
@@ -185,6 +214,11 @@ def run_one(
 
     `loaded` is what the process keeps between runs; `say` gets a line a round instead of the terminal.
     """
+    with RunFolder(Path(plan.recipe.output.folder)).held() if machine.main else contextlib.nullcontext():
+        _run_held(plan, machine, command, loaded, say)
+
+
+def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None) -> None:
     import torch
 
     from fedllm_sec.build.federation import assemble, run, save

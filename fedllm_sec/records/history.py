@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,11 +113,12 @@ def read_history(folder: Path) -> list[RoundRecord]:
         raise ResumeError(f"{path}: no such file. Is {folder} a run folder?")
     timings: dict[int, dict[str, float]] = {}
     if (folder / "timings.jsonl").is_file():
-        for line in (folder / "timings.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            timings[row.pop("round")] = row
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+        for line in _lines(folder / "timings.jsonl"):
+            with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError, AttributeError):  # seconds, no results
+                row = json.loads(line)
+                timings[row.pop("round")] = row
+    records: list[RoundRecord] = []
+    for number, line in enumerate(_lines(path), 1):
         try:
             row = json.loads(line)
             timing = timings.get(row["round"], {})
@@ -126,7 +127,18 @@ def read_history(folder: Path) -> list[RoundRecord]:
             records.append(RoundRecord(**row, seconds=seconds, memory_mb=memory))
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ResumeError(f"{path}, line {number}: not a round record ({error}).") from error
+        if records[-1].round != number:
+            raise ResumeError(
+                f"{path}, line {number}: is round {records[-1].round!r}. A line is lost, doubled or moved."
+            )
     return records
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ResumeError(f"{path}: is not UTF-8 text ({error.reason}). Restore it.") from error
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -207,11 +219,54 @@ class RunFolder:
                 f"{self.history}: is shorter than its checkpoint says ({size} bytes). "
                 "Restore it, or start another folder."
             )
+        self._refuse_damage(size, state.get("round"))
         return dict(state)
+
+    def _refuse_damage(self, size: int, done: Any) -> None:
+        """The history up to its checkpoint must hold the rounds that it stands for; said before any is trained."""
+        lines = self.history.read_bytes()[:size]
+        try:
+            rounds = [json.loads(line)["round"] for line in lines.splitlines()]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ResumeError(f"{self.history}: is damaged ({error}). Restore it, or start another folder.") from error
+        if rounds != list(range(1, len(rounds) + 1)) or done != len(rounds):
+            raise ResumeError(
+                f"{self.path}: the checkpoint is of round {done!r}, history.jsonl holds rounds {rounds[:3]} ... "
+                f"{rounds[-1:]}. Restore both, or start another folder."
+            )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else works in this folder; the system lets go of it when the process ends, however it ends."""
+        import fcntl  # not on Windows, where reports are read all the same
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / ".lock"
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = os.fstat(file.fileno()).st_ino == path.stat().st_ino  # else the last holder has just removed it
+            except OSError:
+                mine = False
+            if not mine:
+                file.seek(0)
+                raise ResumeError(
+                    f"{self.path}: is being run by process {file.read().strip() or 'unknown'}. Wait for it, stop it, "
+                    "or give output.folder another name."
+                )
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def begin(self, recipe_text: str, environment: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
         """Write what identifies the run, and cut the history back to the checkpoint: a killed round is replayed."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.glob(".*.*.*"):  # `write_atomic` was killed
+            left.unlink()
         write_atomic(self.path / "recipe.yaml", recipe_text.encode())
         write_json(self.path / "environment.json", environment)
         size = int(state["history_bytes"]) if state is not None else 0
