@@ -174,6 +174,11 @@ class Labelled:
     fixed: Tensor | None = None  # (n, height, width) bool: pixels that augmentation leaves as they are; None: no pixel
 
 
+def tensors_of(rows: Any) -> dict[str, Tensor]:
+    """What of a shard could be written into; a text table cannot."""
+    return {"inputs": rows.x, "labels": rows.y} if isinstance(rows, Labelled) else {}
+
+
 # ---------------------------------------------------------------- defenses
 
 

@@ -12,14 +12,14 @@ import torch
 from fedllm_sec.attacks.data.clean import innocent, success_table
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
-from fedllm_sec.build.parts import Parts, Split, make_model, poison, tensors_of
+from fedllm_sec.build.parts import Parts, Split, make_model, poison
 from fedllm_sec.data import arrays
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.evaluation.arrays import ArrayEvaluation
 from fedllm_sec.evaluation.samples import Features, SampleEvaluation
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.models.darts import genotype
-from fedllm_sec.protocols import Labelled
+from fedllm_sec.protocols import Labelled, tensors_of
 from fedllm_sec.recipe.sections import ArrayData, Recipe
 from fedllm_sec.records.history import write_atomic, write_json
 from fedllm_sec.rounds.compute import Machine

@@ -18,7 +18,7 @@ from fedllm_sec.models.lora import load_tokenizer
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.report.runs import Run, methods
-from fedllm_sec.report.words import attack_card, defense_steps
+from fedllm_sec.report.threat import attack_card, defense_steps
 from fedllm_sec.tasks.causal_lm import room
 
 WIDTH = 110

@@ -53,7 +53,7 @@ def poison_key(recipe: Recipe) -> str:
     if attack is None:
         return split_key(recipe)
     who = attack.model_dump_json(include={"malicious", "data"})
-    if attack.malicious.redraw:  # then only those are poisoned who attack in some round
+    if attack.malicious.redraw or recipe.clients.per_round is not None:  # only who attacks in some round is poisoned
         who += attack.model_dump_json(include={"start", "stop", "every", "probability"})
         who += json.dumps([recipe.rounds, recipe.clients.per_round])
     return split_key(recipe) + who

@@ -17,7 +17,7 @@ from fedllm_sec.build.names import make
 from fedllm_sec.data import partition
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.matrix.shown import only_shown
-from fedllm_sec.protocols import Labelled
+from fedllm_sec.protocols import Labelled, tensors_of
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.seeds import generator_for, seed_for
 
@@ -117,7 +117,7 @@ def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: An
             with only_shown(place, AttackError, **tensors_of(rows)):  # other attacks and later runs have them too
                 made = attack.poison(rows, rng)
             _refuse_overwriting(rows, made, f"{place}: client {id}")
-            share[id] = (_marked(made) - _marked(rows)) / max(_size(made), 1)
+            share[id] = _changed(rows, made) / max(_size(made), 1)
             rows = made
         if _marked(rows):
             done[id] = rows
@@ -139,11 +139,6 @@ def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: An
     return Poisoned(done, shares)
 
 
-def tensors_of(rows: Any) -> dict[str, torch.Tensor]:
-    """What of a shard could be written into; a text table cannot."""
-    return {"inputs": rows.x, "labels": rows.y} if isinstance(rows, Labelled) else {}
-
-
 def _size(rows: Any) -> int:
     return len(rows.y) if isinstance(rows, Labelled) else len(rows)
 
@@ -151,6 +146,13 @@ def _size(rows: Any) -> int:
 def _marked(rows: Any) -> int:
     """How many rows are poisoned."""
     return int(rows.poisoned.sum()) if isinstance(rows, Labelled) else sum(rows["poisoned"][:])
+
+
+def _changed(before: Any, after: Any) -> int:
+    """How many rows an attack has changed. A row of characters may be changed by several, one after the other."""
+    if isinstance(before, Labelled) and before.y.ndim > 1:
+        return int((before.y != after.y).any(1).sum())
+    return _marked(after) - _marked(before)
 
 
 def _refuse_overwriting(before: Any, after: Any, place: str) -> None:

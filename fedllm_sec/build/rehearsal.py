@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -76,7 +76,7 @@ class Rehearsal:
         threat.malicious, threat.redrawn, threat.probability = frozenset(self.ids[:m]), None, 1.0
 
         def try_it(guess: UpdateMatrix) -> Decision:
-            return defense.rehearse(guess, self._context(guess))
+            return replace(defense.rehearse(guess, self._context(guess)), step=lambda update: update)
 
         vector = torch.zeros(rows.d)
         threat.forge(rows, vector=vector, last_update=None, round=threat.start, defense=try_it)

@@ -32,7 +32,7 @@ def make_threat(recipe: Recipe) -> Threat | None:
         [make(b, attacks.MENU, f"attack.{kind}.{i}") for i, b in enumerate(getattr(block, kind))]
         for kind in ("data", "local", "update")
     )
-    if threat.redrawn is not None:
+    if recipe.enable_attack and (threat.redrawn is not None or recipe.clients.per_round is not None):
         threat.ever = attacking(recipe, threat)
     return threat
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.errors import DefenseError, DivergedError
+from fedllm_sec.errors import AttackError, DefenseError, DivergedError
 from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.robustness import measure_rows
 from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.memory import watch
+from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.models.lora import product_gap
 from fedllm_sec.protocols import (
     Algorithm,
@@ -27,6 +28,7 @@ from fedllm_sec.protocols import (
     LocalRule,
     LocalTraining,
     Task,
+    tensors_of,
 )
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.client import make_optimizer, train_locally
@@ -117,20 +119,21 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         attacks: Sequence[LocalRule] = ()
         if threat is not None and client.id in threat.attackers(r):
             attacks, guards = threat.rules(client, r), ()  # nobody defends a federation against himself
-        return train_locally(
-            task,
-            client,
-            start,
-            optimizer=optimizer,
-            stepper=machine,
-            training=federation.training,
-            rules=(*algorithm.local, *guards, *attacks),
-            round=r,
-            rounds=rounds,
-            seed=federation.seed,
-            last_update=federation.last_update,
-            control=control,
-        )
+        with only_shown("attack.local", AttackError, **tensors_of(client.shard)):  # later runs have the shard too
+            return train_locally(
+                task,
+                client,
+                start,
+                optimizer=optimizer,
+                stepper=machine,
+                training=federation.training,
+                rules=(*algorithm.local, *guards, *attacks),
+                round=r,
+                rounds=rounds,
+                seed=federation.seed,
+                last_update=federation.last_update,
+                control=control,
+            )
 
     results = (train(client, federation.guards) for client in federation.progress(mine))
     collected = machine.collect(results, len(cohort), task.layout.size, algorithm.remember is not None)

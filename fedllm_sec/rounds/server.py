@@ -98,5 +98,8 @@ class ServerRound:
 
 
 def nobody_kept(decision: Decision) -> bool:
-    """Whether a rule that selects has selected nobody: the round is skipped."""
-    return decision.kept is not None and not bool(decision.kept.any())
+    """Whether a rule has taken nothing of any row: the round is skipped, unless it steps by something else (fltrust's
+    own update)."""
+    kept, weights = decision.kept, decision.weights
+    none = (kept is not None and not bool(kept.any())) or (weights is not None and not bool((weights != 0).any()))
+    return none and not bool(decision.update.any())

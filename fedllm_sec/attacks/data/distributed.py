@@ -79,11 +79,11 @@ class DBA:
         part = self.poisoned % self.parts
         if isinstance(shard, Labelled):
             images = need_images(shard, "dba", self._number())
-            rows = drawn(images, self._number(), self.rate, "dba", rng)
+            rows = drawn(images, self._number(), self.rate, "dba", rng, self.carries(images))
             out: Any = change(images, rows, self._number(), lambda x: self.stamp(x, range(part, part + 1)))
         else:
             piece = self.pieces()[part]
-            out = self._backdoor(piece, occurring(piece, self.position)).poison(shard, rng)
+            out = self._backdoor(piece, self.carries).poison(shard, rng)
         self.poisoned += 1
         return out
 

@@ -70,10 +70,14 @@ def all_to_target(test: Labelled, rows: Rows, target: int, stamp: Callable[[Tens
     return change(chosen, range(len(chosen.y)), target, stamp)
 
 
-def drawn(shard: Labelled, target: int, rate: float, name: str, rng: torch.Generator) -> list[int]:
+def drawn(
+    shard: Labelled, target: int, rate: float, name: str, rng: torch.Generator, carried: Tensor | None = None
+) -> list[int]:
     """round(rate * rows) row numbers of the shard, at least one, those of other classes first.
 
-    Rows that an earlier attack has poisoned stay as it made them; where too few are left it is an error.
+    Rows that carry the trigger by themselves, `carried` (n,), are all among them, even beyond `rate`: they would teach
+    another answer to it. Rows that an earlier attack has poisoned stay as it made them; where too few are left it is
+    an error.
     """
     count, free = max(1, round(rate * len(shard.y))), ~shard.poisoned
     if count > int(free.sum()):
@@ -82,7 +86,11 @@ def drawn(shard: Labelled, target: int, rate: float, name: str, rng: torch.Gener
             f"{int(free.sum())}. Lower the rates."
         )
     other, same = ((free & where).nonzero().flatten().tolist() for where in (shard.y != target, shard.y == target))
-    return pick(count, other, same, rng)
+    if carried is None or not bool(carried.any()):
+        return pick(count, other, same, rng)
+    first = (free & carried & (shard.y != target)).nonzero().flatten().tolist()
+    rest = sorted(set(other) - set(first))
+    return sorted(first + pick(max(0, count - len(first)), rest, same, rng))
 
 
 def marked(rows: Rows, shard: Labelled) -> Tensor:
@@ -138,7 +146,7 @@ class PixelTrigger:
 
     def poison(self, shard: Any, rng: torch.Generator) -> Labelled:
         shard = need_images(shard, "pixel_trigger", self.target)
-        rows = drawn(shard, self.target, self.rate, "pixel_trigger", rng)
+        rows = drawn(shard, self.target, self.rate, "pixel_trigger", rng, self.carries(shard))
         return change(shard, rows, self.target, self.stamp)
 
     def probe(self, test: Any) -> Labelled:
