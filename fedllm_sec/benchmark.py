@@ -174,6 +174,7 @@ def _cells(number: int) -> str:
 def line_of(cell: Any, seconds: float) -> str:
     """What came out of a cell, in a line."""
     from fedllm_sec.grid import cells
+    from fedllm_sec.report.measures import share
 
     if cells.status(cell) != "done":
         error = cells.error_of(cell)
@@ -184,7 +185,7 @@ def line_of(cell: Any, seconds: float) -> str:
     given = {**(summary["quality"] or {}), **(summary["attack"] or {})}
     for name, value in numbers(given).items():
         if isinstance(given[name], dict):
-            parts.append(f"{'ASR' if name == 'asr' else name.replace('_', ' ')} {value:.3f}")
+            parts.append(f"{'ASR' if name == 'asr' else name.replace('_', ' ')} {share(value, 3)}")
     if len(parts) == 1 and summary["quality"]:
         parts.append(f"loss {float(summary['quality']['loss']):.3f}")
     return "  ".join([*parts, f"{seconds:.1f} s"])

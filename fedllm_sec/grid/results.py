@@ -29,6 +29,7 @@ from fedllm_sec.records.outcomes import (
     same_probe,
     worst_classes,
 )
+from fedllm_sec.report.measures import written
 
 ATTACK = ("asr", "false_trigger")
 COUNTS = ("rounds", "skipped_rounds", "quarantined", "defense_peak_mb")  # and seconds: averaged without an interval
@@ -303,8 +304,9 @@ def as_text(grid: Grid) -> str:
             return ""
         if not done:
             return members[0]["status"]
-        found = [_mean(row.get(key) for row in done) for key in (quality, "asr")]
-        text = " / ".join(f"{value:.2f}" for value in found if value is not None)
+        found = [(key, _mean(row.get(key) for row in done)) for key in (quality, "asr")]
+        units = ((value, "number" if key == "loss" else "rate") for key, value in found if value is not None)
+        text = " / ".join(written(value, unit) for value, unit in units)
         return text if len(done) == len(members) else f"{text} ({len(done)} of {len(members)})"
 
     lines = [[f"{quality} / ASR", *defenses], *([attack, *(cell(attack, d) for d in defenses)] for attack in attacks)]

@@ -13,6 +13,7 @@ from fedllm_sec.errors import RecipeError
 MOST_CHARACTERS = 100_000  # of a file
 MOST_VALUES = 20_000  # of a file, aliases counted each time they are used
 DEEPEST = 50  # blocks inside blocks
+_NAMED = re.compile(r"(alias|anchor|tag|tag handle)\b.*", re.DOTALL)  # PyYAML quotes the name after these words
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +71,7 @@ def parse(text: str, place: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{place}, line {mark.line + 1}" if mark else place
-        raise RecipeError(f"{where}: not YAML ({getattr(error, 'problem', None) or error}).") from error
+        raise RecipeError(f"{where}: not YAML ({_problem(error)}).") from None
     except RecursionError:
         raise RecipeError(
             f"{place}: blocks are nested too deeply. At most {DEEPEST} may lie inside each other."
@@ -79,6 +80,12 @@ def parse(text: str, place: str) -> Any:
         raise RecipeError([f"{place}, {problem}" for problem in error.problems]) from None
     _refuse_bombs(value, place)
     return value
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong, without the names of aliases and tags: a key that begins with * or ! may be a secret."""
+    text = str(getattr(error, "problem", None) or error)
+    return _NAMED.sub(r"\1", text)
 
 
 def _refuse_bombs(value: Any, place: str) -> None:

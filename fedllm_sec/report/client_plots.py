@@ -142,8 +142,9 @@ def _norms_alt(run: Run) -> str:
         far = f"{ratio:.{0 if ratio >= 10 else 1}f}" if ratio < 1e5 else f"{ratio:.0e}"
         times = f", {far} times as long" if ratio else ""
         text = f"Median update length under attack: malicious {plain(b)}, honest {plain(g)}{times}."
-    elif good:
-        text = f"Median update length of the honest clients: {plain(median(good))}."
+    elif bad or good:
+        who = "malicious" if bad else "honest"
+        text = f"Median update length of the {who} clients: {plain(median(bad or good))}."
     else:
         text = "No update had a usable length." if under else "No round was under attack."
     screened = sum(len(record.quarantined) for record in run.rounds)

@@ -257,7 +257,12 @@ def written(value: float, unit: str) -> str:
         return duration(value)
     if unit != "rate" or not math.isfinite(value):
         return plain(value)
-    return _fixed(value, _decimals(value, 2, 1.0))
+    return share(value)
+
+
+def share(value: float, usual: int = 2) -> str:
+    """A rate by so many decimals, or more where it would be rounded to nothing or all."""
+    return _fixed(value, _decimals(value, usual, 1.0)) if math.isfinite(value) else str(value)
 
 
 def interval(m: Measure, unit: str) -> str:
@@ -267,8 +272,15 @@ def interval(m: Measure, unit: str) -> str:
     if unit not in ("percent", "rate") or not math.isfinite(m.value):
         return f"[{written(m.low, unit)}, {written(m.high, unit)}]"
     decimals = len(written(m.value, unit).removesuffix(" %").partition(".")[2])
-    times = 100 if unit == "percent" else 1
-    return f"[{_fixed(times * m.low, decimals)}, {_fixed(times * m.high, decimals)}]"
+    return f"[{_limit(m.low, unit, decimals)}, {_limit(m.high, unit, decimals)}]"
+
+
+def _limit(value: float, unit: str, decimals: int) -> str:
+    """A rate's limit by so many decimals, or more: it is never rounded to nothing or all either."""
+    times = 100.0 if unit == "percent" else 1.0
+    text = _fixed(times * value, decimals)
+    rounded = abs(float(text)) in (0.0, times) and abs(float(text) - times * value) > LEAST_SEEN
+    return written(value, unit).removesuffix(" %") if rounded else text
 
 
 def listed(words: Sequence[str]) -> str:

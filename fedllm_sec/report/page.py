@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.records.history import write_atomic
-from fedllm_sec.report import client_plots, pairs, plots, tables, words
+from fedllm_sec.report import client_plots, pairs, plots, tables, threat, words
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
 from fedllm_sec.report.markup import environment_of, facts_of, fill, grouped
@@ -24,6 +24,7 @@ from fedllm_sec.report.measures import (
     peak_memory,
     seconds_per_round,
     total_seconds,
+    written,
 )
 from fedllm_sec.report.runs import Run, command_of, read_runs
 from fedllm_sec.report.samples import samples
@@ -66,7 +67,7 @@ def render(runs: Sequence[Run], folders: Sequence[Path]) -> str:
     pictured = runs if len(runs) <= RUNS_WITH_PICTURES else []
     anchors = {run.name: f"run-{place}" for place, run in enumerate(runs, 1) if run in pictured}
     incidents = incidents_of(runs)
-    cards = grouped([run for run in runs if run.attack], words.attack_card)
+    cards = grouped([run for run in runs if run.attack], threat.attack_card)
     return fill(
         "page.html",
         styles=["page.css"],
@@ -85,7 +86,7 @@ def render(runs: Sequence[Run], folders: Sequence[Path]) -> str:
         curves=curves_of(runs),
         attacks=cards,
         several_attacks=len(cards) > 1,
-        defenses=grouped(runs, words.defense_steps),
+        defenses=grouped(runs, threat.defense_steps),
         sections=[section_of(run, anchors[run.name]) for run in pictured],
         left_out=_left_out(runs, pictured),
         incidents=incidents[:INCIDENTS_SHOWN],
@@ -124,7 +125,8 @@ def section_of(run: Run, anchor: str) -> dict[str, Any]:
     area = detection_mean(run, "auc")
     if area is not None:
         remarks.append(
-            f"Its scores put a malicious client above an honest one with probability {area.value:.2f} (AUC)."
+            "Its scores put a malicious client above an honest one with probability "
+            f"{written(area.value, 'rate')} (AUC)."
         )
     return {
         "anchor": anchor,

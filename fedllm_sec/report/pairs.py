@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from fedllm_sec.records.history import DETAILS
 from fedllm_sec.records.outcomes import same_probe
 from fedllm_sec.report.grid.intervals import told_apart
-from fedllm_sec.report.measures import Measure, flat, listed
+from fedllm_sec.report.measures import Measure, flat, listed, measure, written
 from fedllm_sec.report.runs import VERSION, Run
 
 # Recipe keys that may differ: who attacks and defends, and what changes no run.
@@ -68,7 +70,55 @@ def notes(runs: Sequence[Run]) -> list[str]:
         texts.append(
             f"these runs are of {count} federations, which are not compared with each other: they differ in {shown}."
         )
-    return texts + versions(runs)
+    return [*texts, *(text for group in federations(runs) for text in _unlike(group)), *versions(runs)]
+
+
+def _measured(run: Run) -> dict[str, set[int]]:
+    """The rounds in which each measure that sentences compare was taken; those a run never took are left out."""
+    found: dict[str, set[int]] = {}
+    for record in run.records:
+        for key in (*(record.quality or {}), "asr"):
+            if key not in DETAILS and measure(record, key) is not None:
+                found.setdefault(key, set()).add(record.round)
+    return found
+
+
+def same_round(runs: Sequence[Run]) -> int | None:
+    """The last round in which every run took all the measures that it ever takes, None where there is none.
+
+    A run in which nothing was measured has no say; where none was, it is the last round recorded. Round 0, before any
+    training, is none to compare where some were evaluated later.
+    """
+    taken = [rounds for run in runs for rounds in _measured(run).values()]
+    if not taken:
+        return max(run.records[-1].round for run in runs)
+    last = max(set.intersection(*taken), default=None)
+    return None if last == 0 and any(max(rounds) > 0 for rounds in taken) else last
+
+
+def cut(runs: Sequence[Run], last: int) -> list[Run]:
+    """The runs as they stood after round `last`; those that measured nothing later are as they were."""
+    ends = [max((r for rounds in _measured(run).values() for r in rounds), default=last) for run in runs]
+    return [
+        run if end <= last else replace(run, records=tuple(r for r in run.records if r.round <= last))
+        for run, end in zip(runs, ends, strict=True)
+    ]
+
+
+def _unlike(group: Sequence[Run]) -> list[str]:
+    """A note where runs of one federation were last evaluated in different rounds."""
+    if not any(run.attacked for run in group) or len(group) < 2:
+        return []
+    ends = {run.name: max((r for rounds in _measured(run).values() for r in rounds), default=None) for run in group}
+    by = {end: [run for run in group if ends[run.name] == end] for end in ends.values() if end is not None}
+    if len(by) < 2:
+        return []
+    told = listed([f"round {end} ({named(members)})" for end, members in sorted(by.items())])
+    last = same_round(group)
+    how = f"the sentences compare them after round {last}"
+    if last is None:
+        how = "no round of training was evaluated in all of them, so no sentence compares them"
+    return [f"last evaluated in different rounds: {told}; {how}. Tables hold what each measured last."]
 
 
 def versions(runs: Sequence[Run]) -> list[str]:
@@ -104,6 +154,11 @@ def _checked(block: Any) -> Mapping[str, Any]:
 def apart(a: Measure, b: Measure, unit: str) -> bool:
     """Whether two measures of single runs differ by more than their difference's interval."""
     return told_apart([(a, b)], unit)
+
+
+def seen_apart(a: Measure, b: Measure, unit: str) -> bool:
+    """Whether two measures differ by more than that interval, and in the digits shown."""
+    return written(a.value, unit) != written(b.value, unit) and apart(a, b, unit)
 
 
 def level_with(first: Measure, others: Sequence[tuple[Run, Measure]], unit: str) -> tuple[list[Run], list[Run]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from fedllm_sec.report import pairs
 from fedllm_sec.report.measures import (
@@ -16,25 +15,12 @@ from fedllm_sec.report.measures import (
     final,
     listed,
     main_quality,
-    name_of,
     percent,
-    plain,
     plural,
     written,
 )
 from fedllm_sec.report.runs import Run, methods
-
-KNOWLEDGE = {
-    "own": "their own updates and the global model, nothing of the other clients",
-    "cohort": "their own updates, the global model, and the updates of all other clients of the round",
-    "cohort+defense": "their own updates, the global model, the updates of all other clients of the round, "
-    "and the server's defense with its settings",
-}
-
-
-def quoted(text: str) -> str:
-    """In straight quotes, so that a leading space can be seen."""
-    return f'"{text}"'
+from fedllm_sec.report.threat import quoted, who
 
 
 def trigger_and_target(run: Run) -> tuple[str | None, str | None]:
@@ -68,6 +54,12 @@ def _finding(runs: Sequence[Run]) -> list[str]:
     quality = main_quality(runs)
     if bare is None and not defended:
         return _attack_free(runs, quality)
+    shared = pairs.same_round(runs)
+    if shared is None:
+        return []  # pairs.notes says why
+    cut = pairs.cut(runs, shared)
+    if cut != list(runs):
+        return [f"After round {shared}, the last that all were evaluated in: {text}" for text in _finding(cut)]
     attacked = [run for run in runs if run.attacked]
     if len({pairs.attack_of(run) for run in attacked}) > 1:
         return _several_attacks(attacked)
@@ -80,7 +72,7 @@ def _attack_free(runs: Sequence[Run], quality: Kind | None) -> list[str]:
     parts = []
     for run in runs:
         m = final(run, quality.key) if quality else None
-        rounds = plural(run.records[-1].round, "round")
+        rounds = plural(m.round if m else run.records[-1].round, "round")
         got = f"{quality.title} {written(m.value, quality.unit)}" if m and quality else "no quality measured"
         parts.append(f"{got} after {rounds}" + (f" ({run.name})" if len(runs) > 1 else ""))
     return [f"No attack was made: {'; '.join(parts)}."]
@@ -98,11 +90,16 @@ def _most_successful(attacked: Sequence[Run]) -> list[str]:
         return []
     run, top = max(measured, key=lambda pair: pair[1].value)
     same, near = (
-        listed([f"{attack_name(run)} against {_by(run, attacked)}" for run in runs])
-        for runs in pairs.level_with(top, measured, "percent")
+        listed([_against(run, attacked) for run in runs]) for runs in pairs.level_with(top, measured, "percent")
     )
     text = f"The most successful, {same}, got the attacker's answer on {percent(top.value)}{_of(run, top)}"
     return [f"{text}; {near} cannot be told apart from that." if near else f"{text}."]
+
+
+def _against(run: Run, among: Sequence[Run]) -> str:
+    """The attack and the defense by name, and the run where several are called the same."""
+    names = [f"{attack_name(r)} against {defense_name(r) if r.defended else 'no defense'}" for r in (run, *among)]
+    return f"{names[0]} ({run.name})" if names[1:].count(names[0]) > 1 else names[0]
 
 
 def _by(run: Run, among: Sequence[Run]) -> str:
@@ -139,7 +136,7 @@ def _backdoor(clean: Run | None, bare: Run | None, defended: list[Run], quality:
         rest = [f"{percent(m.value)} under {_by(run, defended)}" for run, m in shielded[1:4]]
         text += f" ({'; '.join(rest)})." if rest else "."
     best = shielded[0][0] if shielded else None
-    return [text, *_quality_sentence(quality, clean, bare, best)]
+    return [text, *_quality_sentence(quality, clean, bare, best, defended)]
 
 
 def _taught(made: str, run: Run, m: Measure, clean: Run | None) -> str:
@@ -148,6 +145,8 @@ def _taught(made: str, run: Run, m: Measure, clean: Run | None) -> str:
     text = f"{made} to {percent(m.value)}{_of(run, m)}"
     if free is not None and not pairs.apart(m, free, "percent"):
         return f"{text}, which cannot be told from the attack-free model's {percent(free.value)}"
+    if free is not None and free.value > m.value:
+        return f"{text}, no more than the attack-free model's {percent(free.value)}"
     if free is not None:
         return f"{text} (the attack-free model: {percent(free.value)})"
     return text + _base_rate(run, m)
@@ -181,16 +180,18 @@ def _outcomes(before: Measure, shielded: Sequence[Measured]) -> str:
 
 def _moved(before: Measure, after: Measure) -> str:
     """Brought down or raised only where the two can be told apart, else left."""
-    if not pairs.apart(before, after, "percent"):
+    if not pairs.seen_apart(before, after, "percent"):
         return "left it at"
     return "brought it down to" if after.value < before.value else "raised it to"
 
 
-def _quality_sentence(quality: Kind | None, clean: Run | None, bare: Run | None, best: Run | None) -> list[str]:
+def _quality_sentence(
+    quality: Kind | None, clean: Run | None, bare: Run | None, best: Run | None, among: Sequence[Run]
+) -> list[str]:
     if quality is None:
         return []
     parts = []
-    shielded = f"with {defense_name(best)}" if best else ""
+    shielded = f"with {_by(best, among)}" if best else ""
     for run, label in ((clean, "attack-free"), (bare, "attacked"), (best, shielded)):
         m = final(run, quality.key) if run is not None else None
         if m is not None:
@@ -206,7 +207,7 @@ def _harm(value: float, quality: Kind) -> float:
 def _damage(clean: Run | None, bare: Run | None, defended: list[Run], quality: Kind | None) -> list[str]:
     """For attacks that aim at quality itself."""
     first = bare or defended[0]
-    text = f"{attack_name(first)} by {_who(first)}"
+    text = f"{attack_name(first)} by {who(first)}"
     if quality is None or all(final(run, quality.key) is None for run in (bare, *defended) if run is not None):
         return [f"{text}: nothing was evaluated."]
     start, hurt = (final(run, quality.key) if run is not None else None for run in (clean, bare))
@@ -228,91 +229,7 @@ def _hurt(quality: Kind, start: Measure | None, hurt: Measure) -> str:
     if start is None:
         return f" left the undefended model at {quality.title} {now}"
     then = written(start.value, quality.unit)
-    worse = _harm(hurt.value, quality) > _harm(start.value, quality) and pairs.apart(start, hurt, quality.unit)
+    worse = _harm(hurt.value, quality) > _harm(start.value, quality) and pairs.seen_apart(start, hurt, quality.unit)
     if worse:
         return f" took the undefended model's {quality.title} from {then} to {now}"
     return f" left the undefended model's {quality.title} at {now} (attack-free {then})"
-
-
-# ---------------------------------------------------------------- threat model
-
-
-def malicious_ids(run: Run) -> list[str]:
-    """Malicious clients that took part, in the order of their first round."""
-    return list(dict.fromkeys(i for record in run.rounds for i in record.malicious))
-
-
-def _who(run: Run) -> str:
-    clients = run.recipe.get("clients")
-    total = clients.get("total") if isinstance(clients, Mapping) else None
-    chosen = run.attack.get("malicious")
-    chosen = chosen if isinstance(chosen, Mapping) else {}
-    of = f" of {total}" if total is not None else ""
-    if chosen.get("ids") is not None:
-        ids = list(chosen["ids"]) if isinstance(chosen["ids"], list) else [chosen["ids"]]
-        return f"{len(ids)}{of} clients"
-    if chosen.get("count") is not None:
-        return f"{chosen['count']}{of} clients"
-    if isinstance(chosen.get("share"), (int, float)):
-        return f"{percent(chosen['share'])}{of} clients"
-    return f"{len(malicious_ids(run))}{of} clients"
-
-
-def _settings(entry: Mapping[str, Any]) -> str:
-    given = [f"{k}={quoted(v) if isinstance(v, str) else v}" for k, v in entry.items() if k != "name" and v is not None]
-    return f" ({', '.join(given)})" if given else ""
-
-
-def _when(run: Run, took_part: bool) -> str:
-    start, stop, every = run.attack.get("start", 1), run.attack.get("stop"), run.attack.get("every", 1)
-    text = f"from round {start} " + (f"to round {stop}" if stop is not None else "to the end")
-    text += f", every {every} rounds" if every not in (None, 1) else ""
-    chance = run.attack.get("probability", 1.0)
-    text += f", each time with probability {plain(float(chance))}" if chance not in (None, 1) else ""
-    active = sum(record.attacking for record in run.rounds)
-    return f"{text}; active in {active} of {plural(len(run.rounds), 'recorded round')}" if took_part else text
-
-
-def attack_card(run: Run, *, took_part: bool = True) -> list[tuple[str, list[str]]]:
-    """Who attacks, when, seeing what and doing what, as (question, answers); empty without an attack.
-
-    Without `took_part` it says only what the recipe says, which is alike for all seeds.
-    """
-    if not run.attack:
-        return []
-    seen, drawn = malicious_ids(run), run.attack.get("malicious")
-    names = f"took part: {', '.join(seen[:20])}{' …' if len(seen) > 20 else ''}" if seen else "none took part yet"
-    how = "named in the recipe" if isinstance(drawn, Mapping) and drawn.get("ids") else "drawn once, by the seed"
-    how = "drawn anew for each round, by the seed" if isinstance(drawn, Mapping) and drawn.get("redraw") else how
-    how += "; each acts alone" if run.attack.get("collude", True) is False else ""
-    does = [
-        f"{title}: {name_of(entry)}{_settings(entry)}"
-        for kind, title in (
-            ("data", "poison their data"),
-            ("local", "change their training"),
-            ("update", "change what they send"),
-        )
-        for entry in methods(run.attack, kind)
-    ]
-    knowledge = str(run.attack.get("knowledge", "own"))
-    return [
-        ("Who attacks", [f"{_who(run)}, {how}", *([names] if took_part else [])]),
-        ("When", [_when(run, took_part)]),
-        ("What they see", [KNOWLEDGE.get(knowledge, knowledge)]),
-        ("What they do", does or ["nothing"]),
-    ]
-
-
-def defense_steps(run: Run) -> list[str]:
-    """What clients do for their defense and the server with the updates, in order."""
-    stages = [
-        f"{title}: {name_of(entry)}{_settings(entry)}"
-        for kind, title in (
-            ("client", "each client that does not attack"),
-            ("before", "changes the rows"),
-            ("rule", "aggregates"),
-            ("after", "changes the model"),
-        )
-        for entry in methods(run.defense, kind)
-    ]
-    return stages if run.defended else ["plain mean of the updates"]

@@ -88,8 +88,9 @@ def write_run(
     lines, times = [], []
     for r in range(0, rounds + 1):
         record = _round(rng, r, rounds, ids, bad, settings, rule, asr, accuracy, label_data, quarantine)
-        lines.append(record_line(record))
-        times.append(timing_line(record))
+        if r:  # a history begins with round 1
+            lines.append(record_line(record))
+            times.append(timing_line(record))
     (folder / "history.jsonl").write_text("".join(lines))
     (folder / "timings.jsonl").write_text("".join(times))
     write_json(folder / "summary.json", {"rounds": rounds})

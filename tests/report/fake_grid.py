@@ -105,7 +105,7 @@ def write_grid(
         if name in stopped:
             (place / "summary.json").unlink()
             lines = (place / "history.jsonl").read_text().splitlines(keepends=True)
-            (place / "history.jsonl").write_text("".join(lines[: 1 + rounds // 2]))
+            (place / "history.jsonl").write_text("".join(lines[: rounds // 2]))
     command = "python -m fedllm_sec.benchmark recipes/grids/quick.yaml"
     write_json(
         folder / "grid.json",

@@ -55,7 +55,7 @@ def test_a_cell_whose_history_cannot_be_read_is_marked_and_the_others_are_shown(
     path.write_text(path.read_text()[:-40])
     cell = next(cell for cell in read_grid(grid).cells if cell.slug == "alie-median-0")
     assert cell.state == UNREADABLE
-    assert "history.jsonl, line 7" in cell.reason
+    assert "history.jsonl, line 6" in cell.reason
     page = write_report(grid).read_text()
     assert '<td class="text">unreadable</td>' in page
     assert 'class="some">1 of 2 seeds<' in page

@@ -20,7 +20,7 @@ def test_the_text_of_a_curve_says_where_each_run_starts_and_ends(comparison: Pat
     picture = plots.curves(read_runs([comparison]), ATTACK[0])
     assert picture is not None
     assert picture.alt == (
-        "Attack success from round 0 to 20: attacked 4 % → 97 %; multi_krum 4 % → 3 %; geometric_median 4 % → 62 %."
+        "Attack success from round 2 to 20: attacked 4 % → 97 %; multi_krum 4 % → 3 %; geometric_median 4 % → 62 %."
     )
 
 

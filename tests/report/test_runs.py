@@ -28,8 +28,8 @@ def test_a_folder_of_run_folders_is_read_by_name(comparison: Path) -> None:
 
 def test_norms_that_are_not_finite_come_back_as_numbers(comparison: Path) -> None:
     run = read_runs([comparison / "multi_krum"])[0]
-    assert math.isnan(run.records[4].norms["8"])
-    assert run.records[9].norms["9"] == math.inf
+    assert math.isnan(run.rounds[3].norms["8"])
+    assert run.rounds[8].norms["9"] == math.inf
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_line_cut_off_by_a_kill_is_named(make_run: MakeRun, tmp_path: Path) ->
     folder = make_run(tmp_path / "run", rounds=4)
     path = folder / "history.jsonl"
     path.write_text(path.read_text()[:-40])
-    with pytest.raises(FedError, match=r"history\.jsonl, line 5: .* it repairs this"):
+    with pytest.raises(FedError, match=r"history\.jsonl, line 4: .* it repairs this"):
         read_runs([folder])
 
 
@@ -88,7 +88,7 @@ def test_text_in_place_of_a_number_is_an_error(make_run: MakeRun, tmp_path: Path
 def test_a_run_that_is_not_finished_says_how_far_it_is(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", rounds=4)
     lines = (folder / "history.jsonl").read_text().splitlines(keepends=True)
-    (folder / "history.jsonl").write_text("".join(lines[:3]))
+    (folder / "history.jsonl").write_text("".join(lines[:2]))
     assert read_runs([folder])[0].warnings == ("not finished: 2 of 4 rounds are recorded.",)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedllm_sec.report import words
+from fedllm_sec.report import threat, words
 from fedllm_sec.report.measures import duration, percent, plain
 from fedllm_sec.report.runs import Run, read_runs
 
@@ -78,7 +78,7 @@ def test_a_run_in_which_nothing_was_evaluated_makes_no_claim(make_run: MakeRun, 
 
 
 def test_the_threat_card_says_who_when_and_what_they_see(comparison: Path) -> None:
-    card = dict(words.attack_card(read_runs([comparison])[1]))
+    card = dict(threat.attack_card(read_runs([comparison])[1]))
     assert card["Who attacks"][0] == "3 of 10 clients, drawn once, by the seed"
     assert card["Who attacks"][1] == "took part: 1, 2, 3"
     assert card["When"] == ["from round 3 to the end; active in 18 of 20 recorded rounds"]
@@ -89,7 +89,7 @@ def test_the_threat_card_says_who_when_and_what_they_see(comparison: Path) -> No
 def test_the_threat_card_says_if_attackers_are_redrawn_act_alone_and_how_often(comparison: Path) -> None:
     run = read_runs([comparison])[1]
     attack = {**run.attack, "malicious": {"count": 3, "redraw": True}, "collude": False, "probability": 0.25}
-    card = dict(words.attack_card(dataclasses.replace(run, recipe={**run.recipe, "attack": attack})))
+    card = dict(threat.attack_card(dataclasses.replace(run, recipe={**run.recipe, "attack": attack})))
     assert card["Who attacks"][0] == "3 of 10 clients, drawn anew for each round, by the seed; each acts alone"
     assert card["When"][0].startswith("from round 3 to the end, each time with probability 0.250; active in")
 

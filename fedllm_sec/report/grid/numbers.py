@@ -179,15 +179,16 @@ class Worst:
 def met(parts: Iterable[Slice], view: View) -> list[tuple[Slice, str]]:
     """(slice, attack) of every row that a worst case is over: attacks whose runs measure the view, or may yet.
 
-    A row in which runs are finished and none has the measure does not measure it, such as attack success without a
-    trigger: nothing is missing there.
+    A row that the grid leaves out for all defenses is none. One in which runs are finished and none has the measure
+    does not measure it, such as attack success without a trigger: nothing is missing there.
     """
     found = []
     for part in parts:
         for attack in part.attacks:
             slots = [part.slot(view, attack, defense) for defense in part.defenses]
             finished = any(cell.finished for slot in slots for cell in slot.cells)
-            if attack != NONE and (any(slot.mean for slot in slots) or not finished):
+            there = attack != NONE and any(slot.cells for slot in slots)
+            if there and (any(slot.mean for slot in slots) or not finished):
                 found.append((part, attack))
     return found
 
@@ -207,6 +208,16 @@ def excluded(rows: Iterable[tuple[Slice, str]], view: View) -> bool:
     return any(not part.slot(view, attack, defense).cells for part, attack in rows for defense in part.defenses)
 
 
+def planned(parts: Sequence[Slice]) -> tuple[list[str], list[str]]:
+    """The attacks and the defenses that some cell has, in the grid's order, without "none"."""
+    cells = [cell for part in parts for cell in part.cells]
+    attacks, defenses = {cell.attack for cell in cells}, {cell.defense for cell in cells}
+    return (
+        [name for name in parts[0].attacks if name != NONE and name in attacks],
+        [name for name in parts[0].defenses if name != NONE and name in defenses],
+    )
+
+
 def worst(rows: Sequence[tuple[Slice, str]], view: View, defense: str) -> Worst | None:
     """The worst slot of a defense over some rows, None where none has a result."""
     slots = [((part, attack), part.slot(view, attack, defense)) for part, attack in rows]
@@ -222,15 +233,17 @@ def best_worst(cases: Mapping[str, Worst], view: View) -> tuple[list[str], list[
     """The defenses whose worst case is best, and those that cannot be told apart from the first of them.
 
     Two worst cases are compared seed by seed, also where they are under different attacks: the interval of their
-    difference must leave out 0.
+    difference must leave out 0. Where they have no seed in common, nothing is said.
     """
-    least = min(harm(case.measure.value, view) for case in cases.values())
-    best = [name for name, case in cases.items() if harm(case.measure.value, view) == least]
+    least = min(badness(case.measure.value, view) for case in cases.values())
+    best = [name for name, case in cases.items() if badness(case.measure.value, view) == least]
     first = cases[best[0]]
     near = [
         name
         for name, case in cases.items()
-        if name not in best and not told_apart(_by_seed(case.slot, first.slot, view), view.unit)
+        if name not in best
+        and (shared := _by_seed(case.slot, first.slot, view))  # without a common seed nothing is known
+        and not told_apart(shared, view.unit)
     ]
     return best, near
 

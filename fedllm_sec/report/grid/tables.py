@@ -105,7 +105,7 @@ def ranking(parts: Sequence[Slice], shown: Sequence[View]) -> Ranking:
         over = met(parts, view)
         for row in rows:
             case = worst(over, view, row[0].text)
-            row += [number(case.measure if case else None, view.unit), Entry(_under(case, len(parts) > 1))]
+            row += [said(case.slot, view.unit) if case else Entry(NOT_MEASURED), Entry(_under(case, len(parts) > 1))]
     return Ranking(Table(columns, rows, RANKING), tuple(remarks))
 
 
@@ -122,7 +122,8 @@ def _under(case: Worst | None, several: bool) -> str:
     if case is None:
         return ABSENT
     names = [f"{attack} ({part.title})" if several and part.title else attack for part, attack in case.rows]
-    some = f", {case.measured} of {plural(case.planned, 'attack')}" if case.measured < case.planned else ""
+    things = "attacks in their settings" if several else "attacks"  # fewer than planned: of two or more
+    some = f", {case.measured} of {case.planned} {things}" if case.measured < case.planned else ""
     shown = listed([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])])
     return f"{shown}{some}"
 

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedllm_sec.report.grid.folder import DONE, FAILED, NONE, PARTIAL, UNREADABLE, WAITING, Cell, Grid
-from fedllm_sec.report.grid.numbers import Slice, View, Worst, best_worst, common, excluded, met, worst
+from fedllm_sec.report.grid.numbers import Slice, View, Worst, best_worst, common, excluded, met, planned, worst
 from fedllm_sec.report.measures import Measure, interval, listed, plural, written
 from fedllm_sec.report.runs import Run
-from fedllm_sec.report.words import attack_card, defense_steps
+from fedllm_sec.report.threat import attack_card, defense_steps
 
 
 def finding(grid: Grid, parts: Sequence[Slice], shown: Sequence[View]) -> list[str]:
     """Which defense has the best worst case, by quality and by attack success, and how complete the grid is."""
-    attacks = [name for name in parts[0].attacks if name != NONE]
-    defenses = [name for name in parts[0].defenses if name != NONE]
+    attacks, defenses = planned(parts)
     judged = [view for view in shown if view.key not in ("lost", "gained")]
     head = f"{plural(len(attacks), 'attack')} against {plural(len(defenses), 'defense')}"
     if not judged:
@@ -34,8 +33,9 @@ def _worst_sentences(parts: Sequence[Slice], view: View) -> list[str]:
     cases = {name: case for name, case in found.items() if case is not None}
     over = ""
     if len(shared) < len(rows):
+        things = "attacks" if len(parts) == 1 else "attacks in their settings"
         which = "that all defenses met" if excluded(rows, view) else "for which no result is missing"
-        over = f"over the {len(shared)} of {len(rows)} attacks {which}, "
+        over = f"over the {len(shared)} of {len(rows)} {things} {which}, "
     texts = []
     if cases:
         texts.append(over + _best(cases, view, parts))
