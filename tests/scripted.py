@@ -79,7 +79,7 @@ class Talker(torch.nn.Module):
                     logits[row, logits_to_keep - 1 - back, word] = math.log(chance)
         return SimpleNamespace(logits=logits)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **_: Any) -> Tensor:
         said = torch.full((len(input_ids), generation_config.max_new_tokens), PAD)
         for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.tolist(), strict=True)):
             answers, begun = self.answers(self.words.decode(ids[mask.index(1) :])), list[int]()
