@@ -83,11 +83,13 @@ def test_redrawing_what_is_named_is_an_error():
         recipe({"malicious": {"ids": [1], "redraw": True}, "data": [TRIGGER]})
 
 
-def test_poisoned_shards_kept_for_later_runs_depend_on_the_rounds_of_a_redrawn_attack():
+def test_poisoned_shards_kept_for_later_runs_depend_on_the_rounds_where_these_say_who_attacks():
     one = {"malicious": {"count": 2, "redraw": True}, "data": [TRIGGER]}
     assert poison_key(recipe(one)) != poison_key(recipe({**one, "start": 2}))
     fixed = {"malicious": {"count": 2}, "data": [TRIGGER]}
-    assert poison_key(recipe(fixed)) == poison_key(recipe({**fixed, "start": 2}))
+    assert poison_key(recipe(fixed)) != poison_key(recipe({**fixed, "start": 2}))  # 5 of 10 take part in a round
+    everybody = {"clients": {**DIGITS["clients"], "per_round": None}}
+    assert poison_key(recipe(fixed, **everybody)) == poison_key(recipe({**fixed, "start": 2}, **everybody))
 
 
 # ---------------------------------------------------------------- when
