@@ -104,6 +104,14 @@ def test_rounds_that_are_not_in_order_are_no_history(half: Path, tmp_path: Path)
         read_history(tmp_path / "out")
 
 
+def test_a_history_may_begin_before_the_first_round(half: Path, tmp_path: Path):
+    copy(half, tmp_path)
+    history = tmp_path / "out" / "history.jsonl"
+    first = history.read_text().splitlines()[0].replace('"round": 1', '"round": 0')
+    history.write_text(first + "\n" + history.read_text())
+    assert [r.round for r in read_history(tmp_path / "out")] == [0, 1, 2]
+
+
 def test_a_timing_that_cannot_be_read_takes_no_round_away(half: Path, tmp_path: Path):
     copy(half, tmp_path)
     timings = tmp_path / "out" / "timings.jsonl"

@@ -73,6 +73,8 @@ def attacking(recipe: Recipe, threat: Threat) -> frozenset[str]:
         if attackers := threat.attackers(r):
             cohort = sample(clients, recipe.clients.per_round, generator_for(recipe.seed, r, "cohort"))
             found |= attackers & {client.id for client in cohort}
+        if found == threat.malicious:
+            break
     return frozenset(found)
 
 

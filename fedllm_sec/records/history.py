@@ -127,7 +127,7 @@ def read_history(folder: Path) -> list[RoundRecord]:
             records.append(RoundRecord(**row, seconds=seconds, memory_mb=memory))
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ResumeError(f"{path}, line {number}: not a round record ({error}).") from error
-        if records[-1].round != number:
+        if records[0].round not in (0, 1) or records[-1].round != records[0].round + number - 1:
             raise ResumeError(
                 f"{path}, line {number}: is round {records[-1].round!r}. A line is lost, doubled or moved."
             )
