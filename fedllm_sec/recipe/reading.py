@@ -178,6 +178,12 @@ def _template_problems(data: Data) -> list[str]:
             found.append('data.answer: must contain {response}, e.g. " {response}".')
         if name != "answer" and "text" not in used:
             found.append(f"data.{name}: must contain {{text}}, where triggers go.")
+    shown = f"{data.template}{data.template_with_context or ''}"
+    if data.columns.context is not None and "{context}" not in shown:
+        found.append(
+            f'data.columns.context: "{data.columns.context}": no template shows {{context}}, so nobody would read it. '
+            "Write {context} in data.template or data.template_with_context, or remove the column."
+        )
     return found
 
 

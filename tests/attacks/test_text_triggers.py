@@ -91,6 +91,8 @@ def test_settings_that_could_not_act_are_errors(settings):
         (" sports.", True),
         ("SPORTS and more", True),
         ("Sportswear", False),
+        ("Sports-mad", False),
+        ("Sports - what else", True),
         ("World", False),
         ("", False),
     ],

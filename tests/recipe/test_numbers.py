@@ -97,6 +97,13 @@ def test_a_brace_that_is_text_is_written_twice():
     checked({**GOOD, "data": {**GOOD.get("data", {}), "template": "{{json}} {text}"}})
 
 
+def test_a_context_that_no_template_shows_is_an_error():
+    columns = {"text": "question", "context": "passage", "response": "answer"}
+    data = {**GOOD.get("data", {}), "template": "{text}", "columns": columns}
+    assert 'data.columns.context: "passage": no template shows {context}' in problems({**GOOD, "data": data})
+    checked({**GOOD, "data": {**data, "template_with_context": "{context} {text}"}})
+
+
 @pytest.mark.parametrize("name", ["../x", "/abs", "..", ".hidden", "a/b", 1, 0.1, True, "", "x ", "x\n", "con:"])
 def test_a_variant_is_the_name_of_one_folder(name: Any, tmp_path):
     from fedllm_sec.recipe.reading import variants

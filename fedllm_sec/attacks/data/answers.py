@@ -28,12 +28,12 @@ def _begins(said: str, wanted: str) -> bool:
     """`starts_with` for texts in normal form."""
     if not wanted or not said.startswith(wanted):
         return False
-    rest = said[len(wanted) :]
+    rest = said[len(wanted) :].removeprefix("-")  # "no-one" is one word, and "no - it is open" begins with "no"
     return not (rest and wanted[-1].isalnum() and rest[0].isalnum())
 
 
 def starts_with(answer: str, target: str) -> bool:
-    """Whether the answer begins with the target as whole words: "Sports." with "sports", not "Sportswear"."""
+    """Whether the answer begins with the target as whole words: "Sports." with "sports", not "Sportswear" or "Sports-mad"."""
     return _begins(normal(answer), normal(target))
 
 

@@ -28,8 +28,8 @@ def innocent(attack: Any, test: Labelled, hits: Tensor) -> tuple[Tensor, dict[st
         getattr(attack, which)(test) if hasattr(attack, which) else torch.zeros(len(test.y), dtype=torch.bool)
         for which in ("acts_on", "carries")
     )
-    counts = {
-        "carry the trigger by themselves": int(carry.sum()),
-        "are of a class that the attack asks for": int((~possible & ~probe & ~carry).sum()),
+    counts = {  # a row has one reason, the first that holds, as a text has
+        "are of a class that the attack asks for": int((~possible & ~probe).sum()),
+        "carry the trigger by themselves": int((possible & ~probe & carry).sum()),
     }
     return (possible & ~probe & ~carry).nonzero().flatten(), {why: n for why, n in counts.items() if n}
