@@ -13,6 +13,11 @@ from fedllm_sec.seeds import generator_for
 from tests.defenses.defense_rows import KINDS, assert_close, assert_repaired, attacked, both, context, matrix, rows_of
 
 
+def said(value: object) -> str:
+    """A rule or its settings in a test's name."""
+    return getattr(value, "__name__", str(value))
+
+
 def dnc_reference(x, f, c=1.0):
     centred = x - x.mean(axis=0)
     scores = (centred @ np.linalg.svd(centred, full_matrices=False)[2][0]) ** 2
@@ -123,7 +128,7 @@ def test_smea_by_hand():
 
 
 @pytest.mark.parametrize("size", [10.0, 1e18])
-@pytest.mark.parametrize(("rule", "settings"), [(dnc, {}), (caf, {}), (smea, {}), (smea, {"max_subsets": 5})], ids=str)
+@pytest.mark.parametrize(("rule", "settings"), [(dnc, {}), (caf, {}), (smea, {}), (smea, {"max_subsets": 5})], ids=said)
 def test_three_far_rows_do_not_move_the_result(rule, settings, size):
     updates, honest = attacked(size)
     assert_repaired(rule(updates, context(), f=3, **settings).update, honest)
@@ -152,7 +157,7 @@ def test_values_that_differ_by_rounding_are_one_value_and_others_stay():
     assert levelled(values).tolist() == [3.0, 1.0, 1.0, 2.0, 0.0, 0.0, 2.01]
 
 
-@pytest.mark.parametrize(("rule", "settings"), [(smea, {}), (smea, {"max_subsets": 1}), (dnc, {})], ids=str)
+@pytest.mark.parametrize(("rule", "settings"), [(smea, {}), (smea, {"max_subsets": 1}), (dnc, {})], ids=said)
 def test_of_two_equal_rows_the_one_with_the_lower_id_stays_whatever_rounding_says(rule, settings):
     split = 0
     for case in range(60):
