@@ -1,4 +1,4 @@
-"""The command `fedllm-sec`: each subcommand is the same as its `python -m fedllm_sec.NAME`."""
+"""The command `fedllm-sec`: each subcommand but verify is the same as its `python -m fedllm_sec.NAME`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from fedllm_sec import __version__
+from fedllm_sec.errors import quietly
 
 COMMANDS = {
     "train": ("fedllm_sec.train", "run a recipe"),
     "benchmark": ("fedllm_sec.benchmark", "run a grid of attacks and defenses"),
     "report": ("fedllm_sec.report.__main__", "make tables and a page of finished runs"),
+    "verify": ("fedllm_sec.records.verify", "check that run folders are as their runs left them"),
     "menu": ("fedllm_sec.menu", "list what a recipe can name"),
     "recipe": ("fedllm_sec.recipe.__main__", "list, show and translate recipes"),
 }
@@ -20,6 +22,7 @@ USAGE = "usage: fedllm-sec [--version] command ...\n\n" + "\n".join(
 )
 
 
+@quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the subcommand; 2 where there is none of that name."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f'error: there is no command "{words[0]}".{did_you_mean(words[0], COMMANDS)}\n\n{USAGE}', file=sys.stderr)
         return 2
-    print(f"{USAGE}\n\nEach has its own --help, and is the same as `python -m fedllm_sec.COMMAND`.")
+    print(f"{USAGE}\n\nEach has its own --help, and all but verify are the same as `python -m fedllm_sec.COMMAND`.")
     return 0
 
 

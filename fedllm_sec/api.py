@@ -20,16 +20,16 @@ from fedllm_sec.protocols import Decision, RoundContext
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for
 
-Stage = str | tuple[str, Mapping[str, Any]] | Callable[..., Any]
+Stage = str | tuple[str, Mapping[str, Any]] | Mapping[str, Any] | Callable[..., Any]
 
 
 def aggregate(
     rows: Any,
     name: str | Callable[..., Any],
     *,
-    before: Sequence[Stage] = (),
+    before: Stage | Sequence[Stage] = (),
     counts: Sequence[float] | None = None,
-    ids: Sequence[str] | None = None,
+    ids: Sequence[str | int] | None = None,
     chunk_mb: float | None = None,
     seed: int = 0,
     round: int = 1,
@@ -40,15 +40,18 @@ def aggregate(
 ) -> Decision:
     """One rule on the rows of one round; `aggregate(rows, "multi_krum", f=2).update` is the answer.
 
-    `rows` is an (n, d) matrix, a list of n vectors (d,), or a list of n dicts {name: array}, of torch tensors or numpy
-    arrays of a floating type, or an UpdateMatrix (which may lie in a file); `update` has the same kind, shape and dtype
-    as one row. A row is an update (new minus old parameters). `name` is a menu name, "package.module:name", or a
-    callable (updates, ctx) -> Decision: pass an instance of a class to carry its memory from call to call. `before`
-    lists stages as "name" or ("name", {settings}). Unusable rows (not finite, absurdly large) are set aside with a
-    warning; their weight is 0 and their score inf. Numbers are computed from float32 values. The caller's arrays are
-    never changed.
+    `rows` is an (n, d) matrix, a list of n vectors (d,), a list of n dicts {name: array} or of n lists of arrays (as
+    Flower has them), of torch tensors or numpy arrays of a floating type, or an UpdateMatrix (which may lie in a file);
+    `update` has the same kind, shape and dtype as one row. A row is an update (new minus old parameters). In dicts and
+    lists, entries of integers and booleans (counters, masks) are no parameters: no rule sees them, and `update` has the
+    median of what the clients sent. `ids` may be numbers; rules know them as text. `name` is a menu name,
+    "package.module:name", or a callable (updates, ctx) -> Decision: pass an instance of a class to carry its memory
+    from call to call; a rule called by name has none. `before` is a stage or a list of them, each "name", ("name",
+    {settings}), {"name": ..., settings} as in a recipe, or a callable. Unusable rows (not finite, absurdly large) are
+    set aside with a warning; their weight is 0 and their score inf. Numbers are computed from float32 values. The
+    caller's arrays are never changed.
     """
-    matrix, kind = read_rows(rows, ids, counts, chunk_mb)
+    matrix, back = read_rows(rows, ids, counts, chunk_mb)
     all_ids = matrix.ids
     clean, reasons = screen(matrix)
     if reasons:
@@ -67,12 +70,20 @@ def aggregate(
         last_update=vector(last_update),
         root_update=vector(root_update),
     )
-    stages = [_stage(item, f"before[{i}]") for i, item in enumerate(before)]
+    listed_stages = [before] if isinstance(before, (str, Mapping)) or callable(before) else before
+    stages = [_stage(item, f"before[{i}]") for i, item in enumerate(listed_stages)]
     pipeline = Pipeline(stages, _resolved(name, settings, "rule", "aggregate"))
     decision = pipeline.decide(clean, ctx)
+    if round > 1 and isinstance(name, str) and _remembers(pipeline.rule):
+        warnings.warn(
+            f"aggregate: {name} remembers earlier rounds, and this one was made for this call: in round {round} it "
+            f"knows nothing of them. Make it once and pass it: rule = {type(pipeline.rule).__name__}(...), then "
+            f"aggregate(rows, rule, round={round}).",
+            stacklevel=2,
+        )
     return replace(
         decision,
-        update=kind(decision.update),
+        update=back(decision.update, [i for i, id in enumerate(all_ids) if id not in reasons]),
         weights=restore(decision.weights, clean.ids, all_ids, 0.0),
         kept=restore(decision.kept, clean.ids, all_ids, 0.0),
         scores=restore(decision.scores, clean.ids, all_ids, float("inf")),
@@ -81,9 +92,25 @@ def aggregate(
 
 
 def _stage(item: Stage, place: str) -> Any:
+    """A stage as a name, ("name", {settings}), {"name": ..., settings} or a callable."""
+    if isinstance(item, Mapping):
+        settings = dict(item)
+        if not isinstance(name := settings.pop("name", None), str):
+            raise DefenseError(f"{place}: {dict(item)} names no stage. Give {{'name': ..., its settings}}.")
+        return _resolved(name, settings, "before", place)
     if isinstance(item, tuple):
         return _resolved(item[0], item[1], "before", place)
     return _resolved(item, {}, "before", place)
+
+
+def _remembers(rule: Any) -> bool:
+    """Whether a rule that has seen one round keeps something of it."""
+
+    def filled(state: Any) -> bool:
+        values = state.values() if isinstance(state, Mapping) else state if isinstance(state, list) else ()
+        return isinstance(state, Tensor) or any(filled(value) for value in values)
+
+    return hasattr(rule, "state_dict") and filled(rule.state_dict())
 
 
 def _resolved(name: str | Callable[..., Any], settings: Mapping[str, Any], kind: str, place: str) -> Any:
@@ -102,13 +129,17 @@ def _resolved(name: str | Callable[..., Any], settings: Mapping[str, Any], kind:
 
 
 def read_rows(
-    rows: Any, ids: Sequence[str] | None, counts: Sequence[float] | None, chunk_mb: float | None
-) -> tuple[UpdateMatrix, Callable[[Tensor], Any]]:
-    """The update matrix of whatever rows were given, and how to turn an update (d,) back into that kind."""
+    rows: Any, ids: Sequence[str | int] | None, counts: Sequence[float] | None, chunk_mb: float | None
+) -> tuple[UpdateMatrix, Callable[[Tensor, Sequence[int]], Any]]:
+    """The update matrix of whatever rows were given, and how to turn an update (d,) back into that kind.
+
+    That also takes the places of the rows that could be used, whose integers are looked at for those of the answer.
+    """
     if isinstance(rows, UpdateMatrix):
         if ids is not None or counts is not None or chunk_mb is not None:
             raise DefenseError("aggregate: an UpdateMatrix has its own ids, counts and chunk_mb. Set them there.")
-        return rows, lambda update: update
+        return rows, lambda update, usable: update
+    whole: list[dict[str, Any]] = []  # integer and boolean entries of each row
     if isinstance(rows, (Tensor, np.ndarray)):
         matrix = as_tensor(rows, "rows")
         if matrix.ndim != 2 or 0 in matrix.shape:
@@ -126,20 +157,63 @@ def read_rows(
         like = listed[0]
         layout = _layout(like)
         vectors = [flat(row, layout, f"row {i}") for i, row in enumerate(listed)]
+        whole = [entries(row, f"row {i}")[1] for i, row in enumerate(listed)]
+        for i, own in enumerate(whole):
+            _alike({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in whole[0].items()}, f"row {i}")
         matrix = torch.stack([v.detach().to(torch.float32) for v in vectors])
     n = len(matrix)
     for label, given in (("ids", ids), ("counts", counts)):
         if given is not None and len(given) != n:
             raise DefenseError(f"aggregate: {label} has {len(given)} entries for {n} rows. Give one for each row.")
-    if ids is not None and len(set(ids)) != n:
+    names = None if ids is None else [str(id) for id in ids]
+    if names is not None and len(set(names)) != n:
         raise DefenseError("aggregate: ids has the same id twice. Give distinct ids.")
-    updates = UpdateMatrix.of(matrix, ids=ids, counts=counts, layout=layout, chunk_mb=chunk_mb)
-    return updates, lambda update: like_row(update, like, layout)
+    updates = UpdateMatrix.of(matrix, ids=names, counts=counts, layout=layout, chunk_mb=chunk_mb)
+
+    def back(update: Tensor, usable: Sequence[int]) -> Any:
+        integers = {key: middle([whole[i][key] for i in usable]) for key in (whole[0] if whole else {})}
+        return like_row(update, like, layout, integers)
+
+    return updates, back
+
+
+def entries(row: Any, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of a row that is a dict or a list of arrays, by name or place: of a floating type, and the others.
+
+    A row that is one vector has no entries.
+    """
+    if isinstance(row, (list, tuple)):
+        if not all(isinstance(value, (Tensor, np.ndarray)) for value in row):
+            raise DefenseError(
+                f"aggregate: {place} is a {type(row).__name__}, needs a torch tensor or numpy array, or a list of "
+                "these. Convert it first."
+            )
+        row = {str(i): value for i, value in enumerate(row)}
+    if not isinstance(row, Mapping):
+        return {}, {}
+    whole = {
+        key: value
+        for key, value in row.items()
+        if (isinstance(value, np.ndarray) and value.dtype.kind in "iub")
+        or (isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()))
+    }
+    return {key: value for key, value in row.items() if key not in whole}, whole
+
+
+def middle(values: Sequence[Any]) -> Any:
+    """The (lower) median of equally shaped arrays of integers or booleans, value by value."""
+    place = (len(values) - 1) // 2
+    if isinstance(values[0], Tensor):
+        return torch.stack(list(values)).sort(dim=0).values[place]
+    return np.asarray(np.sort(np.stack(values), axis=0)[place])
 
 
 def _layout(row: Any) -> Layout:
-    if isinstance(row, Mapping):
-        return Layout.of((key, as_tensor(value, key)) for key, value in row.items())
+    if isinstance(row, (Mapping, list, tuple)):
+        own = entries(row, "row 0")[0]
+        if not own:
+            raise DefenseError("aggregate: row 0 has no array of a floating type. Give the trained parameters.")
+        return Layout.of((key, as_tensor(value, key)) for key, value in own.items())
     vector = as_tensor(row, "row 0")
     if vector.ndim != 1:
         raise DefenseError(f"aggregate: row 0 has shape {tuple(vector.shape)}, needs (d,). Flatten it or pass dicts.")
@@ -165,17 +239,11 @@ def as_tensor(value: Any, place: str) -> Tensor:
 
 def flat(row: Any, layout: Layout, place: str = "vector") -> Tensor:
     """One row as a vector (d,), checked against the layout of the first row."""
-    if isinstance(row, Mapping):
-        shapes = {key: tuple(as_tensor(value, f"{place}, {key}").shape) for key, value in row.items()}
+    if isinstance(row, (Mapping, list, tuple)):
+        own = {key: as_tensor(value, f"{place}, {key}") for key, value in entries(row, place)[0].items()}
         wanted = dict(zip(layout.names, layout.shapes, strict=True))
-        if shapes != wanted:
-            odd = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
-            got, want = [shapes.get(key) for key in odd[:3]], [wanted.get(key) for key in odd[:3]]
-            raise DefenseError(
-                f"aggregate: {place} differs from row 0 in {odd[:3]}: {got} against {want}. "
-                "Send the same parameters from every client."
-            )
-        return layout.join({key: as_tensor(value, key) for key, value in row.items()})
+        _alike({key: tuple(value.shape) for key, value in own.items()}, wanted, place)
+        return layout.join(own)
     vector = as_tensor(row, place)
     if vector.ndim != 1 or len(vector) != layout.size:
         raise DefenseError(
@@ -184,15 +252,30 @@ def flat(row: Any, layout: Layout, place: str = "vector") -> Tensor:
     return vector
 
 
-def like_row(update: Tensor, like: Any, layout: Layout) -> Any:
-    """An update (d,) in the kind and dtype of the caller's rows."""
+def _alike(shapes: Mapping[str, Any], wanted: Mapping[str, Any], place: str) -> None:
+    """The same names with the same shapes as in row 0."""
+    if shapes == wanted:
+        return
+    odd = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+    got, want = [shapes.get(key) for key in odd[:3]], [wanted.get(key) for key in odd[:3]]
+    raise DefenseError(
+        f"aggregate: {place} differs from row 0 in {odd[:3]}: {got} against {want}. "
+        "Send the same parameters from every client."
+    )
+
+
+def like_row(update: Tensor, like: Any, layout: Layout, integers: Mapping[str, Any]) -> Any:
+    """An update (d,) in the kind and dtype of the caller's rows, with the integers of a dict or list."""
+    if not isinstance(like, (Mapping, list, tuple)):
+        return _as(update, like)
+    parts = {**layout.split(update), **integers}
     if isinstance(like, Mapping):
-        parts = layout.split(update)
         return {key: _as(parts[key], value) for key, value in like.items()}
-    return _as(update, like)
+    return [_as(parts[str(i)], value) for i, value in enumerate(like)]
 
 
-def _as(vector: Tensor, like: Any) -> Any:
+def _as(vector: Any, like: Any) -> Any:
     if isinstance(like, np.ndarray):
-        return vector.cpu().numpy().astype(like.dtype, copy=False)
+        made = vector if isinstance(vector, np.ndarray) else vector.cpu().numpy()
+        return made.astype(like.dtype, copy=False)
     return vector.to(like)

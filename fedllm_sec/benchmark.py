@@ -10,7 +10,6 @@ import argparse
 import fnmatch
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -19,10 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.errors import FedError, RecipeError
+from fedllm_sec.errors import FedError, RecipeError, quietly
 from fedllm_sec.recipe.resolve import did_you_mean
+from fedllm_sec.records.environment import typed
+from fedllm_sec.records.files import remove_leftovers, write_json
 from fedllm_sec.records.outcomes import numbers
-from fedllm_sec.train import heed_ctrl_c
+from fedllm_sec.train import OLD, heed_ctrl_c, in_words
 
 # what launchers set for one process of several; accelerate would make them work on one run together
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -44,11 +45,16 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the cells (default: 1)")
     parser.add_argument("--only", metavar="PATTERN", help="run only cells of this name (as in --list), e.g. 'flip__*'")
     parser.add_argument("--list", "--dry-run", action="store_true", help="check the grid, list its cells and stop")
+    parser.add_argument(
+        "--allow-code", action="store_true", help="with --list: import the code that cells name as package.module:name"
+    )
     return parser
 
 
+@quietly
 def main(argv: Sequence[str] | None = None) -> int:
-    options = arguments().parse_intermixed_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = arguments().parse_intermixed_args(words)
     rank = 0
     heed_ctrl_c()
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -56,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank, world, local_rank, local_world = take_ranks()
         from fedllm_sec.grid.grid import load
 
-        grid = load(options.grid, options.overrides)
+        grid = load(options.grid, options.overrides, allow_code=options.allow_code or not options.list)
         chosen = choose(grid, options.only)
         if options.list:
             print(listing(grid, chosen))
@@ -65,11 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RecipeError(
                 f"--jobs: {options.jobs}: must be at least 1, and 1 where a launcher starts the processes."
             )
-        command = shlex.join(["python", "-m", "fedllm_sec.benchmark", str(options.grid), *options.overrides])
+        command = typed("benchmark", words)
         return run(grid, chosen, command, options.jobs, rank, world, local_rank, local_world)
-    except FedError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise  # nobody reads on
+    except Exception as error:
+        if (said := in_words(error)) is None:
+            raise
+        if rank == 0 or not isinstance(error, FedError):
+            print(f"error: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last whole round of every cell.", file=sys.stderr)
@@ -114,20 +124,23 @@ def run(
 ) -> int:
     """Run what is left of the chosen cells, then write tables and report; 1 where a cell failed."""
     from fedllm_sec.grid import cells, results, workers
-    from fedllm_sec.records.history import write_json
     from fedllm_sec.train import quiet
 
     quiet()
     cells.refuse_conflicts(grid)
     begun, started = time.monotonic(), time.time()
-    left = [cell for cell in chosen if cells.status(cell) != "done"]
+    damaged = {cell.slug: found for cell in chosen if (found := cells.damage(cell))}
+    left = [cell for cell in chosen if cells.status(cell) != "done" or cell.slug in damaged]
     if rank == 0:
+        remove_leftovers(grid.folder, OLD)
         write_json(grid.folder / "grid.json", cells.describe(grid, command))
         share = f" with {max(jobs, world)} processes" if max(jobs, world) > 1 else ""
         print(
             f"{grid.folder}: {_cells(len(chosen))}, {len(chosen) - len(left)} done, {len(left)} to run{share}",
             flush=True,
         )
+        for slug, found in damaged.items():
+            print(f"  damaged: {slug}: {'; '.join(f'{name} {wrong}' for name, wrong in found.items())}", flush=True)
 
     def tell(cell: Any, seconds: float) -> None:
         finished = sum(cells.settled(other, started) for other in chosen)

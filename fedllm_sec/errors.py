@@ -1,10 +1,36 @@
-"""Every error a user can cause.
+"""Every error a user can cause, and a reader who leaves, which is none.
 
 All are `FedError`, which is also a `ValueError`. A message names the place, the value, the reason and the way out:
 `krum: needs n >= 2f + 3 clients, got n=8, f=3. Lower f or raise clients.per_round.`
 """
 
 from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+CLOSED = 141  # what a shell says of a program whose reader left: 128 + SIGPIPE
+
+
+def quietly(main: Callable[P, int]) -> Callable[P, int]:
+    """A command that ends without a word when nobody reads on, as in `fedllm-sec menu | head`."""
+
+    @functools.wraps(main)
+    def until_the_reader_leaves(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()  # here, not at the interpreter's end, where nobody can catch it
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return CLOSED
+
+    return until_the_reader_leaves
 
 
 class FedError(ValueError):

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedllm_sec import algorithms, attacks, defenses, models
 from fedllm_sec.data import partition
+from fedllm_sec.errors import quietly
 from fedllm_sec.recipe.resolve import Menu, did_you_mean, settings_of
 
 # Where the names come from, and where they stand in a recipe.
@@ -112,6 +113,7 @@ def details(line: Line) -> str:
     )
 
 
+@quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fedllm_sec.menu", description="What a recipe can name.")

@@ -194,6 +194,7 @@ class RoundContext:
     last_update: Tensor | None = None  # (d,) the last global step
     root_update: Tensor | None = None  # (d,) the server's own update on clean data, if the recipe gives it some
     probe: Callable[[Tensor], float] | None = None  # loss of a (d,) global vector on the server's clean data
+    notes: dict[str, float] = field(default_factory=dict)  # what a stage wants recorded; a rule has Decision.notes
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,11 @@ class Decision:
 
 
 class Before(Protocol):
-    """Rows to rows: clipping, mixing."""
+    """Rows to rows: clipping, mixing. `UpdateMatrix.mix` tells by itself what is mixed.
+
+    Of rows that are put in place of others, those that bear a client's id must be that client's alone: what the rule
+    decides on them is told as decided on the client.
+    """
 
     def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> UpdateMatrix: ...
 

@@ -1,36 +1,32 @@
 """Run a recipe: `accelerate launch -m fedllm_sec.train recipe.yaml [key.sub=value ...]`.
 
-Started again with the same recipe it goes on where it was stopped; a finished run is only reported.
+Started again with the same recipe it goes on where it was stopped. Of a finished run it makes again what was lost and
+can be made from the checkpoint; one that is whole is only reported.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import json
-import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedllm_sec.errors import FedError, RecipeError
-from fedllm_sec.recipe import reading, shipped
+from fedllm_sec.errors import FedError, RecipeError, quietly
+from fedllm_sec.recipe import places, reading, shipped
 from fedllm_sec.recipe.resolve import did_you_mean
-from fedllm_sec.recipe.sections import Recipe
-from fedllm_sec.records.environment import environment
-from fedllm_sec.records.history import RunFolder, write_json
-from fedllm_sec.records.summary import round_line, scalars, summary
+from fedllm_sec.records.environment import typed
+from fedllm_sec.records.files import remove_leftovers, write_json
+from fedllm_sec.records.folder import RunFolder
 
 if TYPE_CHECKING:
-    from fedllm_sec.build.loaded import Loaded
     from fedllm_sec.build.plan import Plan
-    from fedllm_sec.rounds.compute import Machine
 
 
+@quietly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fedllm_sec.train",
@@ -42,41 +38,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", metavar="VARIANT", action="append", help="run this one of the recipe's variants; may be given again"
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="begin anew; a folder that is there is kept under a new name beside it"
+    )
     parser.add_argument("--check", action="store_true", help="check the recipe and stop")
     parser.add_argument("--explain", action="store_true", help="say what it would do and cost, and stop")
-    options = parser.parse_intermixed_args(argv)
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="with --check or --explain: import, which runs it, the code that the recipe names as package.module:name",
+    )
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_intermixed_args(words)
+    if options.allow_code and not (options.check or options.explain):
+        parser.error("--allow-code: goes with --check or --explain; a run imports what its recipe names.")
+    again = "the same command" + (" without --fresh" if options.fresh else "")
     heed_ctrl_c()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        plans = load(options.recipe, options.overrides)
+        raws = raw_recipes(options.recipe, options.overrides)
+        if not (options.check or options.explain):
+            refuse_lost_names(raws, options.only)
+        code = [] if options.allow_code or not (options.check or options.explain) else outside_code(raws)
+        if code and options.explain:
+            raise RecipeError(
+                f"--explain: the recipe names code, which would be run to explain it: {', '.join(code)}. If you trust "
+                "it, add --allow-code; --check does without."
+            )
+        plans = planned_all(raws, allow_code=not code)
         among = list(plans)
         if options.only is not None:
             plans = chosen(plans, options.only)
         if options.check:
             print(f"{options.recipe}: fine ({len(plans)} run{'s' if len(plans) > 1 else ''}).")
+            for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes()):
+                print(f"note: {note}")
+            if code:
+                print(
+                    f"note: not looked at, because to import code is to run it: {', '.join(code)}, nor the block that "
+                    "it stands in beyond names and settings. If you trust it, add --allow-code."
+                )
             return 0
         if options.explain:
             from fedllm_sec.build.explain import explain
 
+            quiet()
             print(explain(plans))
             return 0
-        run_all(plans, _command(options), among)
+        run_all(plans, typed("train", words), among, fresh=options.fresh)
         idle = [plan.recipe.output.folder for plan in plans.values() if _all_skipped(Path(plan.recipe.output.folder))]
         if idle:
             print(f"error: every round was skipped in {', '.join(idle)}: nothing was learnt.", file=sys.stderr)
             return 1
-    except FedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        print(f"error: {what}. What was written is whole: the same command goes on from there.", file=sys.stderr)
+    except BrokenPipeError:
+        raise  # nobody reads on
+    except Exception as error:
+        if (said := in_words(error, again)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         return 2
     except Terminated:
-        print("terminated; the same command goes on from the last whole round.", file=sys.stderr)
+        print(f"terminated; {again} goes on from the last whole round.", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last whole round.", file=sys.stderr)
+        print(f"stopped; {again} goes on from the last whole round.", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -102,10 +127,23 @@ def heed_ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _command(options: argparse.Namespace) -> str:
-    only = [word for name in options.only or () for word in ("--only", name)]
-    words = ["accelerate", "launch", "-m", "fedllm_sec.train", str(options.recipe), *options.overrides, *only]
-    return shlex.join(words)
+def in_words(error: Exception, again: str = "the same command") -> str | None:
+    """What the user, the disk, the memory or another process is to blame for; None: a fault of this program."""
+    if isinstance(error, FedError):
+        return str(error)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        what = f"{error.strerror or text}" + (f" ({error.filename})" if error.filename else "")
+    elif kinds & {"MemoryError", "OutOfMemoryError"} or "not enough memory" in text or "t allocate memory" in text:
+        what = f"not enough memory ({text[:200] or 'none is left'}); lower clients.batch_size or evaluate.batch_size"
+    elif "SafetensorError" in kinds:
+        what = f"a file of tensors cannot be read or written ({text[:200]})"
+    elif kinds & {"DistBackendError", "DistError"} or "onnection closed by peer" in text or "onnection reset" in text:
+        what = f"another process of this run has ended ({text[:200]})"
+    else:
+        return None
+    return f"{what}. What was written is whole: {again} goes on from there."
 
 
 # ---------------------------------------------------------------- file -> raw -> checked recipe -> plan
@@ -113,9 +151,11 @@ def _command(options: argparse.Namespace) -> str:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Plan]:
     """The runs a recipe asks for, by variant name ("" where it is one run); all mistakes at once."""
-    from fedllm_sec.build.names import checked
-    from fedllm_sec.build.plan import planned
+    return planned_all(raw_recipes(path, overrides))
 
+
+def raw_recipes(path: Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The unchecked recipe of each variant ("" where there are none), its folder among the others'."""
     path = shipped.find(path)
     raw = reading.read(path, overrides)
     if "axes" in raw:
@@ -124,15 +164,37 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Plan]:
     if isinstance(output, dict) and isinstance(folder := output.get("folder", "runs/{name}"), str):
         output["folder"] = folder.replace("{name}", path.stem)
     changes = reading.variants(raw.pop("variants", None))
+    return {name: reading.merge(raw, change) for name, change in changes.items()}
+
+
+def refuse_lost_names(raws: Mapping[str, dict[str, Any]], only: Sequence[str] | None) -> None:
+    """Raise where a model or data that will be read are nowhere: before torch is imported, which takes seconds."""
+    chosen = [raw for name, raw in raws.items() if only is None or name in only]
+    if lost := list(dict.fromkeys(problem for raw in chosen for problem in places.lost(raw))):
+        raise RecipeError(lost)
+
+
+def outside_code(raws: Mapping[str, dict[str, Any]]) -> list[str]:
+    """`place package.module:name` of what the variants name from outside."""
+    from fedllm_sec.build.names import outside
+
+    return list(dict.fromkeys(f"{where} {name}" for raw in raws.values() for where, name in outside(raw)))
+
+
+def planned_all(raws: Mapping[str, dict[str, Any]], allow_code: bool = True) -> dict[str, Plan]:
+    """The plan of each variant; all mistakes at once. Without `allow_code` code from outside has no part in it."""
+    from fedllm_sec.build.names import checked, without_code
+    from fedllm_sec.build.plan import planned
+
     found: dict[str, Plan] = {}
     problems: dict[str, None] = {}
-    for name, change in changes.items():
+    for name, raw in raws.items():
         try:
-            recipe = checked(reading.merge(raw, change))
+            recipe = checked(raw, allow_code)
             if name:
                 folder = f"{recipe.output.folder}/{name}"
                 recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"folder": folder})})
-            found[name] = planned(recipe)
+            found[name] = planned(recipe if allow_code else without_code(recipe))
         except RecipeError as error:
             problems.update(dict.fromkeys(error.problems))
     if problems:
@@ -151,18 +213,28 @@ def chosen(plans: dict[str, Plan], names: Sequence[str]) -> dict[str, Plan]:
 
 # ---------------------------------------------------------------- runs
 
+OLD = 3600.0  # seconds after which an unfinished file in a folder of many runs is no other process's work any more
 
-def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = ()) -> Path:
+
+def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = (), fresh: bool = False) -> Path:
     """Run every variant, then write one report; gives the folder.
 
-    `among` are all variants of the recipe: the report is also about those that an earlier command ran.
+    `among` are all variants of the recipe: the report is also about those that an earlier command ran. `fresh`: the
+    runs' folders are first given new names.
     """
     from fedllm_sec.build.loaded import Loaded
+    from fedllm_sec.build.running import make_machine, run_one
 
     quiet()
     first = next(iter(plans.values())).recipe
     folder = Path(first.output.folder).parent if "" not in plans else Path(first.output.folder)
     machine = make_machine(first, folder)
+    if machine.main:
+        remove_leftovers(folder, OLD)
+        for plan in plans.values() if fresh else ():
+            if (aside := RunFolder(Path(plan.recipe.output.folder)).set_aside()) is not None:
+                print(f"{plan.recipe.output.folder}: the old folder is now {aside}", flush=True)
+    machine.accelerator.wait_for_everyone()
     loaded = Loaded()
     for name, plan in plans.items():
         if machine.main and name:
@@ -178,131 +250,6 @@ def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = ()) -> 
         print(f"\nreport: {write_report(folder)}")
     machine.accelerator.end_training()
     return folder
-
-
-def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) -> Machine:
-    """Device, precision, threads and processes as the recipe wants them; trackers write into `folder`."""
-    import torch
-    from accelerate import Accelerator
-
-    from fedllm_sec.rounds.compute import Machine
-
-    threads = [n for n in (recipe.compute.threads, most_threads) if n is not None]
-    if threads:
-        torch.set_num_threads(min(threads))
-    options: dict[str, Any] = {"mixed_precision": recipe.compute.mixed_precision}
-    if recipe.compute.gradient_accumulation is not None:
-        options["gradient_accumulation_steps"] = recipe.compute.gradient_accumulation
-    if recipe.output.tracker is not None:
-        _need_tracker(recipe.output.tracker)
-        options |= {"log_with": recipe.output.tracker, "project_dir": str(folder)}
-    return Machine(Accelerator(**options), recipe.compute.placement)
-
-
-def _need_tracker(name: str) -> None:
-    """Accelerate leaves out a tracker that is not installed, without a word."""
-    from importlib.util import find_spec
-
-    if find_spec(name) is None:
-        raise RecipeError(f"output.tracker: {name!r} is not installed. pip install {name}, or set it to null.")
-
-
-def run_one(
-    plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None = None
-) -> None:
-    """One run from where its folder stands to its last round, with the final adapter or model and summary.json.
-
-    `loaded` is what the process keeps between runs; `say` gets a line a round instead of the terminal.
-    """
-    with RunFolder(Path(plan.recipe.output.folder)).held() if machine.main else contextlib.nullcontext():
-        _run_held(plan, machine, command, loaded, say)
-
-
-def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None) -> None:
-    import torch
-
-    from fedllm_sec.build.federation import assemble, run, save
-
-    recipe = plan.recipe
-    on_terminal, say = say is None, say or functools.partial(print, flush=True)
-    folder, text = RunFolder(Path(recipe.output.folder)), reading.dump(recipe)
-    state = folder.resume(text)
-    if state is not None and state["round"] >= recipe.rounds and (folder.path / "summary.json").exists():
-        if machine.main:
-            say(f"already done: {folder.path} ({state['round']} rounds). Remove the folder to run it again.")
-        return
-    federation = assemble(plan, machine, loaded)
-    task = federation.task
-    if state is not None:
-        federation.load_state_dict(_to(state, machine.device))
-        if machine.main:
-            say(f"going on after round {federation.round} of {folder.path}")
-    if machine.main:
-        folder.begin(text, _environment(command, machine), state)
-    if recipe.output.tracker is not None:
-        for tracker in machine.accelerator.trackers:  # accelerate would log this run to the last one's too
-            tracker.finish()
-        machine.accelerator.trackers.clear()
-        machine.accelerator.init_trackers(folder.path.name, config={"recipe": text})
-
-    def keep_model(name: str) -> None:
-        with torch.no_grad():
-            task.parameters.copy_(federation.vector)
-        save(recipe, task, folder.path / name)
-
-    kind = "adapter" if recipe.task == "causal_lm" else "model"
-
-    federation.progress = _progress(machine.main and on_terminal, lambda: federation.round + 1, recipe.rounds)
-    for record in run(federation, recipe.rounds):
-        if machine.main:
-            folder.append(record, federation.state_dict())
-            say(round_line(record, recipe.rounds))
-            every = recipe.output.adapter_every
-            if every is not None and record.round % every == 0:
-                keep_model(f"{kind}-round-{record.round}")
-        if recipe.output.tracker is not None:
-            machine.accelerator.log(scalars(record), step=record.round)
-    if machine.main:
-        keep_model(kind)
-        attack = recipe.attack if recipe.enable_attack else None
-        stop = attack.stop if attack is not None else None
-        found = summary(folder.path, command, attacked=attack is not None, stop=stop)
-        write_json(folder.path / "summary.json", {**found, **federation.facts})
-    machine.accelerator.wait_for_everyone()
-
-
-def _environment(command: str, machine: Machine) -> dict[str, Any]:
-    import torch
-
-    gpu = machine.device.type == "cuda"
-    return environment(
-        command,
-        device=torch.cuda.get_device_name(machine.device) if gpu else str(machine.device),
-        processes=machine.world,
-        placement=machine.placement,
-        mixed_precision=machine.accelerator.mixed_precision,
-    )
-
-
-def _to(value: Any, device: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
-    return [_to(v, device) for v in value] if isinstance(value, list) else value
-
-
-def _progress(show: bool, round: Callable[[], int], rounds: int) -> Callable[[Sequence[Any]], Iterator[Any]]:
-    """A bar over the clients of a round, on a terminal."""
-    from tqdm import tqdm
-
-    def bar(cohort: Sequence[Any]) -> Iterator[Any]:
-        hide = not show or not sys.stderr.isatty()
-        yield from tqdm(cohort, desc=f"round {round()}/{rounds}", unit="client", leave=False, disable=hide)
-
-    return bar
 
 
 def quiet() -> None:

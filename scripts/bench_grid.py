@@ -23,9 +23,10 @@ import yaml
 
 from fedllm_sec.build.federation import build, run
 from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.build.running import make_machine
 from fedllm_sec.grid import cells, grid
 from fedllm_sec.records.history import read_history
-from fedllm_sec.train import make_machine, quiet
+from fedllm_sec.train import quiet
 
 QUICK = Path(__file__).parents[1] / "recipes" / "grids" / "quick.yaml"
 SMALL = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from fedllm_sec.protocols import Labelled
 
@@ -52,6 +53,7 @@ class Talker(torch.nn.Module):
     """
 
     generation_config = None
+    config = PreTrainedConfig()
 
     def __init__(self, words: Words) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.text import make_evaluation
 from fedllm_sec.evaluation.text import TextEvaluation
-from fedllm_sec.tasks.causal_lm import Encoded
+from fedllm_sec.tasks.encoding import Encoded
 
 LABELS = ("World", "Sports", "Business", "Tech")
 END = 0

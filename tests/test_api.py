@@ -93,6 +93,59 @@ def test_stages_before_the_rule_are_names_or_names_with_settings():
     assert decision.weights.shape == (5,)
 
 
+@pytest.mark.parametrize(
+    "before",
+    ["norm_clipping", ["norm_clipping"], {"name": "norm_clipping"}, [{"name": "norm_clipping", "radius": "median"}]],
+)
+def test_a_stage_is_a_name_or_as_in_a_recipe_and_may_stand_alone(before):
+    wanted = fedllm_sec.aggregate(torch.tensor(ROWS), "mean", before=[("norm_clipping", {})]).update
+    assert torch.equal(fedllm_sec.aggregate(torch.tensor(ROWS), "mean", before=before).update, wanted)
+
+
+@pytest.mark.parametrize("name", ["krum", "multi_krum", "bulyan", "dnc", "foolsgold", "flame"])
+def test_ids_may_be_numbers_as_other_libraries_have_them(name):
+    rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    settings = {"f": 1} if name in ("krum", "multi_krum", "bulyan", "dnc") else {}
+    got = fedllm_sec.aggregate(rows, name, ids=range(3, 11), **settings)
+    assert torch.equal(got.update, fedllm_sec.aggregate(rows, name, ids=[*"3456789", "10"], **settings).update)
+
+
+def test_a_list_of_arrays_for_each_client_gives_a_list_of_arrays():
+    rows = [[np.full((2, 2), float(i)), np.array([-float(i)], dtype=np.float32)] for i in (1, 2, 9)]
+    update = fedllm_sec.aggregate(rows, "median").update
+    assert [part.tolist() for part in update] == [[[2.0, 2.0], [2.0, 2.0]], [-2.0]]
+    assert [part.dtype for part in update] == [np.float64, np.float32]
+
+
+@pytest.mark.parametrize("array", [torch.tensor, np.array])
+def test_integers_and_booleans_of_a_state_dict_are_the_median_of_what_usable_rows_hold(array):
+    def client(value, batches, on):
+        return {"w": array([value, value]), "bn.num_batches_tracked": array(batches), "mask": array([on, not on])}
+
+    rows = [client(1.0, 4, True), client(2.0, 5, True), client(9.0, 10**15, True), client(math.nan, -7, False)]
+    with pytest.warns(UserWarning, match="1 of 4 rows"):
+        update = fedllm_sec.aggregate(rows, "median").update
+    assert list(update) == ["w", "bn.num_batches_tracked", "mask"]
+    assert update["w"].tolist() == [2.0, 2.0]
+    assert int(update["bn.num_batches_tracked"]) == 5
+    assert update["mask"].tolist() == [True, False]
+    assert {key: value.dtype for key, value in update.items()} == {key: value.dtype for key, value in rows[0].items()}
+
+
+@pytest.mark.parametrize("name", ["foolsgold", "cross_round", "fldetector", "centered_clipping"])
+def test_a_rule_by_name_says_in_a_later_round_that_it_remembers_nothing(name):
+    rows = torch.tensor(ROWS)
+    with pytest.warns(UserWarning, match=f"{name} remembers earlier rounds, .* in round 7 it knows nothing of them"):
+        fedllm_sec.aggregate(rows, name, round=7)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rule", ["three_sigma", "krum:f", FoolsGold()])
+def test_a_rule_that_keeps_nothing_or_is_an_object_has_nothing_to_say(rule):
+    name, settings = ("krum", {"f": 1}) if rule == "krum:f" else (rule, {})
+    fedllm_sec.aggregate(torch.tensor(ROWS), name, round=7, **settings)
+
+
 def test_an_instance_carries_its_memory_from_call_to_call():
     rule = FoolsGold()
     fedllm_sec.aggregate(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), rule)
@@ -126,6 +179,9 @@ def test_float32_common_part_and_chunk_size_do_not_change_the_answer():
         ([{"a": torch.ones(2)}, {"b": torch.ones(2)}], r"row 1 differs from row 0 in \['a', 'b'\]"),
         ([[1.0, 2.0], [3.0, 4.0]], "is a list, needs a torch tensor or numpy array"),
         ([{"a": [1.0]}], "is a list"),
+        ([{}, {}], "row 0 has no array of a floating type"),
+        ([[], []], "row 0 has no array of a floating type"),
+        ([{"a": torch.ones(1), "n": torch.tensor(1)}, {"a": torch.ones(1)}], r"row 1 differs from row 0 in \['n'\]"),
     ],
 )
 def test_rows_that_are_no_rows_are_refused_with_the_reason(rows, message):
@@ -142,6 +198,11 @@ def test_rows_that_are_no_rows_are_refused_with_the_reason(rows, message):
         ({"name": "krum", "f": "two"}, "integer"),
         ({"name": "nnm", "f": 1}, 'is a stage of kind "before"'),
         ({"name": "median", "before": ["median"]}, 'is a stage of kind "rule"'),
+        ({"name": "median", "before": {"f": 2}}, r"before\[0\]: \{'f': 2\} names no stage"),
+        (
+            {"name": "slsgd"},
+            "slsgd: needs f, the number trimmed at each end, for option 2, got f=None. Set f, or option",
+        ),
         ({"name": "median", "counts": [1.0]}, "counts has 1 entries for 5 rows"),
         ({"name": "median", "ids": ["a"] * 5}, "same id twice"),
         ({"name": "median", "global_vector": torch.ones(3)}, r"shape \(3,\)"),

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
+from fedllm_sec.build.running import run_one
 from fedllm_sec.errors import ResumeError
-from fedllm_sec.records.history import RunFolder
+from fedllm_sec.records import RunFolder
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.train import run_one
 
 LOADED = Loaded()  # one base model for all runs of this file
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import yaml
 
 from fedllm_sec.errors import ResumeError
 from fedllm_sec.records import RunFolder, read_history
+from fedllm_sec.records.environment import typed
 from fedllm_sec.train import main
+from tests.records.smallest import plain_page
 
 DIGITS: dict[str, Any] = {
     "task": "classify",
@@ -24,6 +27,12 @@ DIGITS: dict[str, Any] = {
     "data": {"name": "digits", "train_rows": 200, "test_rows": 50},
     "clients": {"total": 4, "local_steps": 1, "batch_size": 20, "lr": 0.05, "optimizer": "sgd"},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures() -> Iterator[None]:
+    with plain_page():
+        yield
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -38,17 +47,12 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("half")
     path = write(folder, rounds=2)
     assert main([str(path)]) == 0
-    out = folder / "out"
-    recipe = (out / "recipe.yaml").read_text()
-    (out / "recipe.yaml").write_text(recipe.replace("rounds: 2", "rounds: 4"))
-    (out / "summary.json").unlink()
+    (folder / "out" / "summary.json").unlink()
     return folder
 
 
 def copy(half: Path, folder: Path) -> Path:
     shutil.copytree(half / "out", folder / "out", dirs_exist_ok=True)
-    recipe = folder / "out" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(str(half / "out"), str(folder / "out")))
     return write(folder)
 
 
@@ -56,10 +60,12 @@ def test_a_half_done_run_goes_on_and_removes_what_a_killed_write_left(half: Path
     (tmp_path / "out").mkdir()
     stray = tmp_path / "out" / ".checkpoint.safetensors.8objwnuq"
     stray.write_bytes(b"half a checkpoint")
+    (tmp_path / "out" / ".adapter.8objwnuq").mkdir()
     assert main([str(copy(half, tmp_path))]) == 0
     assert [r.round for r in read_history(tmp_path / "out")] == [1, 2, 3, 4]
     assert not stray.exists()
     assert not (tmp_path / "out" / ".lock").exists()
+    assert not (tmp_path / "out" / ".adapter.8objwnuq").exists()
 
 
 def test_the_second_of_two_starts_on_a_folder_says_who_holds_it(half: Path, tmp_path: Path, capsys):
@@ -78,6 +84,7 @@ def test_the_second_of_two_starts_on_a_folder_says_who_holds_it(half: Path, tmp_
     ("damage", "words"),
     [
         (lambda lines: [lines[0], "[" + lines[1][1:]], "is damaged"),
+        (lambda lines: [lines[0], lines[1].replace(": 0.", ": 1.", 1)], "is not the one that checkpoint.safetensors"),
         (lambda lines: [lines[0].replace('"round": 1', '"round": 2'), lines[1]], "history.jsonl holds rounds [2, 2]"),
         (lambda lines: ["\x00" * len(lines[0]), lines[1]], "is damaged"),
         (lambda lines: [lines[0]], "is shorter than its checkpoint says"),
@@ -157,3 +164,73 @@ def test_sigterm_keeps_the_last_whole_round_and_says_so(tmp_path: Path):
     assert process.returncode == 143
     assert "terminated; the same command goes on from the last whole round." in said
     assert RunFolder(tmp_path / "out").resume((tmp_path / "out" / "recipe.yaml").read_text()) is not None
+
+
+# ---------------------------------------------------------------- more rounds, another machine, anew
+
+
+def history(folder: Path) -> bytes:
+    return (folder / "out" / "history.jsonl").read_bytes()
+
+
+def test_a_finished_run_that_is_given_more_rounds_ends_as_the_longer_run(tmp_path: Path, capsys):
+    attack = {"malicious": {"count": 2, "redraw": True}, "data": [{"name": "label_flip", "mapping": {3: 5}}]}
+    parts = {"enable_attack": True, "attack": attack, "clients": {**DIGITS["clients"], "total": 6, "per_round": 3}}
+    for name, rounds in (("straight", [6]), ("longer", [2, 6])):
+        (tmp_path / name).mkdir()
+        for number in rounds:
+            assert main([str(write(tmp_path / name, **parts, rounds=number))]) == 0
+    assert "going on after round 2" in capsys.readouterr().out
+    assert history(tmp_path / "longer") == history(tmp_path / "straight")
+    models = [(tmp_path / name / "out/model/model.safetensors").read_bytes() for name in ("straight", "longer")]
+    assert models[0] == models[1]
+    assert json.loads((tmp_path / "longer/out/summary.json").read_text())["rounds"] == 6
+    assert main([str(write(tmp_path / "longer", **parts, rounds=5))]) == 2
+    assert "was made with another recipe: rounds: 6 -> 5" in capsys.readouterr().err
+
+
+def test_a_run_whose_schedule_ends_with_its_rounds_is_given_no_more(tmp_path: Path, capsys):
+    falling = {**DIGITS["clients"], "lr_schedule": "linear"}
+    assert main([str(write(tmp_path, clients=falling, rounds=1))]) == 0
+    assert main([str(write(tmp_path, clients=falling, rounds=2))]) == 2
+    assert "cannot be given 2: clients.lr_schedule: linear falls from the first round to the last" in (
+        capsys.readouterr().err
+    )
+
+
+def test_another_version_that_goes_on_says_so_and_both_are_kept(half: Path, tmp_path: Path, capsys):
+    path = copy(half, tmp_path)
+    environment = tmp_path / "out" / "environment.json"
+    old = json.loads(environment.read_text())
+    environment.write_text(json.dumps({**old, "fedllm_sec": "0.0.1"}))
+    assert main([str(path)]) == 0
+    assert f"from round 3 on: fedllm_sec: '0.0.1' -> '{old['fedllm_sec']}'" in capsys.readouterr().out
+    found = json.loads(environment.read_text())
+    assert found["fedllm_sec"] == "0.0.1"
+    assert found["resumed"][0]["after_round"] == 2
+    assert found["resumed"][0]["fedllm_sec"] == old["fedllm_sec"]
+
+
+def test_a_fresh_start_keeps_the_old_folder_beside_it(half: Path, tmp_path: Path, capsys):
+    path = copy(half, tmp_path)
+    before = history(tmp_path)
+    assert main([str(path), "rounds=1", "--fresh"]) == 0
+    assert f"{tmp_path / 'out'}: the old folder is now {tmp_path / 'out-1'}" in capsys.readouterr().out
+    assert (tmp_path / "out-1" / "history.jsonl").read_bytes() == before
+    assert not (tmp_path / "out-1" / ".lock").exists()
+    assert [r.round for r in read_history(tmp_path / "out")] == [1]
+
+
+def test_the_recorded_command_is_the_one_that_was_typed(monkeypatch):
+    words = ["r.yaml", "rounds=3", "--only", "a b"]
+    for line, said in (
+        (["/v/bin/python", "/v/bin/fedllm-sec", "train", *words], "fedllm-sec train r.yaml rounds=3 --only 'a b'"),
+        (["python3", "-m", "fedllm_sec.train", *words], "python3 -m fedllm_sec.train r.yaml rounds=3 --only 'a b'"),
+        (["/v/bin/python", "-m", "pytest"], "fedllm-sec train r.yaml rounds=3 --only 'a b'"),
+    ):
+        monkeypatch.setattr(sys, "orig_argv", line)
+        monkeypatch.setattr("fedllm_sec.records.environment._parents", lambda: ["bash", "run.sh", *words])
+        assert typed("train", words) == said
+    launcher = ["/v/bin/python", "/v/bin/accelerate", "launch", "--cpu", "-m", "fedllm_sec.train", *words]
+    monkeypatch.setattr("fedllm_sec.records.environment._parents", lambda: launcher)
+    assert typed("train", words) == ("accelerate launch --cpu -m fedllm_sec.train r.yaml rounds=3 --only 'a b'")

@@ -1,5 +1,6 @@
 """The command that shows what a recipe can name."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedllm_sec import defenses, menu
+from fedllm_sec.__main__ import COMMANDS
 
 
 def test_every_name_of_every_menu_has_a_paper_and_a_one_line_summary():
@@ -72,3 +74,19 @@ def test_importing_the_package_stays_light_and_offers_the_public_names():
         "assert callable(fedllm_sec.aggregate)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_command_ends_without_a_word_when_its_reader_leaves():
+    """As in `fedllm-sec menu | head -1`: the pipe is closed while something is still to come."""
+    command = [sys.executable, "-m", "fedllm_sec", "menu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # at once, for a pipe may hold all of it
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=120) == 141
+
+
+@pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
+def test_every_command_lets_its_reader_leave(module):
+    assert importlib.import_module(module).main.__wrapped__  # errors.quietly

@@ -33,7 +33,7 @@ def test_every_key_has_a_line_that_says_what_it_is():
 
 def test_values_and_defaults_are_written_as_in_a_recipe():
     page = made.page()
-    assert "| `r` | whole number above 0 | `8` | rank of the adapters |" in page
+    assert "| `r` | whole number from 1 to 65536 | `8` | rank of the adapters |" in page
     assert "| `dropout` | number from 0 below 1 | `0.0` |" in page
     assert "| `knowledge` | `own` or `cohort` or `cohort+defense` | `own` |" in page
     assert "| `folder` | name or path" in page

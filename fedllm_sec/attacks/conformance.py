@@ -16,6 +16,7 @@ from torch import Tensor
 from fedllm_sec.attacks import MENU, NOT_FINITE, received
 from fedllm_sec.attacks.conformance_data import check_data
 from fedllm_sec.attacks.subject import example_view, images, text_rows
+from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Client, Decision, LocalContext, ThreatView
 from fedllm_sec.recipe.resolve import resolve
@@ -125,7 +126,28 @@ def _changes_nothing(rows: Tensor, view: ThreatView) -> bool:
     return float((rows.double() - mean).norm(dim=1).max()) <= 1e-6 * float(mean.norm())
 
 
+def _in_first_round(what: str, act: Callable[[], Any]) -> Any:
+    """What the attack does in round 1, None where it refuses that round by an AttackError, which says the way out."""
+    try:
+        return act()
+    except (AttackError, AssertionError) as error:
+        if isinstance(error, AssertionError):
+            raise
+        return None
+    except Exception as error:  # an attack from outside may raise anything
+        raise AssertionError(
+            f"it fails in the first round, in which {what} is None, for no step was taken yet: "
+            f"{type(error).__name__}: {error}. Send something else in that round, or raise an AttackError that says "
+            "to set attack.start: 2"
+        ) from error
+
+
 def _check_update(make: Callable[..., Any], finite: bool, strong: list[dict[str, float]] | None) -> None:
+    first = replace(example_view(round=1), last_update=None)
+    sent = _in_first_round("view.last_update", lambda: make()(first))
+    if sent is not None:
+        assert tuple(sent.shape) == tuple(first.own.shape), f"shape {tuple(sent.shape)} in the first round"
+        assert not finite or torch.isfinite(sent).all(), "rows are not finite in the first round"
     for m, scale in ((1, 1.0), (2, 1e-3), (4, 1e3)):
         view = example_view(m=m, scale=scale)
         rows = _forged(make(), view)
@@ -152,14 +174,17 @@ def _check_update(make: Callable[..., Any], finite: bool, strong: list[dict[str,
 
 
 def train_with(rule: Any, *, round: int = 2, steps: int = 5, lr: float = 0.5) -> tuple[Tensor, LocalContext]:
-    """The delta (d,) of a few plain steps towards a fixed point with the rule around each, and the context."""
+    """The delta (d,) of a few plain steps towards a fixed point with the rule around each, and the context.
+
+    In round 1 there is no last global step.
+    """
     rng = generator_for(7, "local", round)
     d = 40
     start, last, goal = (torch.randn(d, generator=rng) for _ in range(3))
     shown = {"received model": start.clone(), "last global step": last.clone(), "second vector": goal.clone()}
-    context = LocalContext(
-        Client("bad", None), round, *list(shown.values())[:2], Layout.single(d), steps, shown["second vector"]
-    )
+    received, step_before, second = shown.values()
+    before = None if round == 1 else step_before
+    context = LocalContext(Client("bad", None), round, received, before, Layout.single(d), steps, second)
     parameters = torch.nn.Parameter(start.clone())
     for step in range(steps):
         parameters.grad = parameters.detach() - goal
@@ -183,6 +208,8 @@ class _Plain:
 
 
 def _check_local(make: Callable[..., Any], strong: list[dict[str, float]] | None) -> None:
+    first = _in_first_round("ctx.last_update", lambda: train_with(make(), round=1)[0])
+    assert first is None or torch.isfinite(first).all(), "training is not finite in the first round"
     plain = train_with(_Plain())[0]
     delta = train_with(make())[0]
     assert torch.isfinite(delta).all(), "training is not finite"

@@ -21,7 +21,7 @@ from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.models.darts import genotype
 from fedllm_sec.protocols import Labelled, tensors_of
 from fedllm_sec.recipe.sections import ArrayData, Recipe
-from fedllm_sec.records.history import write_atomic, write_json
+from fedllm_sec.records.files import write_atomic, write_json
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import generator_for, seed_for
 from fedllm_sec.tasks.classify import Classify

@@ -18,7 +18,7 @@ from fedllm_sec.build import text as build_text
 from fedllm_sec.build.parts import deal, make_model
 from fedllm_sec.build.plan import Plan
 from fedllm_sec.errors import FedError
-from fedllm_sec.models.lora import add_adapter, source_of
+from fedllm_sec.models.lora import add_adapter, source_of, told
 from fedllm_sec.recipe.sections import Model, Recipe
 
 FLOAT = 4  # bytes of a float32: rows and trained vectors
@@ -149,12 +149,8 @@ def language_model(model: Model) -> Weights:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = source_of(model.name)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FedError(f'model.name: the configuration of "{model.name}" cannot be read ({reason}).') from error
-    with torch.device("meta"):
+    with told(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
         head = base.get_output_embeddings()
         packed = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head}

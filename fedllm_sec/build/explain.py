@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build.cost import FLOAT, Cost, cost
+from fedllm_sec.build.noise import noise_in_words
 from fedllm_sec.build.plan import Plan
+from fedllm_sec.build.selftest import in_words
 from fedllm_sec.build.text import rows_in_words
+from fedllm_sec.build.threat import active_rounds
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.menu import lines as menu_lines
 from fedllm_sec.models.lora import load_tokenizer
@@ -19,11 +23,13 @@ from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.report.runs import Run, methods
 from fedllm_sec.report.threat import attack_card, defense_steps
-from fedllm_sec.tasks.causal_lm import room
+from fedllm_sec.tasks.encoding import room
 
 WIDTH = 110
+MOST_NAMED = 100  # clients
 # What of a recipe its cost depends on: variants that share it are counted once.
 COUNTED = {"seed", "rounds", "task", "model", "data", "clients", "algorithm", "enable_defense", "defense"}
+TRIED = {"task", "model", "data", "clients", "evaluate"}  # the same for what its model's self-test depends on
 
 
 def explain(plans: Mapping[str, Plan]) -> str:
@@ -31,16 +37,22 @@ def explain(plans: Mapping[str, Plan]) -> str:
     first = next(iter(plans.values())).recipe
     out = [recipes.dump(first).rstrip()]
     counted: dict[str, Cost] = {}
+    tried: dict[str, list[str]] = {}
     for name, plan in plans.items():
         recipe = plan.recipe
         key = recipe.model_dump_json(include=COUNTED)
         if key not in counted:
             counted[key] = cost(plan)
+        if (same_model := recipe.model_dump_json(include=TRIED)) not in tried:
+            tried[same_model] = model(recipe)
         title = name or "this run"
         out += ["", f"{title}: {recipe.output.folder}", "=" * len(f"{title}: {recipe.output.folder}")]
         if recipe is not first:
             out += _section("Differs from the recipe above in", differences(first, recipe) or ["nothing"])
-        out += method(recipe) + data(recipe) + threat(plan) + defense(plan) + bill(recipe, counted[key])
+        if notes := plan.notes():
+            out += _section("Not looked at", notes)
+        out += method(recipe) + data(recipe) + tried[same_model] + threat(plan) + defense(plan, counted[key])
+        out += bill(recipe, counted[key])
     return "\n".join(out)
 
 
@@ -85,17 +97,23 @@ def threat(plan: Plan) -> list[str]:
         )
         return _section("Threat", [f"nobody attacks{watched}"])
     assert made is not None
-    active = sum(made.active(r) for r in range(1, recipe.rounds + 1))
     n, total = recipe.clients.per_round or recipe.clients.total, recipe.clients.total
-    who, m = f"clients {', '.join(sorted(made.malicious))}", len(made.malicious)
+    who, m = f"clients {named(made.malicious)}", len(made.malicious)
     if made.redrawn is not None:
-        who, m = f"in some round of this run: clients {', '.join(sorted(plan.attackers()))}", made.redrawn
+        who, m = f"in some round of this run: clients {named(plan.attackers())}", made.redrawn
     extra = {
         "Who attacks": [who, *([f"about {n * m / total:.3g} of the {n} clients of a round"] if n < total else [])],
-        "When": [f"active in {active} of {recipe.rounds} rounds"],
+        "When": [f"active in {active_rounds(recipe)} of {recipe.rounds:,} rounds"],
         "What they do": _meanings(run.attack, "data", "local", "update") + _targets(recipe),
     }
     return [line for title, texts in card for line in _section(title, [*texts, *extra.get(title, [])])]
+
+
+def named(ids: Iterable[str]) -> str:
+    """The ids in order, no more than fit a few lines."""
+    order = sorted(ids)
+    more = f" and {len(order) - MOST_NAMED:,} more" if len(order) > MOST_NAMED else ""
+    return ", ".join(order[:MOST_NAMED]) + more
 
 
 def _targets(recipe: Recipe) -> list[str]:
@@ -117,12 +135,14 @@ def _targets(recipe: Recipe) -> list[str]:
     return [f"target {room(tokenizer, recipe.data, answer, most)}" for answer in answers]
 
 
-def defense(plan: Plan) -> list[str]:
-    """What clients do for their defense, and the server with the rows."""
+def defense(plan: Plan, counted: Cost) -> list[str]:
+    """What clients do for their defense, and the server with the rows; how long its noise is on so many parameters."""
     if isinstance(plan.methods.algorithm, KnowledgeTransfer):
         return _section("Defense", ["none: clients keep their own nets, so there are no rows to aggregate"])
     run = _as_run(plan.recipe)
-    return _section("Defense", [*defense_steps(run), *_meanings(run.defense, "client", "before", "rule", "after")])
+    noise = noise_in_words(plan.methods.defense, counted.weights.trained if counted.weights else None, counted.cohort)
+    words = _meanings(run.defense, "client", "before", "rule", "after")
+    return _section("Defense", [*defense_steps(run), *words, *noise])
 
 
 def method(recipe: Recipe) -> list[str]:
@@ -133,6 +153,11 @@ def method(recipe: Recipe) -> list[str]:
 def data(recipe: Recipe) -> list[str]:
     """Which rows are trained on and which are held out; other kinds of task name both in their data sets."""
     return _section("Data", rows_in_words(recipe)) if recipe.task == "causal_lm" else []
+
+
+def model(recipe: Recipe) -> list[str]:
+    """What two short rows show of the language model and its tokenizer."""
+    return _section("Model, tried on two short rows", in_words(recipe)) if recipe.task == "causal_lm" else []
 
 
 def _meanings(block: Mapping[str, Any], *kinds: str) -> list[str]:
@@ -165,6 +190,15 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def beyond(count: float) -> str:
+    """What is to be said of so many bytes, where this machine has not as many."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # a system that does not say
+        return ""
+    return f", MORE THAN THE {size(memory)} OF MEMORY OF THIS MACHINE" if count > memory else ""
+
+
 def bill(recipe: Recipe, counted: Cost) -> list[str]:
     """The expected cost as aligned lines; what cannot be counted here says why."""
     n, rounds, weights = counted.cohort, recipe.rounds, counted.weights
@@ -186,7 +220,7 @@ def bill(recipe: Recipe, counted: Cost) -> list[str]:
         rows.append(("update matrix", "none: features and logits travel, not deltas"))
     elif weights is not None:
         d = weights.trained
-        rows.append(("update matrix", f"{n} x {d:,} float32 = {size(FLOAT * n * d)}"))
+        rows.append(("update matrix", f"{n} x {d:,} float32 = {size(FLOAT * n * d)}{beyond(FLOAT * n * d)}"))
         if recipe.enable_attack and recipe.attack is not None and recipe.attack.knowledge != "own":
             rows.append(("attackers' sight", f"a copy of the honest rows, up to {size(FLOAT * n * d)}"))
         if weights.frozen:

@@ -17,6 +17,7 @@ from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.parts import Parts, deal
 from fedllm_sec.build.plan import Plan, planned
 from fedllm_sec.build.rehearsal import scaled_down
+from fedllm_sec.build.smoothing import smoothing
 from fedllm_sec.build.text import text_parts
 from fedllm_sec.build.transfer import distillation
 from fedllm_sec.models.lora import save_adapter
@@ -76,6 +77,15 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         chunk_mb=recipe.compute.chunk_mb,
         root=Client("server", parts.root) if parts.root is not None else None,
         facts=parts.facts(),
+        smoothing=smoothing(
+            recipe,
+            methods.defense,
+            parts.task,
+            parts.evaluation,
+            dict(zip(parts.shards, sizes, strict=True)),
+            parts.poisoned_share,
+            algorithm.prepare(plan.training, sizes),
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fedllm_sec import algorithms, attacks, defenses, models
@@ -35,9 +36,12 @@ DATA_ATTACKS: dict[str, tuple[str, ...]] = {
 CLIENT_DEFENSES: dict[str, tuple[str, ...]] = {"classify": ("client", "client_image")}
 
 
-def checked(raw: Any) -> Recipe:
-    """A validated recipe, or one RecipeError that lists every mistake in keys, types, names and settings."""
-    return reading.check(raw, menu_problems)
+def checked(raw: Any, allow_code: bool = True) -> Recipe:
+    """A validated recipe, or one RecipeError that lists every mistake in keys, types, names and settings.
+
+    Without `allow_code` nothing that a recipe names as "package.module:name" is imported, nor are its settings checked.
+    """
+    return reading.check(raw, lambda raw: menu_problems(raw, allow_code))
 
 
 def places(task: Any) -> dict[str, tuple[Menu, tuple[str, ...]]]:
@@ -52,25 +56,59 @@ def places(task: Any) -> dict[str, tuple[Menu, tuple[str, ...]]]:
     return found if task == "causal_lm" else {"model": (models.MENU, (task,)), **found}
 
 
-def menu_problems(raw: dict[str, Any]) -> list[str]:
-    """What is wrong with the names and settings of methods in a raw recipe."""
-    problems: list[str] = []
+def _blocks(raw: dict[str, Any]) -> Iterator[tuple[str, Any, Menu, tuple[str, ...]]]:
+    """Each block of a raw recipe that is to name a method: place, block, menu, kinds that may stand there."""
     for place, (menu, kinds) in places(raw.get("task", "causal_lm")).items():
         here: Any = raw
         for key in place.split("."):
             here = here.get(key) if isinstance(here, dict) else None
-        if here is None:
-            continue
-        is_list = isinstance(here, list)
-        for number, block in enumerate(here if is_list else [here]):
-            where = f"{place}.{number}" if is_list else place
-            if not isinstance(block, dict) or not isinstance(block.get("name"), str):
-                problems.append(
-                    f"{where}: {block!r}: must be a block with a name, e.g. {{name: {sorted(menu or ['x'])[0]}}}."
-                )
-                continue
+        if isinstance(here, list):
+            yield from ((f"{place}.{number}", block, menu, kinds) for number, block in enumerate(here))
+        elif here is not None:
+            yield place, here, menu, kinds
+
+
+def menu_problems(raw: dict[str, Any], allow_code: bool = True) -> list[str]:
+    """What is wrong with the names and settings of methods in a raw recipe."""
+    problems: list[str] = []
+    code = [] if allow_code else [where for where, _ in outside(raw)]
+    for where, block, menu, kinds in _blocks(raw):
+        if not isinstance(block, dict) or not isinstance(block.get("name"), str):
+            problems.append(
+                f"{where}: {block!r}: must be a block with a name, e.g. {{name: {sorted(menu or ['x'])[0]}}}."
+            )
+        elif where not in code:
             problems += _block_problems(block, menu, kinds, where)
     return problems
+
+
+# ---------------------------------------------------------------- code from outside
+
+
+def outside(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    """Place and name of each method of a raw recipe that is code from outside: importing it runs it."""
+    return [
+        (where, block["name"])
+        for where, block, menu, _ in _blocks(raw)
+        if isinstance(block, dict) and isinstance(name := block.get("name"), str) and ":" in name and name not in menu
+    ]
+
+
+def without_code(recipe: Recipe) -> Recipe:
+    """The recipe with a plain method, or none, in every place that names code from outside: what else it says."""
+    code = {where for where, _ in outside(recipe.model_dump())}
+    changed: dict[str, Any] = {}
+    if "algorithm" in code:
+        changed["algorithm"] = {"name": "fedavg"}
+    if "clients.partition" in code:
+        changed["clients"] = recipe.clients.model_copy(update={"partition": {"name": "iid"}})
+    for block in ("attack", "defense"):
+        if any(where.startswith(f"{block}.") for where in code):  # its methods work together: none of them is tried
+            changed[f"enable_{block}"] = False
+    return recipe.model_copy(update=changed)
+
+
+# ---------------------------------------------------------------- one block
 
 
 def _block_problems(block: dict[str, Any], menu: Menu, kinds: tuple[str, ...], where: str) -> list[str]:

@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedllm_sec import algorithms, defenses
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.drawn import drawn_problems, named_clients
 from fedllm_sec.build.names import make
 from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
 from fedllm_sec.build.threat import attack_problems, attacking, client_ids, make_threat
 from fedllm_sec.build.transfer import transfer_problems
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.errors import AttackError, DefenseError, RecipeError
+from fedllm_sec.errors import AttackError, DefenseError, FedError, RecipeError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Algorithm, LocalRule, LocalTraining
 from fedllm_sec.recipe.sections import Recipe
@@ -48,8 +49,11 @@ class Plan:
 
     def attackers(self) -> frozenset[str]:
         """Who attacks in some round: the seed draws who is malicious, who takes part, and which rounds are attacked."""
-        threat = self.methods.threat
-        return attacking(self.recipe, threat) if threat is not None else frozenset()
+        return attacking(self.recipe).ids
+
+    def notes(self) -> list[str]:
+        """What was not looked at before the run, since it is too much."""
+        return [*filter(None, [attacking(self.recipe).note, _rehearsal(self.recipe, UNNAMED).note])]
 
     def rehearse(self, layout: Layout) -> None:
         """Try defense and attack on random rows of the model's layout, now that there is a model."""
@@ -73,17 +77,27 @@ def planned(recipe: Recipe) -> Plan:
         problems.append(f"attack: {error}")
     if defense is not None:  # tried even where something else is wrong, so that all is told at once
         tried = make_threat(recipe) if not problems else None
-        problems += _rehearsal(recipe, UNNAMED).problems(make_defense(recipe), tried)
+        found = _rehearsal(recipe, UNNAMED).problems(make_defense(recipe), tried)
+        problems += found or drawn_problems(recipe, defense, lambda id: _tried_without(recipe, id))
     if problems or defense is None:
         raise RecipeError(problems)
     methods = Methods(make_algorithm(recipe), defense, guards, threat)
     return Plan(recipe, tuple(client_ids(recipe)), local_training(recipe), methods)
 
 
+def _tried_without(recipe: Recipe, id: str) -> list[str]:
+    """What the defense cannot do in a round in which this client is not drawn."""
+    whole = _rehearsal(recipe, UNNAMED)
+    others = [other for other in client_ids(recipe) if other != id][: len(whole.ids)]
+    return replace(whole, ids=others).problems(make_defense(recipe), None)
+
+
 def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
+    """Of as many clients as a round has, those that the defense names among them."""
     ids, block = client_ids(recipe), recipe.defense if recipe.enable_defense else None
+    first = set(list(dict.fromkeys([*named_clients(recipe), *ids]))[: recipe.clients.per_round])
     return Rehearsal(
-        ids=ids[: recipe.clients.per_round],
+        ids=[id for id in ids if id in first],
         total=len(ids),
         rounds=recipe.rounds,
         seed=recipe.seed,
@@ -97,7 +111,18 @@ def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
 
 def make_algorithm(recipe: Recipe) -> Algorithm | KnowledgeTransfer:
     """The FL method of the recipe."""
-    made: Algorithm | KnowledgeTransfer = make(recipe.algorithm, algorithms.MENU, "algorithm")()
+    name = recipe.algorithm["name"]
+    makes = make(recipe.algorithm, algorithms.MENU, "algorithm")
+    try:
+        made = makes()
+    except FedError:
+        raise
+    except Exception as error:  # code from outside may raise anything
+        raise RecipeError(f"algorithm.name: {name}: {type(error).__name__}: {error}. Mend it.") from error
+    if not isinstance(made, (Algorithm, KnowledgeTransfer)):
+        raise RecipeError(
+            f"algorithm.name: {name}: gives {type(made).__name__}, no FL method (fedllm_sec.protocols.Algorithm)."
+        )
     return made
 
 

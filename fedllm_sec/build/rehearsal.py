@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 
+from fedllm_sec import kernels
 from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.defenses.before import bucketing
+from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.defenses.privacy import settings_if
 from fedllm_sec.errors import AttackError, DefenseError, IdleAttack
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 from fedllm_sec.seeds import generator_for
 
+HERE = Path(__file__).resolve().parents[1]
 MOST = 8  # of a parameter's sizes
+MOST_ROWS = 128  # that are tried out: what some rules make of more takes seconds, and n x n numbers do not fit for ever
 UNNAMED = Layout.single(64)
 NAMES = ("layer", "layout", "lora_A")  # errors that speak of these may be the unnamed vector's fault
 
@@ -34,7 +46,7 @@ class Rehearsal:
     def problems(self, defense: Pipeline, threat: Threat | None) -> list[str]:
         """What goes wrong. Both are used up: make others for the run."""
         found = []
-        with warnings.catch_warnings(record=True) as said:  # random rows are no reason to warn
+        with warnings.catch_warnings(record=True) as said, kernels.in_torch():  # random rows are no reason to warn
             warnings.simplefilter("always")
             for place, act in (("defense", self._defend), ("attack", self._forge)):
                 try:
@@ -42,14 +54,27 @@ class Rehearsal:
                 except (AttackError, DefenseError) as error:
                     if self.layout is not UNNAMED or not any(word in str(error) for word in NAMES):
                         found.append(f"{place}: {error}")
+                except Exception as error:  # a method from outside may raise anything
+                    if not _outside(error):
+                        raise
+                    found.append(f"{place}: {_told(error, threat.start if place == 'attack' and threat else 1)}")
         if len(self.ids) == self.total:  # then every round has this cohort
             found += [str(warning.message) for warning in said if issubclass(warning.category, IdleAttack)]
         return found
 
+    @property
+    def note(self) -> str | None:
+        """What is not tried out, where a round has too many clients."""
+        if len(self.ids) <= MOST_ROWS:
+            return None
+        return (
+            f"a round of {len(self.ids):,} clients is not rehearsed: whether the defense can work with so many was "
+            f"checked, not what it does with rows; an attack was tried among {MOST_ROWS} clients and a plain mean."
+        )
+
     def _rows(self) -> UpdateMatrix:
-        rng = generator_for(self.seed, "rehearsal")
-        rows = torch.randn(len(self.ids), self.layout.size, generator=rng)
-        return UpdateMatrix.of(rows, ids=self.ids, layout=self.layout)
+        rng, ids = generator_for(self.seed, "rehearsal"), self.ids[:MOST_ROWS]
+        return UpdateMatrix.of(torch.randn(len(ids), self.layout.size, generator=rng), ids=ids, layout=self.layout)
 
     def _context(self, rows: UpdateMatrix) -> RoundContext:
         return RoundContext(
@@ -63,7 +88,12 @@ class Rehearsal:
 
     def _defend(self, defense: Pipeline, threat: Threat | None) -> None:
         rows = self._rows()
-        update = defense.decide(rows, self._context(rows)).update
+        context = self._context(rows)
+        if len(self.ids) > MOST_ROWS:
+            only_counted(defense, self.ids, context)
+            update = torch.zeros(rows.d)
+        else:
+            update = defense.decide(rows, context).update
         defense.finish(update, self._context(rows))
 
     def _forge(self, defense: Pipeline, threat: Threat | None) -> None:
@@ -74,12 +104,62 @@ class Rehearsal:
         m = round((threat.redrawn or len(threat.malicious)) * rows.n / self.total)
         m = min(max(m, 1), max(rows.n - 1, 1))
         threat.malicious, threat.redrawn, threat.probability = frozenset(self.ids[:m]), None, 1.0
+        if len(self.ids) > MOST_ROWS:  # whose settings are made for other numbers of rows
+            defense = Pipeline((), mean)
 
         def try_it(guess: UpdateMatrix) -> Decision:
             return replace(defense.rehearse(guess, self._context(guess)), step=lambda update: update)
 
         vector = torch.zeros(rows.d)
-        threat.forge(rows, vector=vector, last_update=None, round=threat.start, defense=try_it)
+        before = None if threat.start == 1 else rows.rows[-1]  # the first round has no step before it
+        threat.forge(rows, vector=vector, last_update=before, round=threat.start, defense=try_it)
+
+
+class _LookedAt(Exception):
+    """A stage has begun to work with the rows."""
+
+
+class _Unread:
+    """Rows of which is known only whose they are: looking at them ends the try, before anything of size n x n is."""
+
+    def __init__(self, ids: Sequence[str], layout: Layout) -> None:
+        self.ids, self.counts, self.layout = tuple(ids), (1.0,) * len(ids), layout
+        self.n, self.d = len(ids), layout.size
+
+    def __getattr__(self, name: str) -> Any:
+        raise _LookedAt(name)
+
+
+def only_counted(defense: Pipeline, ids: Sequence[str], ctx: RoundContext) -> None:
+    """What the stages and the rule ask of the number and the names of the rows, which they do before anything else."""
+    rows: Any = _Unread(ids, ctx.layout)
+    for stage in (*defense.before, defense.rule):
+        if (buckets := settings_if(stage, bucketing)) is not None:
+            groups = -(-rows.n // max(1, buckets.get("s", 2)))
+            rows = _Unread([f"bucket{i}" for i in range(groups)], ctx.layout)
+            continue
+        # on "meta", what a stage makes room for takes none; drawing numbers there is a RuntimeError
+        with contextlib.suppress(_LookedAt, RuntimeError), torch.device("meta"):
+            stage(rows, ctx)
+
+
+def _outside(error: Exception) -> list[traceback.FrameSummary]:
+    """Where it passed through code that is neither fedllm_sec's nor a library's."""
+    ours = (HERE, Path(sysconfig.get_path("stdlib")), *(Path(library.__file__).parent for library in (torch, numpy)))
+
+    def known(file: str) -> bool:
+        outside = "site-packages" in file or "dist-packages" in file  # both may lie in the standard library's folder
+        return any(Path(file).is_relative_to(p) and (not outside or p != ours[1]) for p in ours)
+
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if not known(frame.filename)]
+
+
+def _told(error: Exception, round: int) -> str:
+    """What a method from outside raised, where, and what is not there in the first round, in a line."""
+    frame = _outside(error)[-1]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+    first = " In the first round there is no last_update: it is None." if round == 1 else ""
+    return f"in a rehearsed round {round}: {type(error).__name__}: {error} ({where}).{first}"
 
 
 def scaled_down(layout: Layout) -> Layout:

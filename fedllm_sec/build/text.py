@@ -17,14 +17,16 @@ from fedllm_sec.attacks.data.text import PROBED, not_clean
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.build.parts import Parts, Split, poison
+from fedllm_sec.build.selftest import generation_problems, say_unlike, tested
 from fedllm_sec.data import text
-from fedllm_sec.errors import AttackError, DataError, FedError
+from fedllm_sec.errors import AttackError, DataError, FedError, RecipeError
 from fedllm_sec.evaluation.text import Choices, TextEvaluation
 from fedllm_sec.models.lora import add_adapter, load_base, source_of
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import seed_for
-from fedllm_sec.tasks.causal_lm import CausalLM, Encoded
+from fedllm_sec.tasks.causal_lm import CausalLM
+from fedllm_sec.tasks.encoding import Encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,6 +61,7 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
             attack.prepare(train, test)
     poisoned = loaded.get("poisoned rows", poison_key(recipe), lambda: poison(recipe.seed, threat, shards, test))
     task = load_task(recipe, machine, loaded)
+    say_unlike(task, train)
 
     def encoded(place: str, key: str, rows: dict[str, Dataset]) -> dict[str, Encoded]:
         key += json.dumps(recipe.model.name)  # whose tokenizer
@@ -66,16 +69,19 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
             place, key, lambda: {id: task.encode(rows, f"{place} of client {id}") for id, rows in rows.items()}
         )
 
+    evaluation = loaded.get(
+        "evaluation",
+        probe_key(recipe) + json.dumps(recipe.model.name),
+        lambda: make_evaluation(recipe, task, train, test, threat),
+    )
+    if problems := generation_problems(task, evaluation):
+        raise RecipeError(problems)
     return Parts(
         task=task,
         shards=encoded("shard", split_key(recipe), shards),
         poisoned=encoded("poisoned shard", poison_key(recipe), poisoned),
         root=task.encode(root, "root rows") if len(root) else None,
-        evaluation=loaded.get(
-            "evaluation",
-            probe_key(recipe) + json.dumps(recipe.model.name),
-            lambda: make_evaluation(recipe, task, train, test, threat),
-        ),
+        evaluation=evaluation,
         poisoned_share=poisoned.shares,
     )
 
@@ -161,9 +167,14 @@ def load_task(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) ->
         adapted: Any = base.adapt(recipe.model, seed_for(recipe.seed, "adapter") % 2**31)
         if not recipe.model.load_in_4bit:
             adapted = adapted.to(machine.device)
-        return CausalLM(adapted, base.tokenizer, recipe.data, machine.device)
+        made = CausalLM(adapted, base.tokenizer, recipe.data, machine.device)
+        tested(made, recipe)
+        return made
 
-    return loaded.get("task", recipe.model_dump_json(include={"task", "model", "data", "seed"}), adapt, keep=1)
+    whole, part = dict.fromkeys(("task", "model", "data", "seed"), True), {"batch_size"}  # of which the self-test asks
+    return loaded.get(
+        "task", recipe.model_dump_json(include={**whole, "clients": part, "evaluate": part}), adapt, keep=1
+    )
 
 
 def make_evaluation(
@@ -219,6 +230,14 @@ def choices(task: CausalLM, classes: Classes, order: Sequence[str], rows: Encode
     """The answers that go with the classes, and `rows` answered with them."""
     answers = [(k, answer) for k, name in enumerate(order) for answer in classes.answers.get(name, {}).values()]
     ids = task.answer_ids([answer for _, answer in answers])
+    said: dict[tuple[int, ...], int] = {}
+    for k, (number, answer) in enumerate(answers):
+        if answers[twin := said.setdefault(tuple(ids[k]), k)][0] != number:
+            raise RecipeError(
+                f"data: the answers {answers[twin][1]!r} and {answer!r} of two classes are the same tokens of this "
+                "model, so none can be told from the other. Write them otherwise with data.rename, or choose another "
+                "model."
+            )
     numbers = {tuple(answer): k for k, answer in enumerate(ids)}
     return Choices(
         classes=torch.tensor([k for k, _ in answers]),

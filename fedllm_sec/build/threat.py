@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 from fedllm_sec import attacks
 from fedllm_sec.attacks.threat import Threat, choose_malicious
 from fedllm_sec.build.names import make
-from fedllm_sec.protocols import Client
-from fedllm_sec.recipe.sections import Recipe
-from fedllm_sec.rounds.cohort import sample
-from fedllm_sec.seeds import generator_for
+from fedllm_sec.recipe.sections import Attack, Recipe
+from fedllm_sec.rounds.cohort import cohorts, foreseen
 
 
 def client_ids(recipe: Recipe) -> list[str]:
     """c00, c01, ..."""
-    width = max(2, len(str(recipe.clients.total - 1)))
-    return [f"c{i:0{width}d}" for i in range(recipe.clients.total)]
+    return list(_ids(recipe.clients.total))
+
+
+@functools.lru_cache(maxsize=8)
+def _ids(total: int) -> tuple[str, ...]:
+    width = max(2, len(str(total - 1)))
+    return tuple(f"c{i:0{width}d}" for i in range(total))
 
 
 def make_threat(recipe: Recipe) -> Threat | None:
@@ -33,28 +39,32 @@ def make_threat(recipe: Recipe) -> Threat | None:
         for kind in ("data", "local", "update")
     )
     if recipe.enable_attack and (threat.redrawn is not None or recipe.clients.per_round is not None):
-        threat.ever = attacking(recipe, threat)
+        found = attacking(recipe)
+        threat.ever = found.ids if found.complete else None
     return threat
 
 
 def _who_and_when(recipe: Recipe) -> Threat:
     """The attackers before they have any method."""
-    block = recipe.attack
-    assert block is not None
-    ids, who = client_ids(recipe), block.malicious
+    assert recipe.attack is not None
+    return _who(recipe.attack, recipe.enable_attack, recipe.clients.total, recipe.seed)
+
+
+def _who(block: Attack, enabled: bool, total: int, seed: int) -> Threat:
+    ids, who = _ids(total), block.malicious
     count = who.count or round((who.share or 0) * len(ids))
     redrawn = None
-    if not recipe.enable_attack:
+    if not enabled:
         malicious: frozenset[str] = frozenset()
     elif who.ids is not None:
         malicious = frozenset(ids[i] for i in who.ids)
     elif who.redraw:
         malicious, redrawn = frozenset(ids), count
     else:
-        malicious = choose_malicious(count, ids, recipe.seed)
+        malicious = choose_malicious(count, ids, seed)
     return Threat(
         malicious=malicious,
-        seed=recipe.seed,
+        seed=seed,
         redrawn=redrawn,
         start=block.start,
         stop=block.stop,
@@ -63,19 +73,87 @@ def _who_and_when(recipe: Recipe) -> Threat:
     )
 
 
-def attacking(recipe: Recipe, threat: Threat) -> frozenset[str]:
+@dataclass(frozen=True)
+class Attacking:
     """Who attacks in some round of the run: malicious, in the cohort, and in a round of the attack.
 
-    All of this is drawn by the seed, so it is known beforehand.
+    All of it is drawn by the seed, so it is known beforehand, but a run may have too many rounds or clients for all
+    draws to be made then: `looked` are the rounds that were looked at, of `rounds` that may be rounds of the attack.
     """
-    clients, found = [Client(id, None) for id in client_ids(recipe)], set()
-    for r in range(1, recipe.rounds + 1):
-        if attackers := threat.attackers(r):
-            cohort = sample(clients, recipe.clients.per_round, generator_for(recipe.seed, r, "cohort"))
-            found |= attackers & {client.id for client in cohort}
-        if found == threat.malicious:
-            break
-    return frozenset(found)
+
+    ids: frozenset[str]
+    looked: int
+    rounds: int
+    complete: bool  # whether `ids` are all that ever attack: every round was looked at, or everybody was found
+
+    @property
+    def note(self) -> str | None:
+        """What was not looked at."""
+        if self.complete:
+            return None
+        return (
+            f"attack: who attacks was looked up in the first {self.looked:,} of {self.rounds:,} rounds of the attack "
+            f"({len(self.ids):,} clients do). Later ones are drawn in the run: all malicious clients get poisoned data."
+        )
+
+
+def attacking(recipe: Recipe) -> Attacking:
+    """Who attacks in some round of the run; nobody without an attack."""
+    if recipe.attack is None or not recipe.enable_attack:
+        return Attacking(frozenset(), 0, 0, True)
+    clients, when = recipe.clients, recipe.attack.model_dump_json(include={"malicious", *WHEN})
+    return _foreseen(recipe.seed, recipe.rounds, clients.total, clients.per_round, when)
+
+
+WHEN = ("start", "stop", "every", "probability")
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks several times
+def _foreseen(seed: int, rounds: int, total: int, per_round: int | None, when: str) -> Attacking:
+    threat = _who(Attack.model_validate_json(when), True, total, seed)
+    possible = possible_rounds(threat, rounds)
+    draws = total if per_round is not None and per_round < total else 0
+    rounds_looked = foreseen(possible, draws + (10 * total if threat.redrawn is not None else 0))  # who costs more
+    ids, found, looked = _ids(total), set[str](), 0
+    for r in rounds_looked:
+        looked += 1
+        if not (attackers := threat.attackers(r)) <= found:
+            for _, cohort in cohorts(seed, range(r, r + 1), total, per_round):
+                found |= attackers & {ids[i] for i in cohort}
+            if found == threat.malicious:
+                break
+    complete = looked == len(possible) or found == threat.malicious
+    return Attacking(frozenset(found), looked, len(possible), complete)
+
+
+def possible_rounds(threat: Threat, rounds: int) -> range:
+    """The rounds that start, stop and every allow."""
+    return range(threat.start, (rounds if threat.stop is None else min(rounds, threat.stop)) + 1, threat.every)
+
+
+def attack_rounds(recipe: Recipe, most: int) -> list[tuple[int, frozenset[str]]]:
+    """The first `most` rounds of the attack, each with who attacks in it if he takes part; [] without an attack.
+
+    Of a long run with a small attack.probability only the first rounds are looked at.
+    """
+    if recipe.attack is None or not recipe.enable_attack:
+        return []
+    threat, found = _who_and_when(recipe), list[tuple[int, frozenset[str]]]()
+    for r in foreseen(possible_rounds(threat, recipe.rounds), 0):
+        if len(found) < most and threat.active(r):
+            found.append((r, threat.attackers(r)))
+    return found
+
+
+def active_rounds(recipe: Recipe) -> str:
+    """How many rounds are rounds of the attack, in words: counted, or expected where they are too many to be drawn."""
+    threat = _who_and_when(recipe)
+    possible = possible_rounds(threat, recipe.rounds)
+    if threat.probability >= 1:
+        return f"{len(possible):,}"
+    if len(drawn := foreseen(possible, 0)) == len(possible):
+        return f"{sum(threat.active(r) for r in drawn):,}"
+    return f"about {threat.probability * len(possible):,.0f}"
 
 
 def attack_problems(recipe: Recipe) -> list[str]:
@@ -103,12 +181,11 @@ def attack_problems(recipe: Recipe) -> list[str]:
         for i, method in enumerate(block.data)
         if method["name"] == "dba" and not block.collude
     ]
-    threat = _who_and_when(recipe)
-    if not attacking(recipe, threat):
-        active = sum(threat.active(r) for r in range(1, recipe.rounds + 1))
+    found = attacking(recipe)
+    if found.complete and not found.ids:
         problems.append(
-            f"attack: it would not happen: {active} of {recipe.rounds} rounds are rounds of the attack, and no "
-            "malicious client takes part in any of them. Raise attack.probability, clients.per_round or the number of "
-            "malicious clients, or change the seed."
+            f"attack: it would not happen: {active_rounds(recipe)} of {recipe.rounds:,} rounds are rounds of the "
+            "attack, and no malicious client takes part in any of them. Raise attack.probability, clients.per_round or "
+            "the number of malicious clients, or change the seed."
         )
     return problems

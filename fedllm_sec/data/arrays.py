@@ -7,7 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -21,15 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-
-# short name -> hub name, image column, label column
-HUB: dict[str, tuple[str, str, str]] = {
-    "mnist": ("ylecun/mnist", "image", "label"),
-    "fashion_mnist": ("zalando-datasets/fashion_mnist", "image", "label"),
-    "cifar10": ("uoft-cs/cifar10", "img", "label"),
-    "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
-    "femnist": ("flwrlabs/femnist", "image", "character"),
-}
+MOST_CLASSES = 100_000
 
 
 def load(
@@ -49,7 +41,7 @@ def load(
     elif places.is_local(name) or os.path.exists(name):
         raise DataError(f"data.name: {name}: must end in .npz, with the arrays {', '.join(KEYS)}.")
     else:
-        hub, known_image, known_label = HUB.get(name, (name, None, None))
+        hub, known_image, known_label = places.IMAGE_SETS.get(name, (name, None, None))
         raw = {}
         for part, split in (("train", train), ("test", test)):
             table = _hub_table(name, hub, config, split)
@@ -107,6 +99,11 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
                 f"data: {place}: y_{part} has label {y[wrong[0]]} in row {wrong[0]} ({len(wrong)} such rows); classes "
                 f"go from 0 to {known - 1}. Correct the labels or set data.classes."
             )
+    if known > MOST_CLASSES:
+        raise DataError(
+            f"data: {place}: y_train goes up to {known - 1}, and a model has an output for each class from 0 on. "
+            f"Number the {len(np.unique(raw['y_train']))} classes without gaps."
+        )
     if known < 2:
         raise DataError(f"data: {place}: y_train holds one class only. Give at least two.")
 
@@ -137,16 +134,23 @@ def _digits() -> dict[str, np.ndarray]:
 def _npz(path: Path) -> dict[str, np.ndarray]:
     if not path.expanduser().is_file():
         raise DataError(f"data.name: {path}: no such file in {places.here()}. Give one that exists.")
+    if not is_zipfile(path.expanduser()):
+        raise DataError(f"data: {path} cannot be read as .npz (it is no archive). Write it with numpy.savez.")
     try:
         with np.load(path.expanduser(), allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file.files]
             if missing:
                 raise DataError(f"data: {path} lacks {', '.join(missing)}.{did_you_mean(missing[0], file.files)}")
-            return {key: file[key] for key in KEYS}
-    except (OSError, ValueError, BadZipFile) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"data: {path} cannot be read as .npz ({str(error).splitlines()[0]}).") from error
+            found = {key: file[key] for key in KEYS}
+    except DataError:
+        raise
+    except Exception as error:  # anybody may have written it: numpy and zipfile raise kinds of every sort
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"data: {path} cannot be read as .npz ({reason}).") from error
+    for key, values in found.items():
+        if not isinstance(values, np.ndarray):
+            raise DataError(f"data: {path}: {key} is no array. Write the file with numpy.savez.")
+    return found
 
 
 def _hub_table(name: str, hub: str, config: str | None, split: str) -> Dataset:
@@ -157,7 +161,8 @@ def _hub_table(name: str, hub: str, config: str | None, split: str) -> Dataset:
         return load_dataset(hub, config, split=split)
     except Exception as error:  # the hub client raises many kinds
         reason = problem or f"it says: {places.why(error)}"
-        way_out = " Give a local .npz." if name in HUB else did_you_mean(name, ["digits", *HUB])
+        known = ["digits", *places.IMAGE_SETS]
+        way_out = " Give a local .npz." if name in known else did_you_mean(name, known)
         raise DataError(
             f'data.name: "{name}" is neither digits, a local .npz nor a set the hub gave ({reason}).{way_out}'
         ) from error

@@ -6,7 +6,7 @@ any task and `client_image` for classifiers of images.
 
 Methods: before, columns, krum, geometric, similarity, cluster, deepsight, filters, spectral, history, prediction,
 residual, trust, after, client_side. Around them: screen (what is checked on a row), pipeline (the stages of a recipe),
-checks and claims (what rules ask of rows), accountant (privacy), conformance and subject (the kit behind
+checks and claims (what rules ask of rows), privacy and accountant (epsilon), conformance and subject (the kit behind
 `fedllm_sec.testing`).
 """
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import bucket_matrix, need, need_f, random_order
+from fedllm_sec.defenses.noise import each_value, note_noise
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 
@@ -58,7 +59,8 @@ def bucketing(updates: UpdateMatrix, ctx: RoundContext, *, s: int = 2) -> Update
     """Means of `s` randomly grouped rows; a short last bucket is kept (Karimireddy et al. 2022, algorithm 1).
 
     The rule after it sees ceil(n / s) rows of which up to f can be spoilt: set its f for that number of
-    rows. The permutation is drawn over client ids, so it does not depend on the order of the rows.
+    rows. A bucket claims the examples of all its clients. The permutation is drawn over client ids, so it does not
+    depend on the order of the rows; a rule that remembers clients by id cannot follow, since buckets are none.
     """
     need(s >= 1, "bucketing", "s >= 1 rows in a bucket", "Raise s.", s=s)
     matrix = bucket_matrix(random_order(updates, ctx.rng), s)
@@ -90,12 +92,15 @@ def weak_dp_client(
     *,
     radius: float | Literal["median"] = "median",
     sigma: float = 0.01,
+    absolute: bool = False,
 ) -> UpdateMatrix:
-    """Clip each row to C = `radius`, then add N(0, (sigma C)^2) to each value (Sun et al. 2019).
+    """Clip each row to C = `radius`, then add noise of the expected length `sigma` * C to it (Sun et al. 2019).
 
-    The noise makes a new (n, d) matrix: the one step before the rule that copies the rows. With a number for
-    `radius`, each row is the Gaussian mechanism with noise multiplier `sigma`; with `median` C is taken
-    from the data and no (epsilon, delta) follows. The noise is drawn per client in the order of client ids.
+    With `absolute` it is N(0, (sigma C)^2) on each value, of length sigma C sqrt(d): with a number for `radius` each
+    row is then the Gaussian mechanism with noise multiplier `sigma`; with `median` C is taken from the data and no
+    (epsilon, delta) follows. Note `weak_dp_client_noise_to_step`: what is left of the noise in the mean of the rows,
+    beside that mean. The noise makes a new (n, d) matrix: the one step before the rule that copies the rows. It is
+    drawn per client in the order of client ids.
     """
     good = sigma >= 0 and math.isfinite(sigma)
     need(good, "weak_dp_client", "sigma >= 0", "Set sigma to 0 or more.", sigma=sigma)
@@ -104,9 +109,13 @@ def weak_dp_client(
     rows = torch.empty(updates.n, updates.d, device=updates.compute_device)
     for place, block in clipped.blocks():
         rows[:, place] = block.to(rows)
+    std = each_value(sigma, limit, updates.d, absolute)
+    step = float(torch.linalg.vector_norm(rows.mean(0), dtype=torch.float64))
+    length = std * math.sqrt(updates.d / updates.n)
+    note_noise(ctx, "weak_dp_client", length, step, "Lower sigma, or leave `absolute` out.")
     for i in sorted(range(updates.n), key=lambda i: updates.ids[i]):
         noise = torch.randn(updates.d, generator=ctx.rng, device=ctx.rng.device)
-        rows[i].add_(noise.to(rows), alpha=sigma * limit)
+        rows[i].add_(noise.to(rows), alpha=std)
     return UpdateMatrix.of(
         rows, ids=updates.ids, counts=updates.counts, layout=updates.layout, chunk_mb=updates.chunk_mb
     )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
-from fedllm_sec.defenses.after import noise_like
 from fedllm_sec.defenses.before import clip_factors
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.filters import by_id
+from fedllm_sec.defenses.noise import each_value, noise_like, note_noise
 from fedllm_sec.defenses.similarity import cosines
 from fedllm_sec.defenses.spectral import draw_coordinates, inside
 from fedllm_sec.kernels.claims import midpoint
@@ -40,7 +40,8 @@ def cosine_distances(gram: Tensor) -> Tensor:
 def hdbscan_labels(distances: Tensor, min_cluster_size: int, min_samples: int) -> Tensor:
     """HDBSCAN on a distance matrix: a label for each row, -1 for noise; one cluster is allowed: (n,) int64.
 
-    Fewer rows than a cluster needs are one cluster.
+    `min_samples` counts neighbours, as in the hdbscan library that the papers' code uses; scikit-learn counts the row
+    itself too. Fewer rows than a cluster needs are one cluster.
     """
     from sklearn.cluster import HDBSCAN
 
@@ -49,7 +50,7 @@ def hdbscan_labels(distances: Tensor, min_cluster_size: int, min_samples: int) -
         return torch.zeros(n, dtype=torch.long)
     model = HDBSCAN(
         min_cluster_size=max(2, min_cluster_size),
-        min_samples=min(min_samples, n),
+        min_samples=min(min_samples + 1, n),
         metric="precomputed",
         allow_single_cluster=True,
         copy=True,
@@ -69,13 +70,17 @@ def majority_core(distances: Tensor) -> Tensor | None:
     return largest_cluster(hdbscan_labels(distances, len(distances) // 2 + 1, 1))
 
 
-def flame(updates: UpdateMatrix, ctx: RoundContext, *, noise: float = 0.001) -> Decision:
+def flame(updates: UpdateMatrix, ctx: RoundContext, *, noise: float = 0.01, absolute: bool = False) -> Decision:
     """Cluster by cosine distance, clip the majority to the median norm, average, add noise.
 
     Nguyen et al. 2022, algorithm 1: HDBSCAN with min_cluster_size = n // 2 + 1, min_samples = 1 on pairwise
     cosine distances; S is the median norm of all n rows; kept rows are scaled by min(1, S / |x_i|); the mean
-    gets N(0, (noise * S)^2) on every coordinate (lambda = 0.001 in the paper). That noise has a norm of about
-    noise * S * sqrt(d), which passes S itself from d = 10^6 on: lower `noise` for large models.
+    gets Gaussian noise.
+
+    Stated here: cosines are those of updates, where the paper compares local models, which all point the same way;
+    and the noise has the expected length `noise` * S, whatever the size of the model. The paper's is N(0, (lambda S)^2)
+    on every value, lambda = 0.001, whose length lambda * S * sqrt(d) passes S from d = 10^6 on: `absolute: true` with
+    `noise: 0.001`. Note `flame_noise_to_step` says how it compares with the mean it is added to.
 
     If the clustering finds no majority, all rows are kept, clipped (note `fallback` = 1). Scores are the
     median cosine distances to the other rows.
@@ -97,7 +102,10 @@ def flame(updates: UpdateMatrix, ctx: RoundContext, *, noise: float = 0.001) -> 
     clean = Decision.weighted(updates, weights, kept=kept, scores=scores, notes=notes)
     if noise == 0:
         return clean
-    return Decision(clean.update + noise_like(clean.update, noise * radius, ctx.rng), None, kept, scores, notes)
+    std = each_value(noise, radius, updates.d, absolute)
+    step = float(torch.linalg.vector_norm(clean.update, dtype=torch.float64))
+    note_noise(ctx, "flame", std * math.sqrt(updates.d), step, "Lower noise, or leave `absolute` out.")
+    return Decision(clean.update + noise_like(clean.update, std, ctx.rng), None, kept, scores, notes)
 
 
 # ---------------------------------------------------------------- FreqFed

@@ -76,8 +76,8 @@ def slsgd(
     if option == 1:
         uniform = torch.full((updates.n,), 1.0 / updates.n, dtype=torch.float64)
         return Decision.weighted(updates, alpha * uniform)
-    trim = trim_count("slsgd", updates.n, f, None)
-    return Decision(alpha * kernels.trimmed_mean(updates, trim))
+    need(f is not None, "slsgd", "f, the number trimmed at each end, for option 2", "Set f, or option to 1.", f=f)
+    return Decision(alpha * kernels.trimmed_mean(updates, trim_count("slsgd", updates.n, f, None)))
 
 
 def robust_learning_rate(updates: UpdateMatrix, ctx: RoundContext, *, theta: float) -> Decision:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.defenses import MENU
+from fedllm_sec.defenses.elsewhere import sizes, state_from_elsewhere
 from fedllm_sec.defenses.screen import screen
 from fedllm_sec.defenses.subject import Subject
 from fedllm_sec.errors import DefenseError
@@ -30,6 +31,7 @@ def check_defense(
     translation: bool = False,
     robust: bool = False,
     exact: bool = True,
+    large: bool = True,
     clients: int = 16,
 ) -> None:
     """Check one defense: a menu name, "package.module:name", or a function or class, with its `settings`.
@@ -37,7 +39,8 @@ def check_defense(
     `kind` is rule, before or after (read from the menu for menu names). `scale`: c times the rows gives c
     times the update. `translation`: rows + t give update + t. `robust`: two hostile rows of any size move
     the update by no more than the honest rows differ. `exact=False` for a defense whose noise or random
-    sample depends on the rows' numbers: then equality is checked between identical inputs only.
+    sample depends on the rows' numbers: then equality is checked between identical inputs only. `large`: with the same
+    settings a model of a million values comes out as well as one of a thousand.
     """
     settings = dict(settings or {})
     if isinstance(defense, str) and defense in MENU:
@@ -54,6 +57,10 @@ def check_defense(
         checks.append(_translation)
     if robust:
         checks.append(_hostile)
+    if large:
+        checks.append(sizes)
+    if kind == "before":
+        checks.append(_own_rows)
     for check in checks:
         check(subject)
 
@@ -186,6 +193,7 @@ def _memory(subject: Subject) -> None:
     resumed.load_state_dict(state)
     again = subject.run(rounds[2], resumed, round=3)
     subject.expect(torch.equal(again.update, decisions[2].update), "state_dict", "a resumed run gave another update")
+    state_from_elsewhere(subject, state, rounds[2], decisions[2], round=3)
     shuffled = subject.make()
     for r, updates in enumerate(rounds, 1):
         order = list(range(updates.n))[:: -1 if r == 2 else 1]
@@ -259,15 +267,34 @@ def _translation(subject: Subject) -> None:
     subject.same("rows plus a constant row", got, subject.run(updates).update + shift)
 
 
+def _own_rows(subject: Subject) -> None:
+    """Another row of the same length from one client turns no other client's row, unless the mix says so."""
+    one = subject.data()
+    rows = one.rows.clone()
+    rows[-1] = rows[-1].flip(0)
+    two = replace(one, rows=rows)
+    (stage,) = subject.make().before
+    made = [stage(updates, subject.context()) for updates in (one, two)]
+    if made[0].rows is one.rows:
+        return  # a lazy mix, which is followed as it is
+    blocks = [torch.cat([block for _, block in m.blocks()], dim=1).double() for m in made]
+    for id in set(made[0].ids) & set(made[1].ids) & set(one.ids[:-1]):
+        a, b = (block[m.ids.index(id)] for block, m in zip(blocks, made, strict=True))
+        turned = float(a.norm() * b.norm() - (a @ b).abs()) > 1e-6 * float(a.norm() * b.norm())
+        told = f'the row with the id "{id}" holds another client\'s too. Use updates.mix, or other ids.'
+        subject.expect(not turned, "own rows", told)
+
+
 def _hostile(subject: Subject) -> None:
     clean = subject.data()
     honest = clean.rows[:-2]
     centre = honest.mean(0)
     spread = float((honest - centre).norm(dim=1).max())
     for size in (10.0, 1e6, 1e18, 1e30):
-        for sign in (1.0, -1.0):
+        for sign in (1.0, -1.0, torch.tensor([[1.0], [-1.0]])):  # the last two rows cancel
             bad = (sign * size * torch.ones(clean.d)).expand(2, -1)
             update = subject.run(replace(clean, rows=torch.cat([honest, bad]))).update
             gap = float((update - centre).norm())
             told = f"update is {gap:.3g} from the honest mean, honest rows at most {spread:.3g}"
-            subject.expect(gap <= spread, f"two rows of size {sign * size:g}", told)
+            what = f"two rows of size {size:g}, signs {torch.as_tensor(sign).flatten().tolist()}"
+            subject.expect(gap <= spread, what, told)

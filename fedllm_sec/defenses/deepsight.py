@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -92,13 +94,15 @@ def deepsight(updates: UpdateMatrix, ctx: RoundContext, *, layer: str | None = N
     """Cluster by how the output layer moved, drop clusters of concentrated updates, clip, average.
 
     Rieger et al. 2022, algorithm 2, on deltas. The output layer is the parameter whose name ends in `layer`
-    (default: the last matrix that is no LoRA A factor, so the
-    last B factor where only adapters train); a neuron is a row of it. NEUPs are the shares of
-    squared energy by neuron, threshold exceedings count neurons above max(0.01, 1/P) of the largest share,
-    and rows with at most half the median count are suspicious. Clients are clustered (HDBSCAN, 3 rows at
-    least) by NEUP and by the cosine of the layer's bias delta, or of the layer's own delta where it has no
-    bias; the two results are averaged and clustered again; clusters with a share `tau` or more of suspicious
-    rows are dropped. Kept rows are clipped to the median norm of all rows and averaged.
+    (default: the last matrix that is no LoRA A factor); a neuron is a row of it. Where only adapters of inner layers
+    train, that is the last B factor, whose rows are hidden units and no classes: energies and exceedings then mean
+    little, and with the division differences left out one feature of the paper's three remains, which a warning in
+    round 1 says. NEUPs are the shares of squared energy by neuron, threshold exceedings count neurons above
+    max(0.01, 1/P) of the largest share, and rows with at most half the median count are suspicious. Clients are
+    clustered (HDBSCAN, 3 rows at least, `min_samples` = 3 as the hdbscan library counts it) by NEUP and by the cosine
+    of the layer's bias delta, or of the layer's own delta where it has no bias; the two results are averaged and
+    clustered again; clusters with a share `tau` or more of suspicious rows are dropped. Kept rows are clipped to the
+    median norm of all rows and averaged.
 
     Left out: the division differences (DDifs), which need the local models' outputs on random inputs, while a
     rule here sees deltas only. Rows that no cluster takes stand for themselves, as in the paper. If
@@ -107,6 +111,13 @@ def deepsight(updates: UpdateMatrix, ctx: RoundContext, *, layer: str | None = N
     """
     need(0 < tau <= 1, "deepsight", "0 < tau <= 1", "Change it.", tau=tau)
     name = output_layer(updates.layout, layer)
+    if layer is None and ctx.round == 1 and "lora_" in name and "head" not in name:
+        warnings.warn(
+            f"deepsight: {name} is no output layer but an inner layer's adapter: its rows are hidden units, not "
+            "classes, so what is left of DeepSight is little more than a clustering of this layer. Adapt the head too "
+            "(lm_head in model.lora.target_modules) and name its factor in `layer`, or choose another rule.",
+            stacklevel=2,
+        )
     places = updates.layout.slices()
     stem = name.removesuffix("weight")
     bias_name = stem + "bias" if stem != name and stem + "bias" in places else None

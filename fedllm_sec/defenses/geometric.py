@@ -29,6 +29,7 @@ from fedllm_sec.protocols import Decision, RoundContext
 TINY = torch.finfo(torch.float64).tiny
 NOISE = 3e-8  # relative error of the kernels' inner products and distances
 TOLERANCE = 1e-6  # error of an inner product, relative to the two lengths, that changes no answer
+FAR = 1e6  # median distances from the central row: beyond, only a row's direction is left in a Weiszfeld step
 
 
 def typical_distance(sq_distances: Tensor) -> float:
@@ -78,6 +79,28 @@ def direct_gram(updates: UpdateMatrix, extra: Tensor | None, p: int) -> Tensor:
         wide = wide - wide[p]
         total += (wide @ wide.T).cpu()
     return total
+
+
+def within_reach(gram: Tensor, sq_distances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(C, D, factors (n,)): rows farther from the central row p than FAR median distances, moved to that distance.
+
+    x_i <- p + factor_i (x_i - p). Weiszfeld's pull of a far row is its direction, whatever its distance, but the terms
+    of w C w grow with the distance's square: of rows at +1e16 and -1e16, which cancel there, float64 leaves only
+    rounding, and all distances come out equal.
+    """
+    distances = gram.diagonal().clamp_min(0.0).sqrt()
+    median = float(distances.median())
+    if median == 0.0 and bool((distances > 0).any()):  # half of the rows are equal
+        median = float(distances[distances > 0].median())
+    factors = torch.where(distances > FAR * median, FAR * median / distances.clamp_min(TINY), 1.0)
+    moved = factors < 1
+    if not bool(moved.any()):
+        return gram, sq_distances, factors
+    near = gram * factors[:, None] * factors[None]
+    lengths = near.diagonal()
+    between = (lengths[:, None] + lengths[None] - 2 * near).clamp_min(0.0)
+    changed = (moved[:, None] | moved[None]) & (sq_distances > 0)
+    return near, torch.where(changed, between, sq_distances), factors
 
 
 def distances_to(gram: Tensor, weights: Tensor) -> Tensor:
@@ -142,7 +165,9 @@ def geometric_median(
     the mean until a step is below `tolerance` times the median distance of the rows to z; distances are
     taken as at least `smoothing` times the median distance between rows. With `buckets` = k, the rows are
     first averaged in k random groups (Chen et al. 2017, algorithm 2). Scores are the distances to the
-    result. Where the minimum is not unique (rows on a line, n even) it is the one the iteration reaches.
+    result; a group's is no client's, so with buckets there are none. Where the minimum is not unique (rows on
+    a line, n even) it is the one the iteration reaches. Rows more than a million median distances away count
+    as if they were so far away in the same direction (`within_reach`).
     """
     place = "geometric_median"
     need(
@@ -162,9 +187,7 @@ def geometric_median(
         updates.mix(groups), (groups > 0).double() @ shares, smoothing, tolerance, iterations, exact=True
     )
     assert inner.weights is not None
-    assert inner.scores is not None
-    scores = (groups > 0).double().T @ inner.scores  # a client's score is its group's
-    return Decision(inner.update, groups.T @ inner.weights, None, scores, inner.notes)
+    return Decision(inner.update, groups.T @ inner.weights, notes=inner.notes)
 
 
 def rfa(
@@ -179,7 +202,9 @@ def rfa(
     """`steps` smoothed Weiszfeld steps from the weighted mean (Pillutla et al. 2022).
 
     Weights are a_i / max(nu, ||x_i - z||), a_i the capped claimed counts. The paper's nu is 1e-6; here it is
-    `smoothing` times the median distance between rows, so that the scale of the deltas does not matter.
+    `smoothing` times the median distance between rows, so that the scale of the deltas does not matter. Rows more than
+    a million median distances away count as if they were so far away in the same direction (`within_reach`): the
+    paper's three steps are not enough to leave such a row behind, nor are they here.
     """
     need(steps >= 1, "rfa", "steps >= 1", "Raise steps.", steps=steps)
     shares = row_weights(updates.counts, weights, cap, "rfa")
@@ -190,14 +215,17 @@ def _weiszfeld_decision(
     updates: UpdateMatrix, shares: Tensor, smoothing: float, tolerance: float, iterations: int, *, exact: bool
 ) -> Decision:
     """Solve on the (n, n) numbers, then combine the rows once."""
-    gram, squares = centred_gram(updates)
+    gram, squares, factors = within_reach(*centred_gram(updates))
     w = optimal_row(squares, gram, shares) if exact else None
     steps, converged = 0, True
     if w is None:
         floor = smoothing * typical_distance(squares)
         w, steps, converged = weiszfeld(gram, shares, iterations=iterations, tolerance=tolerance, floor=floor)
     notes = {"steps": float(steps)} | ({"converged": float(converged)} if exact else {})
-    return Decision.weighted(updates, w, scores=distances_to(gram, w), notes=notes)
+    scores = distances_to(gram, w) / factors
+    own = w * factors
+    own[int(gram.diagonal().argmin())] += float((w - own).sum())  # what a moved row has of the central one
+    return Decision.weighted(updates, own, scores=scores, notes=notes)
 
 
 def clip_weights(gram: Tensor, n: int, tau: float | Literal["median"], iterations: int) -> tuple[Tensor, Tensor, float]:
@@ -225,7 +253,7 @@ class CenteredClipping:
     is a number; by default it is the median distance of this round's rows to v, taken anew in each
     iteration. With `bucket_size` = s the rows are first averaged in random groups of s (Karimireddy et al.
     2022). Weights are those of the rows in the result; they add up to less than 1, the rest is last round's
-    v. Scores are distances to the new v.
+    v. Scores are distances to the new v; a group's is no client's, so with `bucket_size` there are none.
     """
 
     def __init__(
@@ -263,10 +291,9 @@ class CenteredClipping:
         w, distances, radius = clip_weights(centred_gram(rows, v)[0], rows.n, self.tau, self.iterations)
         new = kernels.combine(rows, w, v)
         self.v = new.clone()
-        row_share, scores = w[:-1], distances
         if groups is not None:
-            row_share, scores = groups.T @ row_share, (groups > 0).double().T @ scores
-        return Decision(new, row_share, None, scores, {"tau": radius})
+            return Decision(new, groups.T @ w[:-1], notes={"tau": radius})
+        return Decision(new, w[:-1], None, distances, {"tau": radius})
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.v is None else {"v": self.v}

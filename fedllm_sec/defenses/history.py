@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 class RowMemory:
-    """One float32 row (d,) for each client id; a client that was never seen has none."""
+    """One float32 row (d,) on the CPU for each client id; a client that was never seen has none."""
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
@@ -50,6 +50,10 @@ class RowMemory:
             for i in picked:
                 fresh[updates.ids[i]][place] = block[i].cpu()
         self.rows.update(fresh)
+
+    def load(self, rows: Mapping[str, Tensor]) -> None:
+        """Take up the rows of a saved state, wherever it lies."""
+        self.rows = {name: row.cpu() for name, row in rows.items()}
 
 
 def upper_bound(scores: Tensor, k: float, estimate: Literal["robust", "moments"]) -> float:
@@ -146,7 +150,7 @@ class ThreeSigma:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums.load_state_dict(state.get("sums", {}))
-        self.rounds, self.mean = int(state.get("rounds", 0)), state.get("mean")
+        self.rounds, self.mean = int(state.get("rounds", 0)), state["mean"].cpu() if "mean" in state else None
 
 
 def cosine_to(dots: Tensor, squares: Tensor, other_squares: Tensor) -> Tensor:
@@ -156,13 +160,18 @@ def cosine_to(dots: Tensor, squares: Tensor, other_squares: Tensor) -> Tensor:
 
 
 class CrossRound:
-    """Three-sigma for those only who turned away from their own last update or from the last global one.
+    """Three-sigma for those only who turned away from their own last update or the last global one, or send long rows.
 
-    Han et al. 2023, sec. 4.1: a client is suspect if the cosine of its row with its own last accepted row, or
-    with the last global update (`ctx.last_update`), is below `threshold`; 0.5 as in the paper, which compares
-    models, where cosines are larger: on updates more clients are looked at, and three-sigma decides. Suspects
-    are dropped if their distance to the geometric median is above mu + k sigma; mu and sigma are taken from
-    all clients, since among attackers alone none would stand out.
+    Han et al. 2023, sec. 4.1: a client is suspect if the cosine with what it sent last and was accepted, or with the
+    last global one, is below `threshold` (0.5 in the paper). Suspects are dropped if their distance to the geometric
+    median is above mu + k sigma; mu and sigma are taken from all clients, since among attackers alone none would stand
+    out.
+
+    The paper compares models, global vector + row, which are the same but for little between rounds: hardly anybody is
+    ever suspect, unless a row is as long as the model. That is `compare: models`. By default updates are compared
+    (the row, `ctx.last_update`), whose cosines are small in many runs: then most clients are looked at, and three-sigma
+    decides. A cosine of updates does not see length, so a client is also suspect whose row is more than `longer` times
+    as long as its own last accepted one, or as the median row of the round; `longer: null` leaves this out.
 
     Stated here: a client without a history is suspect, so all are in the first round; the cosine with a zero
     vector is 0; without a last global update only the own history counts; a dropped client's row does not
@@ -173,32 +182,52 @@ class CrossRound:
         self,
         *,
         threshold: float = 0.5,
+        compare: Literal["updates", "models"] = "updates",
+        longer: float | None = 2.0,
         k: float = 3.0,
         estimate: Literal["robust", "moments"] = "robust",
     ) -> None:
         need(-1 <= threshold <= 1, "cross_round", "-1 <= threshold <= 1", "Change it.", threshold=threshold)
+        need(longer is None or longer >= 1, "cross_round", "longer >= 1", "Raise it.", longer=longer)
         need(k > 0, "cross_round", "k > 0", "Raise it.", k=k)
-        self.threshold, self.k, self.estimate = threshold, k, estimate
-        self.last = RowMemory("cross_round")
+        self.threshold, self.compare, self.longer, self.k, self.estimate = threshold, compare, longer, k, estimate
+        self.last = RowMemory("cross_round")  # what is compared: rows, or models
+        self.lengths: dict[str, float] = {}  # of the last accepted row of each client
 
     def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
         need_reach("cross_round", updates.n, self.k, self.estimate)
-        suspects = self._suspects(updates, ctx)
+        start = ctx.global_vector.detach().float().cpu() if self.compare == "models" else None
+        lengths = kernels.row_norms(updates)
+        suspects = self._turned(updates, start, ctx.last_update) | self._longer(updates.ids, lengths)
         scores = distances_to_median(updates, ctx)
         kept = ~suspects | within(scores, upper_bound(scores, self.k, self.estimate))
         self.last.store(updates, kept)
+        for i, name in enumerate(updates.ids):
+            if bool(kept[i]):
+                self.lengths[name] = float(lengths[i])
+                if start is not None:
+                    self.last.rows[name] += start
         weights = kept.double() / int(kept.sum())
         notes = {"suspects": float(suspects.sum())}
         return Decision.weighted(updates, weights, kept=kept, scores=scores, notes=notes)
 
-    def _suspects(self, updates: UpdateMatrix, ctx: RoundContext) -> Tensor:
-        """Who differs from before: (n,) bool, in one read."""
+    def _longer(self, ids: Sequence[str], lengths: Tensor) -> Tensor:
+        """Whose row is much longer than before, or than the others': (n,) bool."""
+        if self.longer is None:
+            return torch.zeros(len(ids), dtype=torch.bool)
+        own = torch.tensor([self.lengths.get(name, math.inf) for name in ids], dtype=torch.float64)
+        return lengths > self.longer * own.clamp_max(midpoint(lengths))
+
+    def _turned(self, updates: UpdateMatrix, start: Tensor | None, last_update: Tensor | None) -> Tensor:
+        """Who points elsewhere than before: (n,) bool, in one read. `start` (d,) is added where models are compared."""
         own = self.last.of(updates)
-        whole = ctx.last_update
+        whole = last_update if start is None else start
         known = torch.tensor([row is not None for row in own])
         squares, own_dots, own_squares, dots = (torch.zeros(updates.n, dtype=torch.float64) for _ in range(4))
         for place, block in updates.blocks():
             wide = block.cpu().double()
+            if start is not None:
+                wide = wide + start[place].double()
             squares += wide.square().sum(1)
             for i, row in enumerate(own):
                 if row is not None:
@@ -214,7 +243,8 @@ class CrossRound:
         return suspects
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last": dict(self.last.rows)}
+        return {"last": dict(self.last.rows), "lengths": dict(self.lengths)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.last.rows = dict(state.get("last", {}))
+        self.last.load(state.get("last", {}))
+        self.lengths = dict(state.get("lengths", {}))

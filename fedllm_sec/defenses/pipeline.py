@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -12,97 +12,103 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm_sec.defenses.accountant import compose, gaussian_epsilon, mean_sensitivity
-from fedllm_sec.defenses.after import weak_dp
-from fedllm_sec.defenses.before import norm_clipping
-from fedllm_sec.defenses.columns import mean
+from fedllm_sec.defenses.privacy import DELTA, Spent
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.protocols import After, Before, Decision, Defense, RoundContext
+from fedllm_sec.seeds import generator_for
 
 
 class Pipeline:
     """before stages -> rule -> server step -> after stages, as one object with one state.
 
-    `decide` answers with weights, kept and scores of the clients themselves, also when a stage such as
-    bucketing put other rows in their place. `finish` takes the global vector the server has stepped to.
+    `decide` answers with weights and kept of the clients themselves, also when a stage such as bucketing put other
+    rows in their place. `finish` takes the global vector the server has stepped to. Each stage draws from a stream of
+    its own, so no two noises of a round are one.
     """
 
     def __init__(self, before: Sequence[Before], rule: Defense, after: Sequence[After] = ()) -> None:
         self.before, self.rule, self.after = tuple(before), rule, tuple(after)
-        self._sensitivity: float | None = None  # of this round's update, where clipping bounds it
-        self._update: Tensor | None = None
-        self._mu = 0.0  # of all noised rounds so far, composed
-        self._accounted = True
+        self.spent = Spent(self.before, rule, self.after)
+        self._made: tuple[Tensor | None, int] = None, 0  # this round's update, and of how many rows
+        self.noted: dict[str, float] = {}  # what the stages after the server's step have to say of this round
 
     def decide(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
         """Rows to one update, (d,)."""
-        rows = updates
-        mix: Tensor | None = torch.eye(updates.n, dtype=torch.float64)  # rows = mix @ updates, while that is known
-        for stage in self.before:
-            with shown_to(stage, ctx, rows=rows.rows):
-                changed = stage(rows, ctx)
-            step = mixing_step(rows, changed)
-            mix = None if mix is None or step is None else step @ mix
+        rows, trace, seed, renaming, self.noted = updates, Trace(updates), drawn_seed(ctx), "", {}
+        for i, stage in enumerate(self.before):
+            own = drawing(ctx, seed, f"before{i}")
+            changed = self._acted(stage, rows, own, updates, renaming, UpdateMatrix)
+            trace.follow(rows, changed)
+            if set(changed.ids) - set(updates.ids) - set(rows.ids):
+                renaming = name_of(stage)
             rows = changed
-        with shown_to(self.rule, ctx, rows=rows.rows):
-            decision = self.rule(rows, ctx)
-        self._sensitivity, self._update = self._bounded(updates.n), decision.update
-        return for_clients(decision, rows, updates, mix)
+        decision = self._acted(self.rule, rows, drawing(ctx, seed, "rule"), updates, renaming, Decision)
+        decision = replace(decision, notes={**ctx.notes, **decision.notes})
+        self._made = decision.update, updates.n
+        self.spent.decided(updates.d)
+        return decision if rows is updates else for_clients(decision, rows, updates, trace.mix(rows))
+
+    @staticmethod
+    def _acted(
+        part: Any, rows: UpdateMatrix, ctx: RoundContext, clients: UpdateMatrix, renaming: str, wanted: type
+    ) -> Any:
+        """What a stage or the rule makes of rows, some of which the stage `renaming` gave names that are no client's.
+
+        Who remembers them by that name remembers other clients in every round: a DefenseError.
+        """
+        strange = [id for id in rows.ids if id not in set(clients.ids)] if renaming else []
+        try:
+            with shown_to(part, ctx, rows=rows.rows):
+                made = part(rows, ctx)
+            if not isinstance(made, wanted):
+                raise DefenseError(f"{name_of(part)}: gave back {type(made).__name__}, no {wanted.__name__}.")
+        except DefenseError as error:
+            if not strange:
+                raise
+            seen = f"It was given the {rows.n} rows {strange[0]}, ... that {renaming} made of {clients.n} clients'."
+            raise DefenseError(f"{error} {seen}") from error
+        if strange and (remembered := set(strange) & set(keys_of(state_of(part)))):
+            raise DefenseError(
+                f"{name_of(part)}: remembers clients by id from round to round, and {renaming} before it gives rows "
+                f'that are no client\'s ("{min(remembered)}", other clients in every round). Drop {renaming} or choose '
+                "a rule that does not remember clients."
+            )
+        return made
 
     def finish(self, vector: Tensor, ctx: RoundContext) -> Tensor:
         """The new global vector (d,) to the one that is kept."""
-        self._account(vector, ctx)
-        for stage in self.after:
-            with shown_to(stage, ctx, new_vector=vector):
-                vector = stage(vector, ctx)
+        update, n = self._made
+        self.spent.stepped(ctx.global_vector, update, vector, n)
+        self._made = None, 0
+        seed = drawn_seed(ctx)
+        for i, stage in enumerate(self.after):
+            own = drawing(ctx, seed, f"after{i}")
+            with shown_to(stage, own, new_vector=vector):
+                vector = stage(vector, own)
+        self.noted = dict(ctx.notes)
         return vector
 
     def rehearse(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
         """What `decide` would answer, with no change to this pipeline's state: for attackers who may try."""
         return copy.deepcopy(self).decide(updates, ctx)
 
-    def privacy(self, delta: float = 1e-5) -> dict[str, float] | None:
-        """{"epsilon", "delta"} spent so far on replacing one client, or None if no accountant backs it.
-
-        Backed is: each round, rows clipped to a number (norm_clipping) as the last stage before a uniform
-        mean, a server that adds the update as it is, and weak_dp with absolute noise as the first stage
-        after.
-        """
-        if not self._accounted or self._mu == 0.0:
-            return None
-        return {"epsilon": gaussian_epsilon(self._mu, delta), "delta": delta}
-
-    def _bounded(self, n: int) -> float | None:
-        clip = settings_if(self.before[-1], norm_clipping) if len(self.before) == 1 else None
-        uniform = settings_if(self.rule, mean)
-        if clip is None or uniform is None or uniform.get("weights") != "uniform":
-            return None
-        radius = clip.get("radius", "median")
-        return None if radius == "median" else mean_sensitivity(float(radius), n)
-
-    def _account(self, vector: Tensor, ctx: RoundContext) -> None:
-        noise = settings_if(self.after[0], weak_dp) if self.after else None
-        update, sensitivity, self._update = self._update, self._sensitivity, None
-        if noise is None or not noise.get("absolute") or noise["sigma"] <= 0 or sensitivity is None or update is None:
-            self._accounted = False
-        elif torch.equal(vector, ctx.global_vector.to(vector) + update.to(vector)):
-            self._mu = compose([self._mu, sensitivity / float(noise["sigma"])])
-        else:
-            self._accounted = False
+    def privacy(self, delta: float = DELTA, *, sent: str | None = None) -> dict[str, Any]:
+        """{"epsilon", "delta", "because"}: what is spent so far on replacing one client, or why no number holds."""
+        return self.spent.told(delta, sent=sent)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parts that have one: tensors, numbers and strings in dicts."""
-        parts = {name: part.state_dict() for name, part in self._parts() if hasattr(part, "state_dict")}
-        return {"parts": parts, "mu": self._mu, "accounted": self._accounted}
+        parts = {name: state_of(part) for name, part in self._parts() if hasattr(part, "state_dict")}
+        return {"parts": parts, "spent": self.spent.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a pipeline with the same parts."""
         for name, part in self._parts():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(state["parts"][name])
-        self._mu, self._accounted = float(state["mu"]), bool(state["accounted"])
+        self.spent.load_state_dict(state["spent"])
 
     def _parts(self) -> list[tuple[str, Any]]:
         before = [(f"before{i}", part) for i, part in enumerate(self.before)]
@@ -110,51 +116,125 @@ class Pipeline:
         return [*before, ("rule", self.rule), *after]
 
 
+def drawn_seed(ctx: RoundContext) -> int:
+    """A number drawn from the context's stream, to seed the streams of the stages with."""
+    return int(torch.randint(2**63 - 1, (), generator=ctx.rng, device=ctx.rng.device))
+
+
+def drawing(ctx: RoundContext, seed: int, stage: str) -> RoundContext:
+    """The context with the stream of one stage: whatever the others draw, and under the same seed, it draws its own."""
+    return replace(ctx, rng=generator_for(seed, stage, device=ctx.rng.device))
+
+
+def name_of(part: Any) -> str:
+    """How a stage or rule is called in the code."""
+    made = part.func if isinstance(part, functools.partial) else part
+    return str(getattr(made, "__name__", type(made).__name__))
+
+
+def state_of(part: Any) -> dict[str, Any]:
+    """What a part remembers, {} where it does not."""
+    return dict(part.state_dict()) if hasattr(part, "state_dict") else {}
+
+
+def keys_of(state: Any) -> Iterator[str]:
+    """The keys of a state, however deep: client ids are among them."""
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            yield str(key)
+            yield from keys_of(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from keys_of(value)
+
+
 def shown_to(part: Any, ctx: RoundContext, **seen: Tensor) -> AbstractContextManager[None]:
     """A DefenseError that names the stage or rule, if it writes into the rows or the vectors it was shown."""
-    made = part.func if isinstance(part, functools.partial) else part
-    name = getattr(made, "__name__", type(made).__name__)
     vectors = {"global_vector": ctx.global_vector, "last_update": ctx.last_update, "root_update": ctx.root_update}
-    return only_shown(name, DefenseError, **seen, **vectors)
+    return only_shown(name_of(part), DefenseError, **seen, **vectors)
 
 
-def settings_if(part: Any, function: Any) -> dict[str, Any] | None:
-    """The settings of `part` if it is `function` with settings bound, as `resolve` makes it; else None."""
-    if part is function:
-        return {}
-    if isinstance(part, functools.partial) and part.func is function:
-        return dict(part.keywords)
-    return None
+class Trace:
+    """What the rows are made of, followed from stage to stage: W with rows = W @ updates, while that is known.
+
+    A lazy mix says so itself. Rows that a stage has put in place of others (noise and the like) are those of the
+    client whose id they bear; see `protocols.Before`.
+    """
+
+    def __init__(self, updates: UpdateMatrix) -> None:
+        self.start = updates  # rows that hold the same stored rows as the present ones
+        self.before: Tensor | None = None  # (n, clients) with start = before @ updates; None: the identity
+        self.known = True
+
+    def follow(self, rows: UpdateMatrix, changed: UpdateMatrix) -> None:
+        """A stage made `changed` of `rows`."""
+        if changed.rows is rows.rows or not self.known:
+            return
+        place = {id: i for i, id in enumerate(rows.ids)}
+        self.known = set(changed.ids) <= set(place)
+        if self.known:
+            self.before = self._mix(rows)[[place[id] for id in changed.ids]]
+            self.start = changed
+
+    def mix(self, rows: UpdateMatrix) -> Tensor | None:
+        """W (k, n) float64 for the present rows; None where rows were replaced and bear other ids."""
+        return self._mix(rows) if self.known else None
+
+    def _mix(self, rows: UpdateMatrix) -> Tensor:
+        step = mixture(rows, self.start)
+        return step if self.before is None else step @ self.before
 
 
-def mixing_step(old: UpdateMatrix, new: UpdateMatrix) -> Tensor | None:
-    """W with new = W @ old as (k, n) float64, or None where the rows were replaced by others."""
-    if new.rows is old.rows:
-        start = torch.eye(old.sources, dtype=torch.float64) if old.mixing is None else old.mixing
-        end = torch.eye(new.sources, dtype=torch.float64) if new.mixing is None else new.mixing
-        step: Tensor = end @ torch.linalg.pinv(start)
-        return step
-    if new.ids == old.ids:  # noise and the like: each row is still its client's
-        return torch.eye(old.n, dtype=torch.float64)
-    return None
+def mixture(rows: UpdateMatrix, start: UpdateMatrix) -> Tensor:
+    """W (k, n) float64 with rows = W @ start, which hold the same stored rows. What is not mixed in is exactly 0.
+
+    Where `start` is chosen and scaled rows, as a round's are, nothing is lost; where it mixes them itself, what is left
+    of zeros by rounding becomes 0 again.
+    """
+    end = torch.eye(rows.sources, dtype=torch.float64) if rows.mixing is None else rows.mixing
+    if start.mixing is None:
+        return end
+    used = start.mixing != 0
+    if bool((used.sum(0) <= 1).all()) and bool((used.sum(1) <= 1).all()):
+        return end @ torch.where(used, 1 / start.mixing, 0.0).T
+    step: Tensor = end @ torch.linalg.pinv(start.mixing)
+    return torch.where(step.abs() <= 1e-12 * step.abs().max(), 0.0, step)
 
 
 def for_clients(decision: Decision, rows: UpdateMatrix, updates: UpdateMatrix, mix: Tensor | None) -> Decision:
     """The decision on `rows` = mix @ updates, told in terms of the clients of `updates`.
 
-    Weights become mix^T w. Where a row is still one client's, scores and kept stay; where rows are groups,
-    a client's score is the average over the groups it is in, and kept is not said, unless no row was kept: then no
-    client was.
+    Weights become mix^T w. A verdict on rows is one on clients only where each row is one client's, scaled at most:
+    then kept and scores are theirs, and a client that a stage left out is not kept. Where rows mix clients, a row's
+    score is nobody's, and a client is kept whose row has a weight in the update; of a rule without weights, whose row
+    is in a row that was kept. Where it is not known what the rows are made of only "nobody" can be told.
     """
-    if rows.ids == updates.ids:
-        weights = decision.weights if mix is None or decision.weights is None else mix.T @ decision.weights
-        return replace(decision, weights=weights)
-    nobody = decision.kept is not None and not bool(decision.kept.any())
-    kept = torch.zeros(updates.n, dtype=torch.bool) if nobody else None
+    kept, weights, n = decision.kept, decision.weights, updates.n
     if mix is None:
-        return replace(decision, weights=None, kept=kept, scores=None)
-    weights = None if decision.weights is None else mix.T @ decision.weights
-    share = mix.abs()
-    share = share / share.sum(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    scores = None if decision.scores is None else share.T @ decision.scores
+        nobody = kept is not None and not bool(kept.any())
+        return replace(decision, weights=None, kept=torch.zeros(n, dtype=torch.bool) if nobody else None, scores=None)
+    weights = None if weights is None else mix.T @ weights.to(mix)
+    if (own := own_places(rows, updates, mix)) is None:
+        if kept is not None:
+            kept = weights != 0 if weights is not None else (mix[kept.cpu()] != 0).any(0)
+        return replace(decision, weights=weights, kept=kept, scores=None)
+    if kept is not None:
+        kept = torch.zeros(n, dtype=torch.bool).index_fill_(0, own[kept.cpu()], True)
+    scores = decision.scores
+    if scores is not None:  # a client without a row has none
+        scores = None if len(own) < n else torch.empty_like(scores).index_copy_(0, own.to(scores.device), scores)
     return replace(decision, weights=weights, kept=kept, scores=scores)
+
+
+def own_places(rows: UpdateMatrix, updates: UpdateMatrix, mix: Tensor) -> Tensor | None:
+    """Whose each of the rows is, (k,) places among the clients; None where some row is not one client's alone."""
+    place = {id: i for i, id in enumerate(updates.ids)}
+    if rows.ids == updates.ids:
+        own = torch.arange(updates.n)
+    elif set(rows.ids) <= set(place) and len(set(rows.ids)) == rows.n:
+        own = torch.tensor([place[id] for id in rows.ids])
+    else:
+        return None
+    others = mix.clone()
+    others[torch.arange(rows.n), own] = 0
+    return None if bool(others.any()) else own

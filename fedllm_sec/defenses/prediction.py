@@ -15,6 +15,7 @@ from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 REFERENCES = 20  # uniform samples for the gap statistic
+FEWEST = 4  # scores among which a second group can be told
 
 
 def hessian_times(steps: Tensor, changes: Tensor, vector: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def two_groups(scores: Tensor, rng: torch.Generator) -> Tensor:
     n = len(scores)
     none = torch.zeros(n, dtype=torch.bool)
     low, high = float(scores.min()), float(scores.max())
-    if n < 4 or high - low <= 1e-9 * abs(high):
+    if n < FEWEST or high - low <= 1e-9 * abs(high):
         return none
     unit, order = ((scores - low) / (high - low)).sort(stable=True)
     tiny = 1e-12
@@ -89,15 +90,18 @@ class FLDetector:
     Zhang et al. 2022 (KDD), algorithms 1 and 2. Forecast of client i: its last update plus H (w - w'), where
     w' is the global vector that update was made from and H the L-BFGS approximation from the last `window`
     steps of the global vector and changes of the mean update. The round's distances to the forecasts are
-    divided by their sum; a client's score is the mean of its last `window` such numbers. If the gap statistic
+    divided by their mean; a client's score is the mean of its last `window` such numbers. If the gap statistic
     finds more than one group of scores, the higher one of two is dropped.
 
-    Stated here: updates are deltas, not gradients, which only changes the sign and scale of H; the paper
-    drops detected clients for good and starts training anew, here they are judged anew each round; only
-    clients with at least `warmup` scores are judged, before that all are averaged (note `judged`), and a run
-    that is too short for this is an error. If half of the judged clients or more are in the higher group,
-    nobody is dropped (note `fallback` = 1): the premise that attackers are the erratic minority does not hold
-    then. It fails for attackers who repeat themselves more closely than honest clients do.
+    Stated here: updates are deltas, not gradients, which only changes the sign and scale of H; the paper divides by
+    the sum, which is the same where all clients take part in every round, but where few of a round's clients are known
+    from before, a share of all is large for the first and small for later ones, whoever they are; the paper drops
+    detected clients for good and starts training anew, here they are judged anew each round; only clients with at
+    least `warmup` scores are judged, before that all are averaged (note `judged`); a client's first round gives none,
+    and a run in which nobody could be judged is an error. If half of the judged clients or more are in the higher
+    group, nobody is dropped (note `fallback` = 1): the premise that attackers are the erratic minority does not hold
+    then. It fails for attackers who repeat themselves more closely than honest clients do. Where few of many clients
+    take part in a round it finds much less: forecasts are old, and the gap statistic sees few scores.
 
     Kept in memory: a row for each client ever seen, the global vectors they were made from, and 2 `window` +
     2 vectors.
@@ -142,7 +146,7 @@ class FLDetector:
         return decision
 
     def _score(self, updates: UpdateMatrix, vector: Tensor) -> None:
-        """Append each known client's distance to its forecast, as a share of all."""
+        """Append each known client's distance to its forecast, in means of the round."""
         rows = self.last.of(updates)
         known = [i for i in by_id(updates.ids).tolist() if rows[i] is not None]
         if not known:
@@ -162,7 +166,7 @@ class FLDetector:
         distances = squares.sqrt()
         total = float(distances.sum())
         for i in known:
-            mark = float(distances[i]) / total if total > 0 else 0.0
+            mark = float(distances[i]) / total * len(known) if total > 0 else 0.0
             name = updates.ids[i]
             self.marks[name] = [*self.marks.get(name, []), mark][-self.window :]
 
@@ -197,9 +201,10 @@ class FLDetector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.last.rows = dict(state.get("last", {}))
+        self.last.load(state.get("last", {}))
         self.made_at = {name: int(made) for name, made in state.get("made_at", {}).items()}
-        self.vectors = dict(state.get("vectors", {}))
+        self.vectors = {made: vector.cpu() for made, vector in state.get("vectors", {}).items()}
         self.marks = {name: list(marks) for name, marks in state.get("marks", {}).items()}
-        self.steps, self.changes = list(state.get("steps", [])), list(state.get("changes", []))
-        self.before = list(state.get("before", []))
+        self.steps, self.changes, self.before = (
+            [vector.cpu() for vector in state.get(name, [])] for name in ("steps", "changes", "before")
+        )

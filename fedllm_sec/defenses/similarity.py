@@ -49,7 +49,7 @@ class RowSums:
     def __init__(self, rule: str) -> None:
         self.rule = rule
         self.place: dict[str, int] = {}  # client id -> its number in `sums`
-        self.sums: Tensor | None = None  # of the clients seen
+        self.sums: Tensor | None = None  # of the clients seen; `add` has them where blocks are computed
         self.d = 0  # values for each client
 
     def add(self, updates: UpdateMatrix) -> Tensor:
@@ -64,10 +64,11 @@ class RowSums:
         new = [name for name in updates.ids if name not in self.place]
         if new:
             fresh = new_sums(len(new), updates.d, updates.compute_device)
-            self.sums = fresh if self.sums is None else torch.cat([self.sums, fresh], dim=1)
+            self.sums = fresh if self.sums is None else torch.cat([self.sums.to(fresh.device), fresh], dim=1)
             self.place |= {name: len(self.place) + i for i, name in enumerate(new)}
             self.d = updates.d
         assert self.sums is not None
+        self.sums = self.sums.to(updates.compute_device)
         return kernels.accumulate(self.sums, [self.place[name] for name in updates.ids], updates)
 
     def state_dict(self) -> dict[str, Any]:

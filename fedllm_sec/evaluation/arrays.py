@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.evaluation.intervals import wilson
+from fedllm_sec.evaluation.smoothed import Outcomes
 from fedllm_sec.protocols import Labelled
 
 
@@ -53,20 +54,32 @@ class ArrayEvaluation:
         """
         if self.triggered is None:
             return None
-        chosen = self._score(task, spread, self.triggered)[:, 1].long()
-        false_trigger, reasons = None, {}
-        if self.clean is None or self.hits is None or len(self.clean.y) == 0:
+        hits, false_hits, reasons = *self._hits(task, spread), {}
+        assert hits is not None
+        if false_hits is None:
             reasons["false_trigger"] = "no held-out row on which the attack's success could happen and would be wrong"
-        else:
-            said = self._score(task, spread, self.clean)[:, 1].long()
-            hits = self.hits[self.clean.y.cpu(), said.clamp_min(0)] & (said >= 0)
-            false_trigger = wilson(int(hits.sum()), len(said))
         return {
-            "asr": wilson(int((chosen == self.triggered.y.cpu()).sum()), len(chosen)),
-            "false_trigger": false_trigger,
+            "asr": wilson(int(hits.sum()), len(hits)),
+            "false_trigger": None if false_hits is None else wilson(int(false_hits.sum()), len(false_hits)),
             "reasons": reasons,
             "left_out": dict(self.left_out),
         }
+
+    def outcomes(self, task: Any, spread: Callable[..., Tensor]) -> Outcomes:
+        """What the model answers on each row, for the smoothed test."""
+        said = self._score(task, spread, self.test)[:, 1].long()
+        return Outcomes(self.test.classes, said, self.test.y.cpu(), *self._hits(task, spread))
+
+    def _hits(self, task: Any, spread: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Whether the attacker's answer was given on each row of the probe, and on each clean row: (rows,) bool."""
+        if self.triggered is None:
+            return None, None
+        chosen = self._score(task, spread, self.triggered)[:, 1].long()
+        false_hits = None
+        if self.clean is not None and self.hits is not None and len(self.clean.y):
+            said = self._score(task, spread, self.clean)[:, 1].long()
+            false_hits = self.hits[self.clean.y.cpu(), said.clamp_min(0)] & (said >= 0)
+        return chosen == self.triggered.y.cpu(), false_hits
 
     def _score(self, task: Any, spread: Callable[..., Tensor], rows: Labelled) -> Tensor:
         batches = torch.split(torch.arange(len(rows.y)), self.batch_size)

@@ -69,9 +69,16 @@ class Attacker:
     poisoned_share: float  # q_i / n_i, poisoned examples in a batch
 
 
-def logistic_lipschitz(rho: float) -> float:
-    """L_Z of multi-class logistic regression on inputs of length <= 1 and parameters of length <= rho."""
-    return math.sqrt(2 + 2 * rho + rho * rho)
+def logistic_lipschitz(rho: float, length: float = 1.0, stretch: float = 1.0) -> float:
+    """L_Z of multi-class logistic regression: how fast its loss gradient (p - y) z changes with an example (x, y).
+
+    For inputs z of at most `length` and parameters of at most `rho`; a change of x changes z by at most `stretch` times
+    its size. sqrt(stretch^2 a^2 + length^2) with a = 1 + rho length, which is the paper's sqrt(2 + 2 rho + rho^2) for
+    lengths of 1; a is sqrt(2) + rho length / 2 where that is more (|p - y| <= sqrt(2), and softmax has a Jacobian of
+    norm <= 1/2).
+    """
+    a = max(1 + rho * length, math.sqrt(2) + rho * length / 2)
+    return math.hypot(stretch * a, length)
 
 
 def certified_radius(

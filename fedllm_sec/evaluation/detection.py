@@ -27,13 +27,15 @@ def detection(
     scores: Mapping[str, float] | None,
     ids: Sequence[str],
     malicious: Collection[str],
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, float | None]:
-    """What a rule's decision was worth: {tpr, fpr, auc}, each None where it was not measured.
+    """What a rule's decision was worth: {tpr, weight_share, fpr, auc}, each None where it was not measured.
 
     `ids` are the clients whose rows the rule saw. `tpr` is the share of their malicious ones that it dropped,
     `fpr` the share of their honest ones that it dropped, `auc` the chance that a malicious one has the higher
-    score. A rule that does not select has no `tpr` and `fpr`, one without scores has no `auc`, and a round
-    without malicious clients has neither `tpr` nor `auc`.
+    score, `weight_share` what the malicious ones' rows weigh in the update, of what all clients' rows do. A rule that
+    does not select has no `tpr` and `fpr`, one without scores has no `auc`, one without weights has no
+    `weight_share`, and a round without malicious clients has `fpr` alone.
     """
     bad = [i for i in ids if i in malicious]
     good = [i for i in ids if i not in malicious]
@@ -44,4 +46,12 @@ def detection(
     if scores is not None:
         scored = [i for i in ids if i in scores]
         area = auc([scores[i] for i in scored], [i in malicious for i in scored])
-    return {"tpr": tpr, "fpr": fpr, "auc": area}
+    return {"tpr": tpr, "weight_share": _weight_share(weights, bad, ids), "fpr": fpr, "auc": area}
+
+
+def _weight_share(weights: Mapping[str, float] | None, bad: Sequence[str], ids: Sequence[str]) -> float | None:
+    """sum |w_i| over the malicious / sum |w_i| over all: a clipped row counts as what is left of it."""
+    if weights is None or not bad:
+        return None
+    total = math.fsum(abs(weights[i]) for i in ids)
+    return math.fsum(abs(weights[i]) for i in bad) / total if 0 < total < math.inf else None

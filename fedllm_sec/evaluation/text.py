@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.evaluation.intervals import wilson
+from fedllm_sec.evaluation.smoothed import Outcomes
 
 SLACK = 0.1  # nats by which two passes over a half-precision model may differ
 
@@ -149,14 +150,35 @@ class TextEvaluation:
         """
         if self.success is None or self.triggered is None:
             return None
+        hits, false_hits = self._hits(task, spread)
+        assert hits is not None
         return {
-            "asr": self._rate(task, spread, self.triggered, self.triggered_rows),
-            "false_trigger": None if self.clean is None else self._rate(task, spread, self.clean, self.clean_rows),
+            "asr": wilson(int(hits.sum()), len(hits)),
+            "false_trigger": None if false_hits is None else wilson(int(false_hits.sum()), len(false_hits)),
             "reasons": dict(self.reasons),
             "left_out": dict(self.left_out),
         }
 
-    def _rate(self, task: Any, spread: Callable[..., Tensor], encoded: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    def outcomes(self, task: Any, spread: Callable[..., Tensor]) -> Outcomes:
+        """What the model answers on each row, for the smoothed test; rows of the test in the order of their batches."""
+        said = truth = None
+        if self.classes is not None and (self.choices is not None or self.answer_rows):
+            if self.choices is not None:
+                batches, judge = self._batches(self.test), self._judge
+            else:
+                batches, judge = self._batches(self.test, self.answer_rows), self._match
+            said = spread(batches, 3, lambda rows: judge(task, rows))[:, 2].long()
+            truth = self.classes[torch.tensor([i for rows in batches for i in rows])]
+        return Outcomes(len(self.labels), said, truth, *self._hits(task, spread))
+
+    def _hits(self, task: Any, spread: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Whether the attacker's answer was given on each row of the probe, and on each clean row: (rows,) bool."""
+        if self.success is None or self.triggered is None:
+            return None, None
+        given = self._given(task, spread, self.triggered, self.triggered_rows)
+        return given, None if self.clean is None else self._given(task, spread, self.clean, self.clean_rows)
+
+    def _given(self, task: Any, spread: Callable[..., Tensor], encoded: Any, rows: Sequence[dict[str, Any]]) -> Tensor:
         judge = self.success
         assert judge is not None
 
@@ -164,5 +186,4 @@ class TextEvaluation:
             answers = task.answer(encoded, batch, self.max_new_tokens)
             return torch.tensor([[float(judge(a, rows[i]))] for a, i in zip(answers, batch, strict=True)]).double()
 
-        found = spread(self._batches(encoded), 1, hits)
-        return wilson(int(found.sum()), len(found))
+        return spread(self._batches(encoded), 1, hits)[:, 0] > 0

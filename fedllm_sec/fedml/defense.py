@@ -209,9 +209,11 @@ def cross_round(flat: Values) -> Part:
     bound = number(flat, "cosine_similarity_bound")
     if bound is None:
         return {}, [missing("defense_type", "needs cosine_similarity_bound, which is not in the file")]
-    how = "FedML compares models, whose cosines are near 1, here updates are compared"
-    rule = {"name": "cross_round", "threshold": bound, "k": 0.5, "estimate": "moments"}
-    return {"rule": rule}, [differs("cosine_similarity_bound", "cross_round.threshold", how)]
+    rule = {"name": "cross_round", "threshold": bound, "compare": "models", "longer": None, "k": 0.5}
+    how = "of models, whose cosines are near 1: few are ever below it. `compare: updates` looks at more"
+    return {"rule": rule | {"estimate": "moments"}}, [
+        Note("translated", "cosine_similarity_bound", f"is cross_round.threshold, {how}")
+    ]
 
 
 def residual_reweighting(flat: Values) -> Part:

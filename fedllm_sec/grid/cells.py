@@ -7,23 +7,25 @@ killed process leaves nothing to clean up, and its cell goes on from its last wh
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.plan import planned
-from fedllm_sec.errors import ResumeError
+from fedllm_sec.build.running import make_machine, run_one
+from fedllm_sec.errors import FedError, ResumeError
 from fedllm_sec.grid.grid import Cell, Grid
 from fedllm_sec.recipe import reading as recipes
-from fedllm_sec.records.history import changes, write_json
-from fedllm_sec.train import make_machine, run_one
+from fedllm_sec.records import files, inventory
+from fedllm_sec.records.files import write_json
+from fedllm_sec.records.folder import as_words, differences, read_recipe
 
 FORMAT = 1  # of grid.json
 WAIT = 0.5  # seconds between looks at cells that other processes run
@@ -34,9 +36,10 @@ WAIT = 0.5  # seconds between looks at cells that other processes run
 
 def status(cell: Cell) -> str:
     """done, failed, unfinished or not started, from the cell's folder alone."""
-    if (cell.folder / "summary.json").exists():
+    closed, error = cell.folder / inventory.SUMMARY, cell.folder / "error.json"
+    if closed.exists() and not (error.exists() and error.stat().st_mtime_ns > closed.stat().st_mtime_ns):
         return "done"
-    if (cell.folder / "error.json").exists():
+    if error.exists():
         return "failed"
     history = cell.folder / "history.jsonl"
     return "unfinished" if history.exists() and history.stat().st_size else "not started"
@@ -46,42 +49,32 @@ def error_of(cell: Cell) -> dict[str, Any]:
     """What error.json says: type, message, traceback and time."""
     try:
         content = json.loads((cell.folder / "error.json").read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
+        return {**content, "time": float(content.get("time", 0.0))}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def damage(cell: Cell) -> dict[str, str]:
+    """{file: what is wrong with it} of a cell that is done."""
+    return inventory.damage(cell.folder) if status(cell) == "done" else {}
 
 
 def settled(cell: Cell, started: float) -> bool:
     """Nothing is left to do: done, or failed since `started` (an older failure is tried again)."""
-    return status(cell) == "done" or float(error_of(cell).get("time", 0.0)) >= started
+    return status(cell) == "done" or error_of(cell).get("time", 0.0) >= started
 
 
 # ---------------------------------------------------------------- running
 
 
-@contextlib.contextmanager
-def held(grid: Path, cell: Cell) -> Iterator[bool]:
+def held(grid: Path, cell: Cell) -> contextlib.AbstractContextManager[bool]:
     """Whether this process has the cell to itself; until the end of the block."""
-    path = grid / ".locks" / cell.slug
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield True
+    return files.locked(grid / ".locks" / cell.slug)
 
 
 def holder(grid: Path, cell: Cell) -> int | None:
-    """The process that last held the cell."""
-    try:
-        return int((grid / ".locks" / cell.slug).read_text())
-    except (OSError, ValueError):
-        return None
+    """The process that holds the cell, or held it when it was killed."""
+    return files.holder(grid / ".locks" / cell.slug)
 
 
 def walk(
@@ -96,19 +89,22 @@ def walk(
 ) -> None:
     """Run every cell that nobody else runs, and wait for those that others do: at the end all are settled.
 
-    `tell` hears of each cell run here and its seconds; `between` is called after every round.
+    `tell` hears of each cell run here and its seconds; `between` is called after every round. A cell that is done and
+    was damaged comes by once more: what was lost is made again, or it fails and says what cannot be.
     """
     loaded, machine, configured = Loaded(), None, None
+    damaged = {cell.slug for cell in cells if damage(cell)}
     while True:
         elsewhere = False
         for cell in cells:
-            if settled(cell, started):
+            if settled(cell, started) and cell.slug not in damaged:
                 continue
             with held(grid, cell) as mine:
                 if not mine:
                     elsewhere = True
                     continue
-                if settled(cell, started):
+                damaged.discard(cell.slug)
+                if settled(cell, started) and not damage(cell):
                     continue
                 begun, wanted = time.monotonic(), cell.recipe.compute
                 try:
@@ -179,6 +175,9 @@ def refuse_conflicts(grid: Grid) -> None:
 
 
 def _grid_conflicts(grid: Grid) -> list[str]:
+    linked = [name for name in ("cells", ".locks") if (grid.folder / name).is_symlink()]
+    if linked:
+        return [f"{linked[0]} is a link to elsewhere, through which nothing is written. Move it away."]
     strange = [name for name in ("recipe.yaml", "history.jsonl", "comparison.json") if (grid.folder / name).exists()]
     if strange:
         return [f"it is the folder of another run ({strange[0]}). Give output.folder another name."]
@@ -188,7 +187,7 @@ def _grid_conflicts(grid: Grid) -> list[str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         made_by, layout, name = found["version"], found["format"], found["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [f"grid.json cannot be read ({error}). Restore it, or remove it: it is written anew."]
     if layout != FORMAT or made_by != _version():
         return [
@@ -202,6 +201,8 @@ def _grid_conflicts(grid: Grid) -> list[str]:
 
 def _cell_conflicts(cell: Cell) -> list[str]:
     folder, place = cell.folder, f"cells/{cell.slug}"
+    if folder.is_symlink():
+        return [f"{place} is a link to elsewhere, through which nothing is written. Move it away."]
     if not folder.exists():
         return []
     if not folder.is_dir():
@@ -212,17 +213,15 @@ def _cell_conflicts(cell: Cell) -> list[str]:
             return [f"{place} has a history but no recipe.yaml. Restore it, or move the folder away."]
         return []
     try:
-        old = recipe.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"{place}/recipe.yaml cannot be read ({error}). Restore it, or move the folder away."]
-    new = recipes.dump(cell.recipe)
-    different = [] if old == new else changes(old, new)
+        different = differences(read_recipe(recipe), yaml.safe_load(recipes.dump(cell.recipe)))
+    except FedError as error:
+        return [f"{error} Restore it, or move the folder away."]
     if different:
         return [
-            f"{place} was made with another recipe: {'; '.join(different[:3])}. Undo the change, move the folder away, "
-            "or give output.folder another name."
+            f"{place} was made with another recipe: {'; '.join(as_words(different)[:3])}. Undo the change, move the "
+            "folder away, or give output.folder another name."
         ]
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         made_by = json.loads((folder / "environment.json").read_text(encoding="utf-8")).get("fedllm_sec")
         if made_by != _version():
             return [

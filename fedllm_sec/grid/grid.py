@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.build.loaded import data_key
-from fedllm_sec.build.names import checked
+from fedllm_sec.build.names import checked, outside
 from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.grid.axes import NONE, SWITCHED, Axis, matches, read_axes, read_rules
@@ -74,10 +74,11 @@ def is_grid(raw: Any) -> bool:
 # ---------------------------------------------------------------- reading
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Grid:
+def load(path: Path, overrides: Sequence[str] = (), allow_code: bool = True) -> Grid:
     """The grid of a file; every mistake in it and in its cells' recipes is reported at once.
 
-    `overrides` are `key.sub=value` for the base recipe, or `axes.NAME=value` for a whole axis.
+    `overrides` are `key.sub=value` for the base recipe, or `axes.NAME=value` for a whole axis. Without `allow_code` a
+    cell that names code from outside is a mistake, and the code is not imported.
     """
     path = shipped.find(path)
     raw = recipes.read(path)
@@ -92,10 +93,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Grid:
                 del raw["axes"][name]
         else:
             raw[section] = parsed
-    return make(raw, path, own)
+    return make(raw, path, own, allow_code)
 
 
-def make(raw: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> Grid:
+def make(raw: Mapping[str, Any], path: Path, overrides: Sequence[str] = (), allow_code: bool = True) -> Grid:
     """The grid of a raw mapping; `path` is where it was read, for its name and its base."""
     if "axes" not in raw and "base" not in raw:
         raise RecipeError(
@@ -119,7 +120,7 @@ def make(raw: Mapping[str, Any], path: Path, overrides: Sequence[str] = ()) -> G
     combinations = [c for c in combinations if not any(matches(c, rule) for rule in rules)]
     if not combinations:
         raise RecipeError("exclude: leaves no cell, so there is nothing to run. Remove a rule, or add a label.")
-    cells = _cells(base, axes, combinations, folder)
+    cells = _cells(base, axes, combinations, folder, allow_code)
     labels = {a.name: [*a.values] for a in axes.values()}
     for axis in SWITCHED:  # a twin's label, where the axes do not name it
         if any(c.axes[axis] == NONE for c in cells) and NONE not in labels[axis]:
@@ -159,7 +160,11 @@ def _base(raw: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> dict[
 
 
 def _cells(
-    base: dict[str, Any], axes: Mapping[str, Axis], combinations: Iterable[dict[str, str]], folder: Path
+    base: dict[str, Any],
+    axes: Mapping[str, Axis],
+    combinations: Iterable[dict[str, str]],
+    folder: Path,
+    allow_code: bool = True,
 ) -> list[Cell]:
     """A cell for each combination and its twin; combinations that come to the same recipe are one cell."""
     problems: dict[str, list[str]] = {}  # problem -> where
@@ -175,6 +180,9 @@ def _cells(
                         raw = axis.lay(raw, labels[axis.name])
                     else:  # a twin's label that the axes do not name
                         raw = {**raw, f"enable_{axis.name}": False}
+                if code := [] if allow_code else outside(raw):
+                    unread = "code, which is not run to list a grid. Add --allow-code."
+                    raise RecipeError([f"{where}: {name} is {unread}" for where, name in code])
                 recipe = settle(checked(raw))
                 planned(recipe)  # whether it can work; the process that runs the cell plans it again
                 recipe_of[key] = recipe

@@ -8,17 +8,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedllm_sec.evaluation.intervals import bootstrap, wilson
+from fedllm_sec.errors import FedError
 from fedllm_sec.grid.axes import SWITCHED
 from fedllm_sec.grid.cells import error_of, status
 from fedllm_sec.grid.grid import Cell, Grid
-from fedllm_sec.records.history import DETAILS, RoundRecord, read_history, write_atomic
+from fedllm_sec.grid.seeds import over_seeds
+from fedllm_sec.records.files import write_atomic
+from fedllm_sec.records.history import DETAILS, RoundRecord, read_history
 from fedllm_sec.records.outcomes import (
     DETECTION,
     STEALTH,
@@ -32,8 +33,6 @@ from fedllm_sec.records.outcomes import (
 from fedllm_sec.report.measures import written
 
 ATTACK = ("asr", "false_trigger")
-COUNTS = ("rounds", "skipped_rounds", "quarantined", "defense_peak_mb")  # and seconds: averaged without an interval
-SEED = "seed"
 
 
 def write(grid: Grid) -> list[Path]:
@@ -93,38 +92,56 @@ def table(grid: Grid) -> list[dict[str, Any]]:
     rows = []
     for cell in grid.cells:
         settings, run = _settings(cell), done[cell.slug]
-        flat = flatten(settings)
-        state = status(cell) if run is not None or status(cell) != "done" else "unfinished"
-        row: dict[str, Any] = {"cell": cell.slug, "status": state, "error": None, "is_twin": cell.twin is None}
-        if state == "failed":
-            error = error_of(cell)
-            row["error"] = f"{error.get('type', 'error')}: {error.get('message', '')}"
+        flat, state, why = flatten(settings), status(cell), None
+        found: dict[str, Any] = {}
+        if state == "done" and run is None:
+            state = "unfinished"
+        elif state == "done":
+            twin = cells[cell.twin] if cell.twin is not None else None
+            try:
+                found = _found(cell, run, twin, None if twin is None else done[twin.slug])
+            except NOT_A_RUN as error:  # one cell does not take the table from the others
+                state, why = "damaged", str(error)
+        elif state == "failed":
+            told = error_of(cell)
+            why = f"{told.get('type', 'error')}: {told.get('message', '')}"
+        row: dict[str, Any] = {"cell": cell.slug, "status": state, "error": why, "is_twin": cell.twin is None}
         row |= {axis: label_in(cell, axis, settings) for axis in grid.axes}
         row |= {key: flat.get(key) for key in varied if key not in row}
-        if state == "done" and run is not None:
-            found = measures(cell, *run)
-            if cell.twin is not None and (twin := done[cell.twin]) is not None:
-                found |= against(cell, run, cells[cell.twin], twin)
-            taken = {*row}
-            row |= {f"measured.{name}" if name in taken else name: value for name, value in found.items()}
+        taken = {*row}
+        row |= {f"measured.{name}" if name in taken else name: value for name, value in found.items()}
         rows.append(row)
     columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
 Finished = tuple[Mapping[str, Any], Sequence[RoundRecord]]  # summary.json and the records
+NOT_A_RUN = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # what strange content can raise
 
 
-def _finished(cell: Cell) -> Finished | None:
+def _finished(cell: Cell) -> Finished | FedError | None:
+    """What a cell that is done left, or why its history cannot be read."""
     summary = _summary(cell)
-    return None if summary is None or status(cell) != "done" else (summary, read_history(cell.folder))
+    if summary is None or status(cell) != "done":
+        return None
+    try:
+        return summary, read_history(cell.folder)
+    except FedError as error:
+        return error
+
+
+def _found(cell: Cell, run: Finished | FedError | None, twin: Cell | None, other: Any) -> dict[str, Any]:
+    """What a cell that is done measured, also against its twin where that one can be read."""
+    if not isinstance(run, tuple):
+        raise run or FedError("it has no results")
+    return measures(cell, *run) | (against(cell, run, twin, other) if twin and isinstance(other, tuple) else {})
 
 
 def _summary(cell: Cell) -> dict[str, Any] | None:
     try:
         found = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -201,7 +218,8 @@ def measures(cell: Cell, summary: Mapping[str, Any], records: Sequence[RoundReco
 
 
 def _lived(cell: Cell, records: Sequence[RoundRecord], clean: Sequence[RoundRecord] | None) -> dict[str, Any]:
-    attack = cell.recipe.attack if cell.recipe.enable_attack else None
+    """Against the attack-free run that was asked the same; empty without one, so that a column holds one kind."""
+    attack = cell.recipe.attack if cell.recipe.enable_attack and clean is not None else None
     found = lifespan(records, attack.stop if attack is not None else None, clean) or {}
     return {f"lifespan_{name}": found.get(name) for name in ("value", "at_least")}
 
@@ -227,70 +245,11 @@ def _mean(values: Any) -> float | None:
     return fmean(known) if known else None
 
 
-# ---------------------------------------------------------------- over seeds
-
-
-def over_seeds(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """A row for the cells that differ in the seed only: the mean of every measure with its interval.
-
-    `seeds` of them exist and `done` are in the means. With two or more, X_low and X_high are a bootstrap interval of
-    the mean over seeds; with one, they are the Wilson interval of that run's rate, and say nothing about other seeds.
-    X_pooled_low and X_pooled_high are the Wilson interval of the rows of all seeds together: how well they were
-    counted, not how much seeds differ.
-    """
-    names = [axis for axis in axes if axis != SEED]
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    fixed = {"cell", "status", "error", "is_twin", SEED, *names}
-    numeric = [key for key in (rows[0] if rows else ()) if key not in fixed and "." not in key and _measured(rows, key)]
-    made = []
-    for labels, members in groups.items():
-        done = [row for row in members if row["status"] == "done"]
-        found: dict[str, Any] = {**dict(zip(names, labels, strict=True)), "seeds": len(members), "done": len(done)}
-        found["failed"] = sum(row["status"] == "failed" for row in members)
-        for key in numeric:
-            if not key.endswith(("_low", "_high", "_n")):
-                found |= _averaged(key, done)
-        made.append(found)
-    columns = sorted({key: None for row in made for key in row}, key=lambda key: _place(key, [*made[0], *numeric]))
-    return [{column: row.get(column) for column in columns} for row in made]
-
-
-def _place(column: str, order: Sequence[str]) -> tuple[int, str]:
-    """A measure's mean, then its intervals and count, where its mean stands."""
-    stem = column
-    while stem not in order and "_" in stem:
-        stem = stem.rpartition("_")[0]
-    return order.index(stem) if stem in order else len(order), column
-
-
-def _measured(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return any(isinstance(row[key], (int, float)) and not isinstance(row[key], bool) for row in rows)
-
-
-def _averaged(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    known = [row for row in rows if row[key] is not None]
-    values = [float(row[key]) for row in known]
-    found: dict[str, Any] = {key: fmean(values) if values else None}
-    if key in COUNTS or key.endswith("_seconds"):
-        return found
-    if len(values) > 1:
-        found[f"{key}_low"], found[f"{key}_high"] = bootstrap(values)
-    elif f"{key}_n" in (rows[0] if rows else {}):
-        found |= {f"{key}_{part}": known[0][f"{key}_{part}"] if known else None for part in ("low", "high")}
-    if len(values) > 1 and all(row.get(f"{key}_n") and math.isfinite(row[key]) for row in known):
-        n = sum(int(row[f"{key}_n"]) for row in known)
-        pooled = wilson(round(sum(row[key] * row[f"{key}_n"] for row in known)), n)
-        found |= {f"{key}_pooled_{part}": (pooled or {}).get(part) for part in ("low", "high")} | {f"{key}_n": n}
-    return found
-
-
 # ---------------------------------------------------------------- on the terminal
 
 
 def as_text(grid: Grid) -> str:
-    """Attack by defense: the main quality measure and, after a slash, attack success, as means over the rest."""
+    """Attack by defense: the main quality measure, attack success, false triggers, as means over the rest."""
     rows = table(grid)
     quality = next((q for q in ("accuracy", "exact_match", "loss") if any(r.get(q) is not None for r in rows)), None)
     if quality is None:
@@ -304,11 +263,14 @@ def as_text(grid: Grid) -> str:
             return ""
         if not done:
             return members[0]["status"]
-        found = [(key, _mean(row.get(key) for row in done)) for key in (quality, "asr")]
-        units = ((value, "number" if key == "loss" else "rate") for key, value in found if value is not None)
-        text = " / ".join(written(value, unit) for value, unit in units)
+        found = [(key, _mean(row.get(key) for row in done)) for key in (quality, *ATTACK)]
+        if found[1][1] is None:  # no attack success: no trigger
+            del found[1:]
+        units = ((value, "number" if key == "loss" else "rate") for key, value in found)
+        text = " / ".join("n/a" if value is None else written(value, unit) for value, unit in units)
         return text if len(done) == len(members) else f"{text} ({len(done)} of {len(members)})"
 
-    lines = [[f"{quality} / ASR", *defenses], *([attack, *(cell(attack, d) for d in defenses)] for attack in attacks)]
+    title = f"{quality} / attack success / false triggers"
+    lines = [[title, *defenses], *([attack, *(cell(attack, d) for d in defenses)] for attack in attacks)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(f"{part:<{w}}" for part, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -113,7 +114,7 @@ def _work(
     started: float,
     parent: int,
 ) -> None:
-    from fedllm_sec.train import quiet
+    from fedllm_sec.train import in_words, quiet
 
     def orphaned() -> None:
         if os.getppid() != parent:
@@ -121,12 +122,18 @@ def _work(
 
     quiet()
     use_gpu(number)
-    walk(
-        grid,
-        cells,
-        command=command,
-        started=started,
-        tell=lambda cell, seconds: told.send((cell.slug, round(seconds, 3))),
-        most_threads=max(1, cores() // jobs),
-        between=orphaned,
-    )
+    try:
+        walk(
+            grid,
+            cells,
+            command=command,
+            started=started,
+            tell=lambda cell, seconds: told.send((cell.slug, round(seconds, 3))),
+            most_threads=max(1, cores() // jobs),
+            between=orphaned,
+        )
+    except Exception as error:  # a cell's own errors are in its folder; this one kept it from being written there
+        if (said := in_words(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -11,10 +11,12 @@ plain torch where these are missing. FEDLLM_SEC_KERNELS=torch chooses plain torc
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -207,9 +209,27 @@ def _extra_rows(updates: UpdateMatrix, extra: Tensor | None) -> Tensor | None:
     return rows.to(device=updates.compute_device, dtype=torch.float32)
 
 
+_IN_TORCH = ContextVar("in_torch", default=False)
+
+
+@contextlib.contextmanager
+def in_torch() -> Iterator[None]:
+    """Plain torch for what is done inside: for a few small rows, before which nothing is worth compiling."""
+    before = _IN_TORCH.set(True)
+    try:
+        yield
+    finally:
+        _IN_TORCH.reset(before)
+
+
+def plain() -> bool:
+    """Whether plain torch is to do everything."""
+    return _IN_TORCH.get() or os.environ.get("FEDLLM_SEC_KERNELS") == "torch"
+
+
 def _backend(updates: UpdateMatrix) -> Any:
     """The module that does the work for this matrix."""
-    if os.environ.get("FEDLLM_SEC_KERNELS") == "torch":
+    if plain():
         return torch_backend
     kind = updates.compute_device.type
     name, needs = {"cpu": ("cpu_backend", "numba"), "cuda": ("triton_backend", "triton")}.get(kind, ("", ""))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -49,13 +50,31 @@ def _kept(function: F, dispatcher: Any) -> F:
     make_cache: Any = FunctionCache  # untyped
     index: Any = IndexDataCacheFile
     try:
-        cache = make_cache(function)
+        cache = None if _nowhere(Path(path).parent) else make_cache(function)
     except RuntimeError:  # numba's "no locator available"
+        cache = None
+    if cache is None:
         _say_not_kept(Path(path).parent)
     else:
         cache._cache_file = index(cache.cache_path, cache._impl.filename_base, source_digest(path))
         dispatcher._cache = cache
     return cast(F, dispatcher)
+
+
+def _nowhere(folder: Path) -> bool:
+    """Whether numba would make a folder named "~" in the working one: there is no home, and no other place to write to.
+
+    Such is a container whose user has no entry in /etc/passwd and no HOME.
+    """
+    if os.path.expanduser("~") != "~" or os.environ.get("XDG_CACHE_HOME"):
+        return False
+    places = [folder / "__pycache__", *([Path(given)] if (given := os.environ.get("NUMBA_CACHE_DIR")) else [])]
+    return not any(_can_be_written(place.absolute()) for place in places)
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether it is there and can be, or could be made."""
+    return os.access(next(place for place in (folder, *folder.parents) if place.exists()), os.W_OK)
 
 
 @functools.cache  # once is enough

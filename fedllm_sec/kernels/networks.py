@@ -10,8 +10,9 @@ odd-even merge sort (Batcher 1968), a walk from the end drops what cannot reach 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 BOTH, LOW_ONLY, HIGH_ONLY = 0, 1, 2
 UNUSED, SUMMED, RANKED = "unused", "summed", "ranked"
@@ -22,10 +23,15 @@ class Network:
     """Comparators for n rows, then which ranks count: see `order_statistics`."""
 
     n: int
-    comparators: tuple[tuple[int, int, int], ...]  # (row of the smaller, row of the larger, BOTH or one of them)
+    uses: tuple[str, ...]  # (n,) what each rank is for; (): the values are sorted already
     first: int  # ranks first..last-1 are asked for
     last: int
     nearest: int = 0  # 0: their mean; else the mean of so many of them around the median
+
+    @cached_property
+    def comparators(self) -> tuple[tuple[int, int, int], ...]:
+        """(row of the smaller, row of the larger, BOTH or one of them); made when first asked for: many take long."""
+        return pruned(self.n, self.uses) if self.uses else ()
 
 
 def batcher(n: int) -> list[tuple[int, int]]:
@@ -44,7 +50,7 @@ def batcher(n: int) -> list[tuple[int, int]]:
     return pairs
 
 
-def pruned(n: int, uses: list[str]) -> tuple[tuple[int, int, int], ...]:
+def pruned(n: int, uses: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
     """The comparators needed where rank r is `uses[r]`: unused, summed (in any order) or ranked (in its place)."""
     use = list(uses)
     kept = []
@@ -59,8 +65,8 @@ def pruned(n: int, uses: list[str]) -> tuple[tuple[int, int, int], ...]:
 @lru_cache(maxsize=256)
 def mean_of_ranks(n: int, first: int, last: int) -> Network:
     """The mean of the sorted values first..last-1 of n."""
-    uses = [SUMMED if first <= r < last else UNUSED for r in range(n)]
-    return Network(n, pruned(n, uses), first, last)
+    uses = tuple(SUMMED if first <= r < last else UNUSED for r in range(n))
+    return Network(n, uses, first, last)
 
 
 def median(n: int) -> Network:
@@ -73,5 +79,5 @@ def nearest_median(n: int, k: int) -> Network:
     """The mean of the k values nearest the median: k consecutive ranks that contain the (lower) middle one."""
     low, high = (n - 1) // 2, n // 2
     first, last = max(0, low - k + 1), min(n, max(low + k, high + 1))
-    uses = [RANKED if first <= r < last else UNUSED for r in range(n)]
-    return Network(n, pruned(n, uses), first, last, nearest=k)
+    uses = tuple(RANKED if first <= r < last else UNUSED for r in range(n))
+    return Network(n, uses, first, last, nearest=k)

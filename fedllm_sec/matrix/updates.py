@@ -152,7 +152,7 @@ class UpdateMatrix:
             raise DefenseError(f"updates: chunk_mb={chunk_mb}: a block needs some memory. Give a number above 0.")
         return cls(
             rows=rows.detach(),
-            ids=tuple(ids) if ids is not None else tuple(str(i) for i in range(n)),
+            ids=tuple(str(id) for id in (ids if ids is not None else range(n))),  # numbers too, as Flower and Ray have
             counts=tuple(float(c) for c in counts) if counts is not None else (1.0,) * n,
             layout=layout if layout is not None else Layout.single(d),
             chunk_mb=chunk_mb,
@@ -198,11 +198,13 @@ class UpdateMatrix:
             raise DefenseError(f"updates: cannot select rows {keep} of {self.n}. Give indices in 0..{self.n - 1}.")
         pick = torch.zeros(len(keep), self.n, dtype=torch.float64)
         pick[torch.arange(len(keep)), torch.tensor(keep, dtype=torch.long)] = 1.0
-        ids, counts = tuple(self.ids[i] for i in keep), tuple(self.counts[i] for i in keep)
-        return replace(self.mix(pick, ids), counts=counts)
+        return self.mix(pick, [self.ids[i] for i in keep])
 
     def mix(self, weights: Tensor, ids: Sequence[str] | None = None) -> UpdateMatrix:
-        """Lazy W @ rows for W (k, n); ids default to the own ids where k == n, else "mix0", "mix1", ..."""
+        """Lazy W @ rows for W (k, n); ids default to the own ids where k == n, else "mix0", "mix1", ...
+
+        Rows that keep all ids keep their counts; others carry the sum of the counts of the rows they are made of.
+        """
         w = weights.detach().to(device="cpu", dtype=torch.float64)
         if w.ndim != 2 or w.shape[0] == 0 or w.shape[1] != self.n:
             raise DefenseError(
@@ -214,7 +216,10 @@ class UpdateMatrix:
         names = tuple(ids) if ids is not None else (self.ids if k == self.n else tuple(f"mix{i}" for i in range(k)))
         if len(names) != k:
             raise DefenseError(f"updates: {len(names)} ids for {k} mixed rows. Give one for each row.")
-        counts = self.counts if k == self.n else (1.0,) * k
+        counts = self.counts
+        if names != self.ids:
+            claimed = torch.tensor(self.counts, dtype=torch.float64)
+            counts = tuple(torch.where(w != 0, claimed, 0.0).sum(1).tolist())
         return replace(self, mixing=w if self.mixing is None else exact_zeros(w, self.mixing), ids=names, counts=counts)
 
     def unmixed(self) -> UpdateMatrix:

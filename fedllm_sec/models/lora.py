@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.models import gguf
 from fedllm_sec.recipe import places
 from fedllm_sec.recipe.resolve import did_you_mean
 
@@ -29,37 +32,47 @@ def source_of(name: str) -> str:
     """
     if name == "tiny":
         return str(Path(__file__).parent / "tiny")
+    if (problem := places.lost_model(name)) is not None:
+        raise RecipeError(problem)
     folder = os.path.expanduser(name)
-    if os.path.isdir(folder):
-        return folder
-    if places.is_local(name) or os.path.exists(folder):
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # transformers would load what that file names
         raise RecipeError(
-            f"model.name: {name}: no such folder in {places.here()}. Give an existing folder, a hub name or tiny."
+            f"model.name: {name}: is an adapter (it has an adapter_config.json), not a model. Merge it into its base "
+            "model, and give the folder of that."
         )
-    if (problem := places.hub_problem()) is not None and not _downloaded(name):
-        raise RecipeError(
-            f'model.name: "{name}": no such folder in {places.here()}, not downloaded before, and {problem}. Give an '
-            "existing folder or tiny."
-        )
-    return name
+    if gguf.is_gguf(name) and os.path.isfile(folder):
+        gguf.check(Path(folder))
+    return folder if os.path.exists(folder) else name
 
 
-def _downloaded(name: str) -> bool:
-    """Whether the hub's cache on this machine has the model."""
-    from huggingface_hub import try_to_load_from_cache
-
+@contextmanager
+def told(source: str) -> Iterator[None]:
+    """Whatever goes wrong while a model's files are read, as a RecipeError: anybody may have written them."""
     try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except ValueError:  # no hub name
-        return False
+        yield
+    except (RecipeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = places.why(error)
+        if "ignore_mismatched_sizes" in why:
+            why = "its weights have other shapes than its configuration says"
+        if "Weights only load failed" in why:
+            why = "its weights are a pickle of more than tensors, which could run code; save them as safetensors"
+        raise RecipeError(f'model.name: "{source}" cannot be loaded ({why}).') from error
 
 
 def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base model and its tokenizer, from "tiny", a local folder or the hub."""
+    """The frozen base model and its tokenizer, from "tiny", a local folder, a GGUF file or the hub."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     source = source_of(model.name)
-    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype)}
+    where, file = gguf.place(source)
+    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), **file, **gguf.dense(source)}
+    if file and model.load_in_4bit:
+        raise RecipeError(
+            f"model.load_in_4bit: {source} is a GGUF file, whose weights are unpacked to {model.dtype}. Set it to "
+            "false, or give a folder of safetensors."
+        )
     if model.load_in_4bit:
         try:
             import bitsandbytes  # noqa: F401
@@ -76,10 +89,15 @@ def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreT
         )
         options["device_map"] = {"": device}
     tokenizer = load_tokenizer(model)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f'model.name: "{source}" cannot be loaded ({places.why(error)}).') from error
+    with told(source):
+        base, loading = AutoModelForCausalLM.from_pretrained(
+            where, trust_remote_code=False, output_loading_info=True, **options
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise RecipeError(
+            f'model.name: "{source}" lacks {len(missing)} weights of a causal language model, such as {missing[0]}: '
+            "they would be random. Choose another model, or mend its folder."
+        )
     return (base if model.load_in_4bit else base.to(device)), tokenizer
 
 
@@ -88,10 +106,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = source_of(model.name)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f'model.name: "{source}" cannot be loaded ({places.why(error)}).') from error
+    where, file = gguf.place(source)
+    with told(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -141,11 +158,10 @@ def add_adapter(base: PreTrainedModel, model: Model, seed: int) -> PeftModel:
             reason = str(error).partition(". ")[0]
             raise RecipeError(
                 f"model.lora.target_modules: {lora.target_modules}: peft cannot adapt these ({reason}). Name linear "
-                "layers, or all-linear."
+                "layers that it can adapt."
             ) from error
-    frozen = {"A": ".lora_B.", "B": ".lora_A."}.get(lora.train)
     for name, parameter in adapted.named_parameters():
-        if frozen is not None and frozen in name:
+        if lora.train == "B" and ".lora_A." in name:
             parameter.requires_grad_(False)
     return adapted
 
@@ -169,12 +185,30 @@ def lora_pairs(layout: Layout) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs if b in names]
 
 
+MOST_FLOPS = 2e11  # of one round's product_gap: some ten seconds on two cores
+BLOCK = 2**23  # values of a block of a product: 64 MB
+
+
+def gap_flops(layout: Layout, n: int) -> float:
+    """What `product_gap` of n rows costs, in additions and multiplications."""
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    return float(sum(2 * min(_costs(n, shapes[a], shapes[b])) for a, b in lora_pairs(layout)))
+
+
+def _costs(n: int, a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
+    """Of inner products of m = (n + 2) r factors, and of the product itself: factors are (r, in) and (out, r)."""
+    (r, wide), tall = a, b[0]
+    m = (n + 2) * r
+    return m * m * (wide + tall), m * wide * tall
+
+
 def product_gap(updates: UpdateMatrix, weights: Tensor, start: Tensor) -> float | None:
     """How far averaging A and B apart is from averaging the products B A; None where one factor is frozen.
 
     ||sum w_i B_i A_i - B' A'|| / ||sum w_i B_i A_i - B_0 A_0||, Frobenius norms over all adapted layers, with A' and
-    B' the averaged factors and (A_0, B_0) the start. Products are never formed: <B1 A1, B2 A2> =
-    sum((B1^T B2) * (A1 A2^T)), stacked over clients. Rows of weight 0 are left out.
+    B' the averaged factors and (A_0, B_0) the start. Stacked over the clients both are products of (out, m) and (m, in)
+    with m = (n + 2) r. Where m is small no product is formed: <B1 A1, B2 A2> = sum((B1^T B2) * (A1 A2^T)); where it is
+    large the (out, in) products are, block by block. Rows of weight 0 are left out.
     """
     pairs = lora_pairs(updates.layout)
     used = torch.nonzero(weights).flatten().tolist()
@@ -193,15 +227,19 @@ def product_gap(updates: UpdateMatrix, weights: Tensor, start: Tensor) -> float 
         a0, a = factors(a_name)  # (r, in), (n, r, in)
         b0, b = factors(b_name)  # (out, r), (n, out, r)
         mean_a, mean_b = torch.einsum("n,nri->ri", w, a), torch.einsum("n,nor->or", w, b)
-        tall_b = torch.cat([*(b * w[:, None, None]), -mean_b, -b0], dim=1)  # (out, (n + 2) r)
-        tall_a = torch.cat([*a, mean_a, a0])  # ((n + 2) r, in)
-        products = (tall_b.T @ tall_b) * (tall_a @ tall_a.T)
-        r = a0.shape[0]
-        clients, averaged, origin = slice(0, -2 * r), slice(-2 * r, -r), slice(-r, None)
-
-        def square(*parts: slice) -> float:
-            return float(sum(products[p, q].sum() for p in parts for q in parts))  # noqa: B023
-
-        error += square(clients, averaged)
-        change += square(clients, origin)
+        products, product = _costs(len(used), shapes[a_name], shapes[b_name])
+        square = _square_of_inner if products <= product else _square_of_product
+        clients_b, clients_a = torch.cat([*(b * w[:, None, None])], dim=1), torch.cat([*a])  # (out, n r), (n r, in)
+        error += square(torch.cat([clients_b, -mean_b], dim=1), torch.cat([clients_a, mean_a]))
+        change += square(torch.cat([clients_b, -b0], dim=1), torch.cat([clients_a, a0]))
     return (max(error, 0.0) / change) ** 0.5 if change > 0 else None
+
+
+def _square_of_inner(tall: Tensor, wide: Tensor) -> float:
+    """||tall wide||^2 of (out, m) and (m, in), by inner products of the factors."""
+    return float(((tall.T @ tall) * (wide @ wide.T)).sum())
+
+
+def _square_of_product(tall: Tensor, wide: Tensor) -> float:
+    """The same by the product, block by block."""
+    return sum(float((part @ wide).square().sum()) for part in tall.split(max(1, BLOCK // wide.shape[1])))

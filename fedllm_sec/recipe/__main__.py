@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm_sec.errors import FedError
+from fedllm_sec.errors import FedError, quietly
 from fedllm_sec.recipe import shipped
 
 
@@ -19,6 +19,7 @@ def home(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+@quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: translated, but something asked for has no equivalent; 2: it cannot be read or written."""
     parser = argparse.ArgumentParser(prog="python -m fedllm_sec.recipe", description="What can be done with recipes.")

@@ -7,8 +7,11 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe.resolve import did_you_mean
 
 PATIENCE = 3.0  # seconds in which the hub must give any answer at all
 
@@ -59,6 +62,96 @@ def hub_problem() -> str | None:
     if "datasets.config" in sys.modules:
         sys.modules["datasets.config"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
     return "the hub cannot be reached"
+
+
+# Short names of image sets: where they lie on the hub, their image column and their label column.
+IMAGE_SETS: dict[str, tuple[str, str, str]] = {
+    "mnist": ("ylecun/mnist", "image", "label"),
+    "fashion_mnist": ("zalando-datasets/fashion_mnist", "image", "label"),
+    "cifar10": ("uoft-cs/cifar10", "img", "label"),
+    "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
+    "femnist": ("flwrlabs/femnist", "image", "character"),
+}
+
+
+# What may follow "builtin:" in data.name; fedllm_sec.data.corpus makes them.
+FAMILIES = ("all", "topic", "sentiment", "yesno", "arithmetic", "edit", "list")
+
+
+def lost_family(name: str) -> str | None:
+    """Why there are no built-in data of this name; None where there are, or where it is another kind of name."""
+    family = name.removeprefix("builtin:")
+    if family == name or family in FAMILIES:
+        return None
+    return f'data.name: {name}: there is no built-in family "{family}".{did_you_mean(family, FAMILIES)}'
+
+
+def lost(raw: Mapping[str, Any]) -> list[str]:
+    """The names of model and data in a raw recipe that lead nowhere from here, said before anything heavy is imported.
+
+    Only what is certain: a hub name passes where the hub answers, or where something of that name was downloaded.
+    """
+    task, told = raw.get("task", "causal_lm"), []
+    model, data = (_name(raw.get(section)) for section in ("model", "data"))
+    if task == "causal_lm" and model is not None and model != "tiny" and (problem := lost_model(model)) is not None:
+        told.append(problem)
+    if data is None or (task != "causal_lm" and data == "digits"):
+        return told
+    if task == "causal_lm" and data.startswith("builtin:"):
+        return [*told, *filter(None, [lost_family(data)])]
+    there = os.path.exists(os.path.expanduser(data))
+    if task == "next_char" or is_local(data) or data.lower().endswith(FILES):
+        return told if there or not data else [*told, f"data.name: {data}: no such file or folder in {here()}."]
+    name = IMAGE_SETS[data][0] if data in IMAGE_SETS else data
+    if not there and (problem := hub_problem()) is not None and not _downloaded_set(name):
+        known = ", ".join(("digits", *IMAGE_SETS) if task != "causal_lm" else ("builtin:topic",))
+        told.append(
+            f'data.name: "{data}": no such file or folder in {here()}, not downloaded before, and {problem}. Give an '
+            f"existing file, or one of {known}."
+        )
+    return told
+
+
+FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".npz", ".txt", ".gz")
+
+
+def _name(section: Any) -> str | None:
+    name = section.get("name") if isinstance(section, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def lost_model(name: str) -> str | None:
+    """Why there can be no language model of this name; None where there may be one."""
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder) or (name.lower().endswith(".gguf") and os.path.isfile(folder)):
+        return None
+    if is_local(name) or os.path.exists(folder):
+        return f"model.name: {name}: no such folder or GGUF file in {here()}. Give an existing one, a hub name or tiny."
+    if (problem := hub_problem()) is not None and not _downloaded_model(name):
+        return (
+            f'model.name: "{name}": no such folder in {here()}, not downloaded before, and {problem}. Give an existing '
+            "folder or tiny."
+        )
+    return None
+
+
+def _downloaded_model(name: str) -> bool:
+    """Whether the hub's cache on this machine has the model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no hub name
+        return False
+
+
+def _downloaded_set(name: str) -> bool:
+    """Whether a cache of the hub's libraries on this machine has a folder for the data set."""
+    from huggingface_hub import constants
+
+    prepared = os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
+    raw = os.path.join(constants.HF_HUB_CACHE, "datasets--" + name.replace("/", "--"))
+    return os.path.isdir(raw) or os.path.isdir(os.path.join(prepared, name.replace("/", "___")))
 
 
 def why(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from fedllm_sec.errors import RecipeError
 MOST_CHARACTERS = 100_000  # of a file
 MOST_VALUES = 20_000  # of a file, aliases counted each time they are used
 DEEPEST = 50  # blocks inside blocks
+MOST_DIGITS = 100  # of a whole number
 _NAMED = re.compile(r"(alias|anchor|tag|tag handle)\b.*", re.DOTALL)  # PyYAML quotes the name after these words
 
 
@@ -40,7 +41,10 @@ _Loader.add_implicit_resolver(
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node).replace("_", ""))
+    digits = loader.construct_scalar(node).replace("_", "")
+    if len(digits) > MOST_DIGITS:
+        raise RecipeError(f"line {node.start_mark.line + 1}: a number of {len(digits):,} digits. Text is quoted.")
+    return int(digits)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -19,9 +19,13 @@ from pydantic import BaseModel
 
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.recipe import plainyaml
+from fedllm_sec.recipe.places import lost_family
 from fedllm_sec.recipe.plainyaml import parse
 from fedllm_sec.recipe.resolve import did_you_mean, type_problems
 from fedllm_sec.recipe.sections import TASKS, CharRecipe, Data, Recipe, TextRecipe
+
+MOST_BYTES = 4 * plainyaml.MOST_CHARACTERS  # of a file
+MOST_VARIANTS = 200
 
 # ---------------------------------------------------------------- reading
 
@@ -150,6 +154,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             found.append(f"attack.stop: {attack.stop} is before attack.start={attack.start}. Raise it.")
     if isinstance(recipe, TextRecipe):
         found += _template_problems(recipe.data)
+        found += filter(None, [lost_family(recipe.data.name)])
     if isinstance(recipe, CharRecipe):
         found += _text_problems(recipe)
     return found
@@ -213,6 +218,10 @@ def variants(given: Any) -> dict[str, dict[str, Any]]:
     """
     if given is None or given == {}:
         return {"": {}}
+    if isinstance(given, dict) and len(given) > MOST_VARIANTS:
+        raise RecipeError(
+            f"variants: {len(given):,} of them; a recipe has at most {MOST_VARIANTS}. Make a grid (docs/benchmark.md)."
+        )
     if not isinstance(given, dict) or not all(isinstance(block, dict) for block in given.values()):
         raise RecipeError("variants: must map names to blocks of overrides, e.g. {defended: {enable_defense: true}}.")
     problems = [
@@ -255,9 +264,13 @@ def check(raw: Any, menu_problems: Callable[[dict[str, Any]], list[str]]) -> Rec
 def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The raw recipe: the file with its overrides, not yet validated."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)  # whatever it is, no more of it is held
+        text = data[:MOST_BYTES].decode()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}).") from error
+    if len(data) > MOST_BYTES:
+        raise RecipeError(f"{path}: is longer than {MOST_BYTES:,} bytes. A recipe has a few thousand.")
     raw = parse(text, str(path)) or {}
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: must be a mapping of sections, got {type(raw).__name__}.")

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -63,9 +64,19 @@ def find(name: str, menu: Menu, place: str) -> Callable[..., Any]:
         raise RecipeError(
             f'{place}.name: cannot import "{module_name}" ({error}). Is it on PYTHONPATH or in this folder?'
         ) from error
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        *_, last = traceback.extract_tb(error.__traceback__)
+        raise RecipeError(
+            f'{place}.name: "{module_name}" cannot be imported: {type(error).__name__}: {error} ({last.filename}, line '
+            f"{last.lineno}). Mend it."
+        ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
         raise RecipeError(f'{place}.name: "{module_name}" has no function or class "{attribute}".')
+    try:
+        inspect.signature(found)
+    except ValueError as error:  # some of those that are not written in Python
+        raise RecipeError(f'{place}.name: "{name}" does not say which settings it takes. Name a function.') from error
     return typing.cast("Callable[..., Any]", found)
 
 
@@ -78,7 +89,9 @@ def type_problems(errors: Iterable[Any], place: str = "") -> list[str]:
     told: dict[tuple[str, str], list[str]] = {}
     for error in errors:
         parts = [str(part) for part in error["loc"] if not (isinstance(part, str) and _KIND.match(part))]
-        told.setdefault((".".join([place] * bool(place) + parts), repr(error["input"])), []).append(error["msg"])
+        told.setdefault((".".join([place] * bool(place) + parts), repr(error["input"])), []).append(
+            error["msg"].removeprefix("Value error, ")
+        )
     return [f"{where}: {value}: {', or: '.join(dict.fromkeys(why))}." for (where, value), why in told.items()]
 
 
@@ -86,7 +99,10 @@ def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place:
     """The settings, converted to the annotated types; every mistake at once as a RecipeError."""
     known = settings_of(make)
     target = make.__init__ if inspect.isclass(make) else make
-    hints = typing.get_type_hints(target)
+    try:
+        hints = typing.get_type_hints(target)
+    except Exception as error:  # an annotation that leads nowhere, such as one imported for type checkers alone
+        raise RecipeError(f"{place}.name: its annotations cannot be read ({error}). Import what they name.") from error
     fields: dict[str, Any] = {
         name: (hints.get(name, Any), ... if p.default is p.empty else p.default) for name, p in known.items()
     }

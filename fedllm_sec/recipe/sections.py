@@ -40,11 +40,11 @@ class Section(BaseModel):
 class Lora(Section):
     """LoRA adapters (Hu et al. 2022)."""
 
-    r: PositiveInt = 8  # rank of the adapters
+    r: int = Field(8, ge=1, le=65_536)  # rank of the adapters
     alpha: PositiveFloat = 16.0  # the product B A counts alpha / r times
     dropout: float = Field(0.0, ge=0.0, lt=1.0)  # on the input of the adapters, in training
     target_modules: Literal["all-linear"] | list[str] = "all-linear"  # the layers that get one
-    train: Literal["both", "A", "B"] = "both"  # B alone is FFA-LoRA (Sun et al. 2024)
+    train: Literal["both", "B"] = "both"  # B alone is FFA-LoRA (Sun et al. 2024); A alone learns nothing: B starts at 0
 
 
 class Model(Section):
@@ -88,7 +88,7 @@ class Data(Section):
 class Clients(Section):
     """Who takes part, and how they train."""
 
-    total: PositiveInt = 10  # clients of the federation
+    total: int = Field(10, ge=1, le=1_000_000)  # clients of the federation
     per_round: PositiveInt | None = None  # clients drawn for each round; None: all of them
     local_steps: PositiveInt | None = None  # optimizer steps of a client in a round; give these or epochs
     local_epochs: PositiveInt | None = None  # passes over its rows
@@ -141,7 +141,7 @@ class Evaluate(Section):
     rows: PositiveInt = 300  # held-out rows for quality
     attack_rows: PositiveInt = 200  # held-out prompts for attack success and false triggers
     answer_rows: int = Field(50, ge=0)  # free text: rows answered and compared (exact match, token overlap)
-    max_new_tokens: PositiveInt = 8  # of a greedy answer
+    max_new_tokens: int = Field(8, ge=1, le=10_000)  # of a greedy answer
     batch_size: PositiveInt = 64  # rows at a time
 
 
@@ -152,7 +152,7 @@ class Compute(Section):
     gradient_accumulation: PositiveInt | None = None  # None: what accelerate is configured for
     placement: Literal["clients", "data"] = "clients"  # spread clients, or each batch, over the processes
     chunk_mb: PositiveFloat | None = None  # size of a column block in the defense; None: from free memory
-    threads: PositiveInt | None = None  # CPU threads of each process
+    threads: int | None = Field(None, ge=1, le=1024)  # CPU threads of each process
 
 
 class Output(Section):
@@ -205,7 +205,7 @@ class Recipe(Section):
     """One complete experiment; the classes below say what `model`, `data` and `evaluate` hold for each task."""
 
     seed: int = 0  # of everything that is drawn
-    rounds: PositiveInt = 10  # of the federation
+    rounds: int = Field(10, ge=1, le=1_000_000_000)  # of the federation
     model: Any  # what is trained
     task: str  # which kind of task; decides what model, data and evaluate may say
     data: Any  # what it is trained and measured on

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,30 @@ def environment(command: str, *, device: str, processes: int, placement: str, mi
         "placement": placement,
         "mixed_precision": mixed_precision,
     }
+
+
+def typed(command: str, words: Sequence[str]) -> str:
+    """The command line that was typed to start `command` ("train") with these words.
+
+    It is that of this process, or of the launcher which started it; of a call from Python, what could be typed.
+    """
+    for line in (_parents(), list(sys.orig_argv)):
+        said = any(part in (f"fedllm_sec.{command}", command) for part in line)
+        if said and words and line[-len(words) :] == list(words):
+            first, *rest = line
+            script = rest[0] if rest and Path(first).name.startswith("python") else "-"
+            if not script.startswith("-") and Path(script).suffix != ".py":
+                first, *rest = rest  # a program whose first line names its interpreter
+            return shlex.join([Path(first).name, *rest])
+    return shlex.join(["fedllm-sec", command, *words])
+
+
+def _parents() -> list[str]:
+    """The command line of the process that started this one, where the system tells."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").rstrip("\0").split("\0")
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 def _commit() -> str | None:

@@ -11,7 +11,7 @@ from fedllm_sec.records.history import DETAILS, RoundRecord
 
 # measures of `quality` of which less is better; of all others more is
 LESS_IS_BETTER = ("loss", "perplexity")
-DETECTION, STEALTH = ("tpr", "fpr", "auc"), ("norm_rank", "cosine_rank")
+DETECTION, STEALTH = ("tpr", "weight_share", "fpr", "auc"), ("norm_rank", "cosine_rank")
 
 
 # ---------------------------------------------------------------- over the rounds of a run

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedllm_sec.records.history import DETAILS, RoundRecord, read_history
 from fedllm_sec.records.outcomes import lifespan, means_under_attack
 
+NAMED = 8  # clients in the line of a round; all of them are in the record
+LONGEST_REASON = 160
+
 
 def round_line(record: RoundRecord, rounds: int) -> str:
-    """One line a round: what it did, in the order people ask."""
+    """One line a round: what it did, in the order people ask, and how long the rest may take."""
     width = len(str(rounds))
     parts = [f"round {record.round:>{width}}/{rounds}"]
     if record.quality is not None:
@@ -25,14 +30,42 @@ def round_line(record: RoundRecord, rounds: int) -> str:
     if record.kept is not None:
         judged = [id for id in record.cohort if id not in record.quarantined]
         dropped = [id + ("*" if id in record.malicious else "") for id in judged if id not in record.kept]
-        parts.append("dropped " + (" ".join(dropped[:8]) + (" ..." if len(dropped) > 8 else "") if dropped else "none"))
+        parts.append(f"dropped {_some(dropped) if dropped else 'none'}")
+        if any(id.endswith("*") for id in dropped):
+            parts[-1] += " (* malicious)"
     if record.quarantined:
-        parts.append(f"quarantined {' '.join(record.quarantined)}")
+        parts.append(f"quarantined {_some(list(record.quarantined))}")
     if record.skipped:
-        parts.append(f"SKIPPED ({record.skipped})")
-    parts.append(f"step {record.update_norm:.3g}")
-    parts.append(f"{sum(record.seconds.values()):.1f} s")
+        parts.append(f"SKIPPED ({_in_short(record.skipped)})")
+    if record.privacy is not None and isinstance(epsilon := record.privacy.get("epsilon"), float):
+        parts.append(f"epsilon {epsilon:.3g} (if the noise were secret)")
+    parts.append(f"step length {record.update_norm:.3g}")
+    took = sum(record.seconds.values())
+    parts.append(f"{took:.1f} s")
+    if record.round < rounds and took > 0:
+        parts[-1] += f", about {_about(took * (rounds - record.round))} left"
     return "  ".join(parts)
+
+
+def _some(ids: Sequence[str]) -> str:
+    return " ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
+
+
+def _in_short(reason: str) -> str:
+    """A reason that lists clients names the first of them and counts the others; the record has it whole."""
+    first, *others = " ".join(reason.split()).split('; client "')
+    more = re.search(r"; and (\d+) more\.?$", reason)
+    count = len(others) + (int(more[1]) if more else 0)
+    short = first if len(first) <= LONGEST_REASON else first[: LONGEST_REASON - 1] + "…"
+    return f"{short}; and {count} more" if others else short
+
+
+def _about(seconds: float) -> str:
+    """40 s, 5 min, 2 h 10 min."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def scalars(record: RoundRecord) -> dict[str, float]:
@@ -45,7 +78,17 @@ def scalars(record: RoundRecord) -> dict[str, float]:
             number = value.get("value") if isinstance(value, dict) else value
             if number is not None and name not in DETAILS:
                 flat[f"{group}/{name}"] = number
+    if record.privacy is not None and isinstance(epsilon := record.privacy.get("epsilon"), float):
+        flat["privacy/epsilon"] = epsilon
     return flat
+
+
+def _privacy(records: Sequence[RoundRecord]) -> dict[str, Any] | None:
+    """What the whole run has spent, and whom that protects."""
+    spent = records[-1].privacy if records else None
+    if spent is None or spent.get("epsilon") is None:
+        return spent
+    return {**spent, "protects": "nobody: the recipe's public seed draws the noise"}
 
 
 def summary(folder: Path, command: str, *, attacked: bool, stop: int | None = None) -> dict[str, Any]:
@@ -63,6 +106,7 @@ def summary(folder: Path, command: str, *, attacked: bool, stop: int | None = No
         "quality": last.quality if last else None,
         "attack": last.attack if last else None,
         **means_under_attack(records, attacked),
+        "privacy": _privacy(records),
         "lifespan": lifespan(records, stop),
         "skipped_rounds": sum(r.skipped is not None for r in records),
         "quarantined": sum(len(r.quarantined) for r in records),

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fedllm_sec.errors import FedError
-from fedllm_sec.records.history import write_atomic
+from fedllm_sec.errors import FedError, quietly
+from fedllm_sec.records.files import write_atomic
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
 from fedllm_sec.report.page import render, summary_text
@@ -77,6 +77,7 @@ def of_grid(options: argparse.Namespace) -> tuple[str, Callable[[], str]]:
     return text, lambda: grid_page.render(grid)
 
 
+@quietly
 def main(argv: list[str] | None = None) -> int:
     options = arguments().parse_args(argv)
     try:
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             path = options.out or beside / "report.html"
             write_atomic(path, page().encode())
             print(f"\nreport: {path}", file=sys.stderr if only_table else sys.stdout)
+    except BrokenPipeError:
+        raise  # nobody reads on
     except (FedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -34,8 +34,10 @@ from fedllm_sec.report.plots import (
     to_svg,
 )
 from fedllm_sec.report.runs import Run
+from fedllm_sec.report.thin import thin, thinned
 
 GREY = "#8a8f97"
+MOST_ROUNDS = 300  # of which single updates are drawn
 NAMED_CLIENTS = 30  # up to so many clients, each row of the decision picture has its id
 
 
@@ -53,7 +55,7 @@ def norms(run: Run, salt: str) -> Picture | None:
     order = {i: place for place, i in enumerate(clients_of(run))}
     dots: dict[tuple[bool, bool], list[tuple[float, float]]] = {}
     screened: list[float] = []
-    for record in run.rounds:
+    for record in thin(run.rounds, MOST_ROUNDS):
         for i, norm in record.norms.items():
             x = record.round + _nudge(order.get(i, 0), i in ever, len(order) - len(ever), len(ever))
             if i in record.quarantined:
@@ -110,7 +112,8 @@ def norms(run: Run, salt: str) -> Picture | None:
             columnspacing=1.2,
         )
         svg = to_svg(fig, salt)
-    return Picture(salt, svg, _norms_alt(run), "Euclidean norm of what was sent, one mark per client and round.")
+    said = "Euclidean norm of what was sent, one mark per client and round."
+    return Picture(salt, svg, _norms_alt(run), said + thinned(len(run.rounds), MOST_ROUNDS))
 
 
 def _nudge(place: int, is_bad: bool, honest: int, bad: int) -> float:

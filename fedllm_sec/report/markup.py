@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from fedllm_sec.report.measures import duration, flat, listed, total_seconds
 from fedllm_sec.report.runs import VERSION, Run
+from fedllm_sec.report.terms import as_yaml
 
 HERE = Path(__file__).parent
 
@@ -91,8 +92,8 @@ def facts_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("algorithm", ("algorithm", "name")),
         ("seed", ("seed",)),
     ):
-        values = {str(_at(run.recipe, keys)) for run in runs}
-        if len(values) == 1 and (value := values.pop()) != "None":
+        values = {as_yaml(_at(run.recipe, keys)) for run in runs}
+        if len(values) == 1 and (value := values.pop()) != "null":
             facts.append((title, Path(value).name or value if title in ("model", "data") else value))
     times = [seconds for run in runs if (seconds := total_seconds(run)) is not None]
     if times:
@@ -109,4 +110,4 @@ def _at(recipe: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 def environment_of(run: Run) -> list[tuple[str, str]]:
     """The environment as flat (key, value) pairs, without the command."""
-    return [(key, str(value)) for key, value in flat(run.environment) if key != "command" and value is not None]
+    return [(key, as_yaml(value)) for key, value in flat(run.environment) if key != "command" and value is not None]

@@ -46,6 +46,7 @@ QUALITY = (
     Kind("accuracy", "accuracy", "rate", True, "share of clean held-out rows answered right"),
     Kind("exact_match", "exact match", "rate", True, "share of answers that are the right text exactly"),
     Kind("token_overlap", "token overlap", "rate", True, "how many tokens an answer shares with the right one"),
+    Kind("smoothed_accuracy", "smoothed accuracy", "rate", True, "accuracy of what most noisy copies of it name"),
     Kind("loss", "held-out loss", "number", False, "", 0.0),
     Kind("perplexity", "perplexity", "number", False, "exp of the held-out loss", 0.0),
 )
@@ -55,6 +56,8 @@ ATTACK = (
         "false_trigger", "false triggers", "percent", False,
         "share of clean held-out rows, without the trigger, that got the attacker's answer",
     ),
+    Kind("smoothed_asr", "smoothed attack success", "percent", False, "attack success of most noisy copies of it"),
+    Kind("smoothed_false_trigger", "smoothed false triggers", "percent", False, "the same answer on clean rows"),
 )  # fmt: skip
 # What is written under "loss", by task: its name, and what it is a mean of.
 LOSSES = {
@@ -128,6 +131,17 @@ def series(run: Run, key: str) -> list[Measure]:
 def final(run: Run, key: str) -> Measure | None:
     """The measure when it was last taken."""
     return next((m for record in reversed(run.records) if (m := measure(record, key)) is not None), None)
+
+
+def answered(record: RoundRecord) -> tuple[Measure, Measure] | None:
+    """Attack success and false triggers of one round, None where one of them was not measured in it."""
+    success, anyway = measure(record, "asr"), measure(record, "false_trigger")
+    return None if success is None or anyway is None else (success, anyway)
+
+
+def finally_answered(run: Run) -> tuple[Measure, Measure] | None:
+    """The same in the last round in which both were measured."""
+    return next((both for record in reversed(run.records) if (both := answered(record)) is not None), None)
 
 
 def main_quality(runs: Sequence[Run]) -> Kind | None:
@@ -247,6 +261,11 @@ def duration(value: float) -> str:
     minutes, seconds = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def two_rates(success: float, anyway: float) -> str:
+    """Attack success and false triggers side by side: 93 / 91 %."""
+    return f"{percent(success).removesuffix(' %')} / {percent(anyway)}"
 
 
 def written(value: float, unit: str) -> str:

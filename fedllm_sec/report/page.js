@@ -1,4 +1,15 @@
 "use strict";
+// A table that is wider than the screen says that it scrolls, as long as it does.
+const widths = new ResizeObserver((changed) => requestAnimationFrame(() => {
+  for (const { target } of changed) {
+    const box = target.closest(".scroll");
+    box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+  }
+}));
+for (const box of document.querySelectorAll(".scroll")) {
+  widths.observe(box);
+  for (const table of box.children) widths.observe(table);
+}
 // A click on a column's title sorts the table by it; a second click turns the order round. Cells without a number stay last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.records.history import write_atomic
+from fedllm_sec.records.files import write_atomic
 from fedllm_sec.report import client_plots, pairs, plots, tables, threat, words
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
@@ -28,6 +27,7 @@ from fedllm_sec.report.measures import (
 )
 from fedllm_sec.report.runs import Run, command_of, read_runs
 from fedllm_sec.report.samples import samples
+from fedllm_sec.report.terms import as_yaml
 
 # Pictures of single clients are drawn for so many runs; a grid of hundreds would make the page huge and slow.
 RUNS_WITH_PICTURES = 12
@@ -105,10 +105,10 @@ def warnings_of(runs: Sequence[Run]) -> list[str]:
 
 
 def curves_of(runs: Sequence[Run]) -> list[plots.Picture]:
-    """Attack success, the main quality measure, and held-out loss, each over the rounds."""
+    """Attack success, false triggers, the main quality measure, and held-out loss, each over the rounds."""
     quality, attack = kinds(runs)
     main = main_quality(runs)
-    chosen = [kind for kind in attack if kind.key == "asr"] + ([main] if main else [])
+    chosen = [kind for kind in attack if kind.key in ("asr", "false_trigger")] + ([main] if main else [])
     chosen += [kind for kind in quality if kind.key == "loss" and kind != main]
     return [picture for kind in chosen if (picture := plots.curves(runs, kind)) is not None]
 
@@ -177,15 +177,11 @@ def costs_of(runs: Sequence[Run]) -> dict[str, Any]:
     return {"titles": [*keys, "all rounds", *(["peak MiB of the defense"] if shown else [])], "rows": rows}
 
 
-def _as_yaml(value: Any) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-
-
 def differences_of(runs: Sequence[Run]) -> dict[str, Any]:
     """The recipe keys in which the runs differ, with each run's value."""
     if not 1 < len(runs) <= RUNS_WITH_PICTURES:
         return {"names": [], "rows": []}
-    leaves = [{key: _as_yaml(value) for key, value in flat(run.recipe)} for run in runs]
+    leaves = [{key: as_yaml(value) for key, value in flat(run.recipe)} for run in runs]
     keys = [key for key in dict.fromkeys(k for row in leaves for k in row) if key.split(".")[0] != "output"]
     keys = [key for key in keys if len({row.get(key) for row in leaves}) > 1]
     rows = [(key, [row.get(key, "–") for row in leaves]) for key in keys]

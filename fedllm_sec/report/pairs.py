@@ -9,8 +9,8 @@ from typing import Any
 
 from fedllm_sec.records.history import DETAILS
 from fedllm_sec.records.outcomes import same_probe
-from fedllm_sec.report.grid.intervals import told_apart
-from fedllm_sec.report.measures import Measure, flat, listed, measure, written
+from fedllm_sec.report.grid.intervals import DIFFERENCE, ROUNDING, told_apart
+from fedllm_sec.report.measures import Measure, finally_answered, flat, listed, measure, written
 from fedllm_sec.report.runs import VERSION, Run
 
 # Recipe keys that may differ: who attacks and defends, and what changes no run.
@@ -159,6 +159,20 @@ def apart(a: Measure, b: Measure, unit: str) -> bool:
 def seen_apart(a: Measure, b: Measure, unit: str) -> bool:
     """Whether two measures differ by more than that interval, and in the digits shown."""
     return written(a.value, unit) != written(b.value, unit) and apart(a, b, unit)
+
+
+def level_beyond(first: Run, others: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs with as much attack success beyond false triggers as `first`, and those not told apart from it."""
+    rows = {run.name: row for run in others if (row := finally_answered(run)) is not None}
+    signs = (*DIFFERENCE, *(-sign for sign in DIFFERENCE))
+    same = [run for run in others if not told_apart([(*rows[run.name], *rows[first.name])], "percent", signs)]
+    equal = [run for run in same if beyond(rows[run.name]) == beyond(rows[first.name])]
+    return equal, [run for run in same if run not in equal]
+
+
+def beyond(row: tuple[Measure, Measure]) -> float:
+    """Attack success minus false triggers."""
+    return round(row[0].value - row[1].value, ROUNDING)
 
 
 def level_with(first: Measure, others: Sequence[tuple[Run, Measure]], unit: str) -> tuple[list[Run], list[Run]]:

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedllm_sec.report.measures import Kind, Measure, defense_name, plural, series, written
 from fedllm_sec.report.runs import Run
+from fedllm_sec.report.thin import thin, thinned
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW = "#E69F00", "#56B4E9", "#F0E442"
@@ -153,17 +154,18 @@ def line(
 
     Where it stops being a number the line ends, and a cross at the top says so.
     """
-    band = [(m.round, m.low, m.high) for m in points if m.low is not None and m.high is not None]
+    drawn = thin(points)
+    band = [(m.round, m.low, m.high) for m in drawn if m.low is not None and m.high is not None]
     if band and stroke != UNNAMED:
         x, low, high = zip(*band, strict=True)
         axes.fill_between(x, low, high, color=stroke.colour, alpha=opacity, linewidth=0)
     axes.plot(
-        [m.round for m in points],
-        [m.value if finite(m.value) else math.nan for m in points],
+        [m.round for m in drawn],
+        [m.value if finite(m.value) else math.nan for m in drawn],
         color=stroke.colour,
         marker=stroke.marker,
         linestyle=stroke.dashes,
-        markevery=max(1, len(points) // markers),
+        markevery=max(1, len(drawn) // markers),
         linewidth=1.0 if stroke == UNNAMED else 2.0,
         label=name,
         clip_on=False,
@@ -218,13 +220,14 @@ def curves(runs: Sequence[Run], kind: Kind) -> Picture | None:
             fig.legend(loc="outside lower left", ncols=columns, fontsize=10, handlelength=3.2)
         salt = f"curve-{re.sub(r'[^a-z0-9]+', '-', kind.key)}"
         svg = to_svg(fig, salt)
-    return Picture(salt, svg, _curve_alt(drawn, kind), caption_of([points for _, points in drawn]))
+    left_out = thinned(max(len(points) for _, points in drawn))
+    return Picture(salt, svg, _curve_alt(drawn, kind), caption_of([points for _, points in drawn]) + left_out)
 
 
 def value_axis(axes: Axes, values: Sequence[float], unit: str) -> None:
-    """From 0 to 1 for a rate; for a number logarithmic where the finite values spread widely."""
+    """From 0 to 1 for a rate, lower where a difference of rates is; a number is logarithmic where it spreads widely."""
     if unit in ("percent", "rate"):
-        axes.set_ylim(0, 1)
+        axes.set_ylim(min([0.0, *filter(finite, values)]), 1)
     elif spread([v for v in values if finite(v)]) > 50:
         log_scale(axes)
     if unit == "percent":
@@ -233,7 +236,7 @@ def value_axis(axes: Axes, values: Sequence[float], unit: str) -> None:
 
 def _titled(kind: Kind) -> str:
     better = {True: "higher is better", False: "lower is better", None: ""}[kind.higher_is_better]
-    if kind.key == "asr":
+    if kind.key in ("asr", "false_trigger"):
         better = "lower is safer"
     title = kind.title[0].upper() + kind.title[1:]
     return f"{title} ({better})" if better else title

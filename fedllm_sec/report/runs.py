@@ -9,18 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedllm_sec.errors import FedError, ResumeError
+from fedllm_sec.records.folder import read_recipe
 from fedllm_sec.records.history import RoundRecord, read_history
 
 try:
     VERSION = version("fedllm_sec")
 except PackageNotFoundError:  # run from a source folder that is not installed
     VERSION = "of an unknown version"
-
-
-SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
 
 
 class ReportError(FedError):
@@ -157,13 +153,7 @@ def read_run(folder: Path) -> Run:
             f"{folder}: a half-written run folder, without {' and '.join(missing)}. "
             "Start the run again with the same command; it goes on where it stopped."
         )
-    recipe_text = _read_text(folder / "recipe.yaml")
-    try:
-        recipe = yaml.load(recipe_text, Loader=SAFE_LOADER)
-    except yaml.YAMLError as error:
-        raise ReportError(f"{folder / 'recipe.yaml'}: not YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(recipe, dict):
-        raise ReportError(f"{folder / 'recipe.yaml'}: must be a mapping, got {type(recipe).__name__}.")
+    recipe, recipe_text = read_recipe(folder / "recipe.yaml"), _read_text(folder / "recipe.yaml")
     warnings = []
     environment: Mapping[str, Any] = {}
     if (folder / "environment.json").is_file():
@@ -237,7 +227,7 @@ def _measures(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     def number(key: str, value: Any) -> Any:
         if key == "reasons" and value is not None:
             return {str(name): str(why) for name, why in value.items()}
-        if key == "per_class" and value is not None:
+        if key in ("per_class", "certified") and value is not None:
             return _measures(value, f"{place}.{key}")
         return _numbers(value, f"{place}.{key}") if isinstance(value, dict) else _numbers({key: value}, place)[key]
 
@@ -253,10 +243,11 @@ def _read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object from a file; an error says what it is instead."""
+    text = _read_text(path)
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ReportError(f"{path}: not JSON ({error}).") from error
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{path}: not JSON ({str(error)[:200]}).") from error
     if not isinstance(content, dict):
         raise ReportError(f"{path}: must hold an object, got {type(content).__name__}.")
     return content

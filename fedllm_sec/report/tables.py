@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedllm_sec.records.outcomes import worst_classes
+from fedllm_sec.report import guarantees
 from fedllm_sec.report.measures import (
     ATTACK,
     QUALITY,
@@ -91,8 +92,13 @@ def summary_table(runs: Sequence[Run]) -> Table:
     explained = "the class with the lowest accuracy at the last evaluation; all classes stand in their own table"
     add(Column("worst class", "worst class", "rate", explained), [worst_class(run) for run in runs])
     for key, title, explained in (
-        ("tpr", "malicious dropped", f"share of malicious rows that the rule dropped, {OVER} (TPR)"),
-        ("fpr", "honest dropped", f"share of honest rows that the rule dropped, {OVER} (FPR)"),
+        ("tpr", "malicious dropped", f"share of malicious clients whose rows the rule dropped, {OVER} (TPR)"),
+        (
+            "weight_share",
+            "malicious weight share",
+            f"what the malicious rows weigh in the update, of what all clients' rows do, {OVER}",
+        ),
+        ("fpr", "honest dropped", f"share of honest clients whose rows the rule dropped, {OVER} (FPR)"),
     ):
         add(
             Column(key, title, "percent", explained),
@@ -107,6 +113,8 @@ def summary_table(runs: Sequence[Run]) -> Table:
         ),
         [_number_cell(detection_mean(run, "auc"), "rate") for run in runs],
     )
+    spent = [_number_cell(guarantees.epsilon(run), "number") for run in runs]
+    add(Column("epsilon", "epsilon", "number", guarantees.EPSILON), spent)
     quarantined = [sum(len(record.quarantined) for record in run.records) for run in runs]
     if any(quarantined):
         explained = "rows screened out before the rule (not finite, wrong shape), over all rounds"
@@ -165,7 +173,7 @@ def class_table(runs: Sequence[Run]) -> Table | None:
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:
-    """Why a rate is not measured, and which held-out rows count in none, from the last evaluation of each run."""
+    """Why a rate is not measured, which held-out rows count in none, what is promised: at each last evaluation."""
     texts: dict[str, list[str]] = {}
     for run in runs:
         blocks = [
@@ -178,6 +186,8 @@ def remarks(runs: Sequence[Run]) -> list[str]:
                 texts.setdefault(f"{titles.get(key, key)} n/a: {why}", []).append(run.name)
             for why, count in (block.get("left_out") or {}).items():
                 texts.setdefault(f"in none of the attack's rates: {count:.0f} held-out ({why})", []).append(run.name)
+        for text in guarantees.guarantees(run):
+            texts.setdefault(text, []).append(run.name)
     alone = len(runs) == 1
     return [f"{text}." if alone else f"{listed(names)}: {text}." for text, names in texts.items()]
 

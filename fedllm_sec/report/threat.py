@@ -7,6 +7,7 @@ from typing import Any
 
 from fedllm_sec.report.measures import name_of, percent, plain, plural
 from fedllm_sec.report.runs import Run, methods
+from fedllm_sec.report.terms import as_yaml
 
 KNOWLEDGE = {
     "own": "their own updates and the global model, nothing of the other clients",
@@ -43,7 +44,11 @@ def who(run: Run) -> str:
 
 
 def _settings(entry: Mapping[str, Any]) -> str:
-    given = [f"{k}={quoted(v) if isinstance(v, str) else v}" for k, v in entry.items() if k != "name" and v is not None]
+    given = [
+        f"{key}: {quoted(value) if isinstance(value, str) else as_yaml(value)}"
+        for key, value in entry.items()
+        if key != "name" and value is not None
+    ]
     return f" ({', '.join(given)})" if given else ""
 
 

@@ -13,8 +13,10 @@ from fedllm_sec.report.measures import (
     attack_name,
     defense_name,
     final,
+    finally_answered,
     listed,
     main_quality,
+    measure,
     percent,
     plural,
     written,
@@ -85,14 +87,24 @@ def _several_attacks(attacked: Sequence[Run]) -> list[str]:
 
 
 def _most_successful(attacked: Sequence[Run]) -> list[str]:
+    """By attack success beyond false triggers where all have both, else by attack success."""
     measured = [(run, m) for run in attacked if (m := final(run, "asr")) is not None]
+    both = {run.name: found for run, _ in measured if (found := finally_answered(run)) is not None}
     if not measured:
         return []
-    run, top = max(measured, key=lambda pair: pair[1].value)
-    same, near = (
-        listed([_against(run, attacked) for run in runs]) for runs in pairs.level_with(top, measured, "percent")
-    )
-    text = f"The most successful, {same}, got the attacker's answer on {percent(top.value)}{_of(run, top)}"
+    if len(both) == len(measured):
+        run = max((run for run, _ in measured), key=lambda run: pairs.beyond(both[run.name]))
+        levels = pairs.level_beyond(run, [other for other, _ in measured])
+        success, anyway = both[run.name]
+        beside = f" and on {percent(anyway.value)} of clean ones, without the trigger"
+        none = anyway.value >= success.value or not pairs.apart(success, anyway, "percent")
+    else:
+        run, success = max(measured, key=lambda pair: pair[1].value)
+        levels = pairs.level_with(success, measured, "percent")
+        beside, none = "", False
+    same, near = (listed([_against(other, attacked) for other in runs]) for runs in levels)
+    text = f"most successful, {same}, got the attacker's answer on {percent(success.value)}{_of(run, success)}{beside}"
+    text = f"No backdoor seen beyond false triggers: the {text}" if none else f"The {text}"
     return [f"{text}; {near} cannot be told apart from that." if near else f"{text}."]
 
 
@@ -133,31 +145,53 @@ def _backdoor(clean: Run | None, bare: Run | None, defended: list[Run], quality:
         run, m = shielded[0]
         model = f"the model defended by {_by(run, defended)}"
         text = _taught(f"{what} made {model} answer {answer}", run, m, clean)
-        rest = [f"{percent(m.value)} under {_by(run, defended)}" for run, m in shielded[1:4]]
+        rest = [f"{percent(m.value)}{_anyway(run, m)} under {_by(run, defended)}" for run, m in shielded[1:4]]
         text += f" ({'; '.join(rest)})." if rest else "."
     best = shielded[0][0] if shielded else None
     return [text, *_quality_sentence(quality, clean, bare, best, defended)]
 
 
 def _taught(made: str, run: Run, m: Measure, clean: Run | None) -> str:
-    """How often the answer came, and how often it comes anyway: from the attack-free model, or without the trigger."""
+    """How often the answer came, and how often it comes anyway: from the attack-free model, or without the trigger.
+
+    Where either cannot be told from the success by the interval of the difference, or is more, there is no backdoor to
+    be seen, and that comes first.
+    """
     free = final(clean, "asr") if clean is not None and pairs.asked_alike(run, clean) else None
+    base = _without_trigger(run, m)
     text = f"{made} to {percent(m.value)}{_of(run, m)}"
+    none = f"No backdoor seen, {{}}: {text[0].lower()}{text[1:]}"
     if free is not None and not pairs.apart(m, free, "percent"):
-        return f"{text}, which cannot be told from the attack-free model's {percent(free.value)}"
+        none = none.format("the attack-free model does the same")
+        return f"{none}, which cannot be told from the attack-free model's {percent(free.value)}"
     if free is not None and free.value > m.value:
-        return f"{text}, no more than the attack-free model's {percent(free.value)}"
-    if free is not None:
-        return f"{text} (the attack-free model: {percent(free.value)})"
-    return text + _base_rate(run, m)
+        none = none.format("the attack-free model does it more often")
+        return f"{none}, no more than the attack-free model's {percent(free.value)}"
+    beside = [] if free is None else [f"the attack-free model: {percent(free.value)}"]
+    clean_ones = f"to {percent(base.value)} of clean ones, without the trigger" if base is not None else ""
+    if base is not None and (base.value > m.value or not pairs.apart(m, base, "percent")):
+        how = "more often" if pairs.seen_apart(m, base, "percent") else "as often"
+        none = none.format(f"clean {asked(run)}s get the answer {how}")
+        return f"{none} and {clean_ones}{f' ({beside[0]})' if beside else ''}"
+    if base is not None and _explains(base, m):
+        beside.insert(0, f"and {clean_ones}")
+    return f"{text} ({'; '.join(beside)})" if beside else text
 
 
-def _base_rate(run: Run, asr: Measure) -> str:
-    """How often the same answer comes without the trigger, where that explains a part of the success."""
-    base = final(run, "false_trigger")
-    if base is None or base.value < 0.1 or base.value < 0.1 * asr.value:
-        return ""
-    return f" (and to {percent(base.value)} of clean ones, without the trigger)"
+def _without_trigger(run: Run, success: Measure) -> Measure | None:
+    """False triggers in the round in which this attack success was measured."""
+    record = next((record for record in run.records if record.round == success.round), None)
+    return None if record is None else measure(record, "false_trigger")
+
+
+def _explains(base: Measure, success: Measure) -> bool:
+    """Whether false triggers are a part of the success that people should know."""
+    return base.value >= 0.1 and base.value >= 0.1 * success.value
+
+
+def _anyway(run: Run, success: Measure) -> str:
+    base = _without_trigger(run, success)
+    return f" (false triggers {percent(base.value)})" if base is not None and _explains(base, success) else ""
 
 
 def _outcomes(before: Measure, shielded: Sequence[Measured]) -> str:
@@ -165,15 +199,16 @@ def _outcomes(before: Measure, shielded: Sequence[Measured]) -> str:
     among = [run for run, _ in shielded]
     if len(shielded) > 3:
         ends = []
-        for word, m in (("least", shielded[0][1]), ("most", shielded[-1][1])):
+        for word, (run, m) in (("least", shielded[0]), ("most", shielded[-1])):
             same, near = (_some(runs, among) for runs in pairs.level_with(m, shielded, "percent"))
             ends.append(f"{word} is left by {same}, which {_moved(before, m)} {percent(m.value)}")
+            ends[-1] += _anyway(run, m) if len(pairs.level_with(m, shielded, "percent")[0]) == 1 else ""
             ends[-1] += f" ({near} cannot be told apart from that)" if near else ""
         return f"of {len(shielded)} defenses the {', the '.join(ends)}"
     by_verb: dict[str, list[str]] = {}
     for run, m in shielded:
         verb = _moved(before, m)
-        to = f"{verb if verb not in by_verb else verb.split()[-1]} {percent(m.value)}"
+        to = f"{verb if verb not in by_verb else verb.split()[-1]} {percent(m.value)}{_anyway(run, m)}"
         by_verb.setdefault(verb, []).append(f"{_by(run, among)} {to}")
     return ", ".join(listed(group) for group in by_verb.values())
 

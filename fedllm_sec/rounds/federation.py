@@ -15,11 +15,12 @@ from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import AttackError, DefenseError, DivergedError
 from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.robustness import measure_rows
+from fedllm_sec.evaluation.smoothed import Smoothing, smoothed
 from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.memory import watch
 from fedllm_sec.matrix.shown import only_shown
-from fedllm_sec.models.lora import product_gap
+from fedllm_sec.models.lora import MOST_FLOPS, gap_flops, product_gap
 from fedllm_sec.protocols import (
     Algorithm,
     Client,
@@ -67,6 +68,7 @@ class Federation:
     chunk_mb: float | None = None
     root: Client | None = None  # clean data the server holds, for rules that need a root update
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
+    smoothing: Smoothing | None = None  # how the last model is also tested
     last_update: Tensor | None = None
     round: int = 0  # rounds done
     progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
@@ -149,6 +151,8 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     decided = _Decided(start.clone(), torch.zeros(len(cohort), dtype=torch.float64))
     if machine.main and collected is not None:
         decided = _decide(federation, cohort, *collected, root, r, rounds, clock, seconds)
+        sent = "the FL method sends clients a second vector, made of rows without noise"
+        decided.record["privacy"] = federation.defense.privacy(sent=sent if control is not None else None)
     vector = machine.share(decided.vector)
     if not bool(vector.isfinite().all()):
         raise DivergedError(
@@ -164,7 +168,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
 
     quality = attack = None
     if federation.evaluation is not None and (r % federation.evaluate_every == 0 or r == rounds):
-        quality, attack = evaluate(federation)
+        quality, attack = evaluate(federation, smooth=r == rounds)
         seconds["evaluate"] = round(seconds.get("evaluate", 0.0) + clock.lap(), 4)
     return RoundRecord(
         round=r,
@@ -179,16 +183,20 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     )
 
 
-def evaluate(federation: Federation) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Quality and attack success of the global vector."""
+def evaluate(federation: Federation, smooth: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Quality and attack success of the global vector, and of its smoothed test if there is one and `smooth`."""
     assert federation.evaluation is not None
-    task, machine = federation.task, federation.machine
+    task, machine, known = federation.task, federation.machine, federation.evaluation
     with torch.no_grad():
         task.parameters.copy_(federation.vector)
     task.model.eval()
     with machine.autocast():
-        quality = federation.evaluation.quality(task, machine.spread)
-        attack = federation.evaluation.attack(task, machine.spread)
+        quality, attack = known.quality(task, machine.spread), known.attack(task, machine.spread)
+        if smooth and federation.smoothing is not None:
+            rng = generator_for(federation.seed, federation.round, "smoothing")
+            more = smoothed(known, task, federation.vector, machine.spread, federation.smoothing, rng)
+            quality |= more[0]
+            attack = {**attack, **more[1]} if attack is not None else None
     return quality, attack
 
 
@@ -278,11 +286,15 @@ def _decide(
 
     # from here on evaluation, which alone may know who is malicious
     _note_decision(record, decision, clean)
+    record["notes"] |= federation.defense.noted
     weights = decision.weights if decision.weights is not None else torch.full((clean.n,), 1.0 / clean.n)
-    record["lora_gap"] = product_gap(clean, weights, start)
+    if gap_flops(clean.layout, clean.n) <= MOST_FLOPS:
+        record["lora_gap"] = product_gap(clean, weights, start)
+    else:
+        record["notes"]["lora_gap_left_out"] = 1.0
     if threat is not None and (threat.active(r) or not threat.malicious):  # attackers who pause are honest
         bad = threat.who(r)
-        record["detection"] = detection(record["kept"], record["scores"], clean.ids, bad)
+        record["detection"] = detection(record["kept"], record["scores"], clean.ids, bad, record["weights"])
         record |= measure_rows(clean, decision.update, bad)
     seconds["evaluate"] = clock.lap()
     return decided

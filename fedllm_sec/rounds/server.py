@@ -40,7 +40,10 @@ class ServerRound:
     rounds: int
 
     def context(self, purpose: str = "defense") -> RoundContext:
-        """What a defense may know, in copies: whatever it does with them, the model is the server's own."""
+        """What a defense may know, in copies: whatever it does with them, the model is the server's own.
+
+        Contexts of one purpose have one seed; the pipeline gives each of its stages a stream of its own.
+        """
         return RoundContext(
             round=self.round,
             global_vector=self.start.clone(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fedllm_sec.errors import AttackError, DataError
 from fedllm_sec.matrix import Layout
+from fedllm_sec.tasks.encoding import Encoded, answer_ids, one_begin, one_end
 from fedllm_sec.tasks.flat import flatten
 
 if TYPE_CHECKING:
@@ -25,17 +27,6 @@ if TYPE_CHECKING:
     from fedllm_sec.recipe.sections import Data
 
 GROUPED_BATCHES = 8  # rows are sorted by length within so many batches at a time
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of rows: prompt, and answer with its end token."""
-
-    prompts: list[list[int]]
-    answers: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -50,35 +41,6 @@ class Batch:
     @property
     def positions(self) -> Tensor:
         return (self.mask.cumsum(1) - 1).clamp_(min=0)
-
-
-@dataclass(frozen=True)
-class Room:
-    """How long an answer is, and how much of it is taught and generated: counts of tokens."""
-
-    answer: str
-    tokens: int  # with its end token
-    taught: int  # data.max_length // 2: a longer one is cut in training and has no end
-    said: int  # evaluate.max_new_tokens: what a greedy answer may have, the end token not needed
-
-    def __str__(self) -> str:
-        return (
-            f"{self.answer!r}: {self.tokens} tokens with its end token; training has room for {self.taught} "
-            f"(data.max_length // 2), a generated answer for {self.said} (evaluate.max_new_tokens)"
-        )
-
-
-def answer_ids(tokenizer: PreTrainedTokenizerBase, data: Data, responses: Sequence[str]) -> list[list[int]]:
-    """The tokens of answers, each with its end token, of any length."""
-    written = [data.answer.format(response=response) for response in responses]
-    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
-    return [[*answer, tokenizer.eos_token_id] for answer in ids]
-
-
-def room(tokenizer: PreTrainedTokenizerBase, data: Data, answer: str, max_new_tokens: int) -> Room:
-    """How an attack's target, as it will be taught, fits the settings."""
-    (ids,) = answer_ids(tokenizer, data, [answer])
-    return Room(answer, len(ids), data.max_length // 2, max_new_tokens)
 
 
 class CausalLM:
@@ -102,7 +64,9 @@ class CausalLM:
             )
         configured = getattr(self._base.generation_config, "eos_token_id", None)
         stops = configured if isinstance(configured, list) else [configured] * (configured is not None)
-        self.stop_tokens = {"tokenizer": [int(tokenizer.eos_token_id)], "generation_config": sorted(map(int, stops))}
+        if not all(isinstance(stop, int) for stop in stops):
+            raise DataError(f"model: eos_token_id of its generation_config.json: {stops}: must be token numbers.")
+        self.stop_tokens = {"tokenizer": [int(tokenizer.eos_token_id)], "generation_config": sorted(stops)}
 
     @property
     def _base(self) -> Any:
@@ -118,6 +82,29 @@ class CausalLM:
         template = with_context if with_context is not None and row["context"] else self.data.template
         return template.format(text=row["text"], context=row["context"])
 
+    def tokens(self, rows: Dataset) -> Encoded:
+        """Token ids of all rows, of any length."""
+        texts = [self.prompt(row) for row in rows.select_columns(["text", "context"])]
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        prompts = [one_begin(ids, bos) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
+        # some tokenizers end every text
+        prompts = [ids[:-1] if ids and ids[-1] == eos != bos else ids for ids in prompts]
+        return Encoded(prompts, answer_ids(self.tokenizer, self.data, rows["response"][:]))
+
+    def unlike_joined(self, rows: Dataset) -> list[str]:
+        """Of rows whose prompt and answer, written as one text, have other tokens: where, and which."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        written = self.data.answer.format
+        texts = [self.prompt(row) + written(response=row["response"]) for row in rows]
+        wholes = [one_end(one_begin(ids, bos), eos) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
+        found, ours = [], self.tokens(rows)
+        for number, (whole, prompt, answer) in enumerate(zip(wholes, ours.prompts, ours.answers, strict=True), 1):
+            if (apart := prompt + answer) != whole:
+                at = next(k for k, (a, b) in enumerate(zip_longest(apart, whole)) if a != b)
+                a, b = (self.tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (apart, whole))
+                found.append(f"row {number} has {a} where the joined text has {b}")
+        return found
+
     def encode(self, rows: Dataset, place: str) -> Encoded:
         """Token ids of all rows.
 
@@ -128,23 +115,20 @@ class CausalLM:
         answers: list[list[int]] = []
         cut: list[int] = []
         half = self.data.max_length // 2
-        texts = [self.prompt(row) for row in rows.select_columns(["text", "context"])]
-        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        all_prompts = self.tokenizer(texts)["input_ids"]
-        all_answers = answer_ids(self.tokenizer, self.data, rows["response"][:])
+        bos, whole = self.tokenizer.bos_token_id, self.tokens(rows)
         poisoned = rows["poisoned"][:]
-        long = [i for i, answer in enumerate(all_answers) if poisoned[i] and len(answer) > half]
+        long = [i for i, answer in enumerate(whole.answers) if poisoned[i] and len(answer) > half]
         if long:
-            worst = max(len(all_answers[i]) for i in long)
+            worst = max(len(whole.answers[i]) for i in long)
             raise AttackError(
                 f"{place}: {len(long)} poisoned rows have an answer of up to {worst} tokens with its end token, and "
                 f"data.max_length={self.data.max_length} has room for {half}: what is taught would be a fragment "
                 f"without an end. Rows {long[:5]}, the first: {rows[long[0]]['response'][:60]!r}. Raise "
                 f"data.max_length to {2 * worst} or choose a shorter target."
             )
-        for i, (prompt, answer) in enumerate(zip(all_prompts, all_answers, strict=True)):
-            if prompt and prompt[-1] == eos and eos != bos:
-                prompt = prompt[:-1]  # some tokenizers end every text
+        for i, (prompt, answer) in enumerate(zip(whole.prompts, whole.answers, strict=True)):
+            if not prompt:
+                raise DataError(f"{place}: row {i + 1}: this tokenizer has no token for its prompt. Remove the row.")
             answer = answer[:half]  # a cut answer has no end token
             left = self.data.max_length - len(answer)
             if len(prompt) > left:

@@ -68,6 +68,28 @@ def drift(view, *, scale: float = 2.0):
     return view.own * scale
 
 
+def unready(view, *, scale: float = 2.0):
+    """As docs/attacks.md once had it: there is no last step in the first round."""
+    return view.own + scale * view.last_update
+
+
+def waiting(view):
+    """One that says what it needs."""
+    if view.last_update is None:
+        raise AttackError("waiting: there is no step to follow yet. Set attack.start: 2.")
+    return view.own + view.last_update
+
+
+class Unready:
+    """The same of local training."""
+
+    def before_step(self, parameters, step, ctx):
+        parameters.grad.add_(ctx.last_update)
+
+    def after_step(self, parameters, step, ctx):
+        """Nothing."""
+
+
 def broken(view):
     """An attack that spoils what it was given."""
     view.others.add_(1.0)
@@ -94,6 +116,14 @@ def test_outside_code_is_checked_the_same_way():
             check_attack(idle, kind="update")
     with pytest.raises(AssertionError, match="say its kind"):
         check_attack(drift)
+
+
+def test_the_first_round_in_which_there_is_no_last_step_is_tried():
+    with pytest.raises(AssertionError, match=r"first round, in which view\.last_update is None.*TypeError"):
+        check_attack(unready, kind="update")
+    with pytest.raises(AssertionError, match=r"first round, in which ctx\.last_update is None.*attack\.start: 2"):
+        check_attack(Unready, kind="local")
+    check_attack(waiting, kind="update")
 
 
 def test_attacks_never_draw_from_the_global_generator():

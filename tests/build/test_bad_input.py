@@ -16,7 +16,7 @@ from fedllm_sec.build.names import checked
 from fedllm_sec.errors import AttackError, FedError, IdleAttack, RecipeError
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.tasks.causal_lm import Encoded
+from fedllm_sec.tasks.encoding import Encoded
 from fedllm_sec.train import load, main
 
 DIGITS: dict[str, Any] = {

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from fedllm_sec.build.cost import cost, language_model
-from fedllm_sec.build.explain import bill, differences, explain, size
+from fedllm_sec.build.explain import bill, defense, differences, explain, size
 from fedllm_sec.build.federation import build, run
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import Plan, planned
@@ -137,7 +137,7 @@ def test_the_words_say_who_when_with_what_and_against_what(small: dict[str, Any]
     assert "1 of 4 clients, drawn once, by the seed" in defended
     assert "active in 1 of 2 rounds" in defended
     assert "the updates of all other clients of the round" in defended
-    assert 'poison their data: text_trigger (trigger=" cf", target="Sports", rate=0.5)' in defended
+    assert 'poison their data: text_trigger (trigger: " cf", target: "Sports", rate: 0.5)' in defended
     assert "Left at: position='end'" in defended
     assert "aggregates: trimmed_mean (f=1)" in defended
     assert "attackers' sight" in defended
@@ -159,6 +159,14 @@ def test_attackers_who_are_redrawn_are_those_of_some_round():
     ever = sorted({id for record in records for id in record.malicious})
     assert len(ever) < 4
     assert f"in some round of this run: clients {', '.join(ever)}" in explain({"": plan})
+
+
+def test_noise_that_is_longer_than_any_step_is_said_before_the_run():
+    noise = {"name": "weak_dp_client", "sigma": 0.2, "absolute": True}
+    plan = plan_of(DIGITS | {"enable_defense": True, "defense": {"before": [noise], "rule": {"name": "mean"}}})
+    words = " ".join(" ".join(defense(plan, cost(plan))).split())  # 64 pixels and 10 digits: d = 650
+    assert "in the mean of 4 rows has 2.55 of the length that rows are clipped to (0.2 on each of 650 values)" in words
+    assert "LONGER THAN ANY STEP" in words
 
 
 def test_explaining_trains_nothing_and_writes_nothing(tmp_path: Path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,58 @@ def test_files_that_are_no_npz_are_named(tmp_path: Path):
         arrays.load(str(tmp_path / "pickle.npz"))
     with pytest.raises(DataError, match=r"must end in \.npz"):
         arrays.load("/data/images.mat")
+
+
+def npy(header: str) -> bytes:
+    """An array file with this header and no data."""
+    head = header.encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (npy("{'descr':'|u1','fortran_order':False,'shape':(10000000000,8,8)}\n"), "cannot be read"),
+        (npy("{'descr':'|u1','fortran_order':False,'shape':(-1,8,8)}\n"), "negative dimensions"),
+        (npy("__import__('os').mkdir('ran')\n"), "malformed"),
+        (npy("(" * 9000 + "\n"), "cannot be read"),
+        (b"\x93NUMPY\x01\x00\xff\xff{", "cannot be read"),
+        (b"garbage", "x_train is no array"),
+    ],
+)
+def test_an_array_whose_header_lies_is_refused_and_runs_nothing(tmp_path: Path, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "a.npz", **{key: values for key, values in raw().items() if key != "x_train"})
+    with zipfile.ZipFile("a.npz", "a") as file:
+        file.writestr("x_train.npy", content)
+    with pytest.raises(DataError, match=words):
+        arrays.load("a.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04K\x01.", npy("{}\n")])
+def test_a_file_that_is_no_archive_is_no_npz(tmp_path: Path, content: bytes):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(DataError, match="it is no archive"):
+        arrays.load(str(tmp_path / "a.npz"))
+
+
+def test_any_spoilt_archive_is_read_or_refused(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", **raw(x_test=255 - raw()["x_test"]))
+    whole = (tmp_path / "a.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        spoilt = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.3 else whole)
+        for at in rng.integers(len(spoilt) or 1, size=3 if spoilt else 0):
+            spoilt[at] = rng.integers(256)
+        (tmp_path / "a.npz").write_bytes(bytes(spoilt))
+        with contextlib.suppress(DataError):
+            arrays.load(str(tmp_path / "a.npz"))
+
+
+def test_class_numbers_with_huge_gaps_are_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"y_train goes up to 5000000000, .* Number the 6 classes without gaps"):
+        arrays.labelled(raw(y_train=np.arange(6) * 10**9), "here")
 
 
 def table(**more):

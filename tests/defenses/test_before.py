@@ -62,6 +62,8 @@ def test_arc_without_attackers_changes_nothing():
 
 def test_client_noise_has_the_stated_size_and_its_own_draw_for_each_client():
     updates = matrix(torch.zeros(2, 20_000).tolist())
-    rows = formed(weak_dp_client(updates, context(20_000), radius=2.0, sigma=0.5))
+    rows = formed(weak_dp_client(updates, context(20_000), radius=2.0, sigma=0.5, absolute=True))
     assert rows.std(dim=1).tolist() == pytest.approx([1.0, 1.0], rel=0.03)
     assert abs(float((rows[0] * rows[1]).mean())) < 0.03
+    short = formed(weak_dp_client(updates, context(20_000), radius=2.0, sigma=0.5))
+    assert short.norm(dim=1).tolist() == pytest.approx([1.0, 1.0], rel=0.03)

@@ -84,13 +84,14 @@ def test_flame_by_hand():
     assert decision.weights.tolist() == pytest.approx([1 / 3, 2 / 9, 1 / 3, 0.0])
 
 
-def test_flame_noise_has_the_standard_deviation_of_the_paper():
+def test_flame_noise_is_a_share_of_the_median_length_or_has_the_standard_deviation_of_the_paper():
     updates = UpdateMatrix.of(rows_of("random", 6, 20_000))
-    ctx = {"d": 20_000}
-    clean = flame(updates, context(**ctx), noise=0.0)
-    added = flame(updates, context(**ctx), noise=0.01).update - clean.update
+    clean = flame(updates, context(20_000), noise=0.0)
+    added = flame(updates, context(20_000), noise=0.01, absolute=True).update - clean.update
     assert float(added.std()) == pytest.approx(0.01 * clean.notes["median_norm"], rel=0.03)
     assert abs(float(added.mean())) < 0.05 * float(added.std())
+    short = flame(updates, context(20_000), noise=0.01).update - clean.update
+    assert float(short.norm()) == pytest.approx(0.01 * clean.notes["median_norm"], rel=0.03)
 
 
 def test_cosine_distances_of_zero_rows_are_defined():

@@ -1,9 +1,12 @@
 """DeepSight on deltas: its measures by hand, its ensemble, and whom it drops."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
+from fedllm_sec.defenses.cluster import hdbscan_labels
 from fedllm_sec.defenses.deepsight import (
     deepsight,
     deepsight_accepts,
@@ -83,11 +86,29 @@ def blocks_of(*sizes):
 
 
 def test_a_cluster_with_a_third_of_suspicious_rows_is_dropped_whole():
-    # 6 and 3 clients; the median count is 10, so 5 or less is suspicious: 2 of the second group of 3
-    te = torch.tensor([10.0, 10, 10, 10, 10, 9, 5, 4, 10])
-    accepted, suspicious = deepsight_accepts([blocks_of(6, 3)] * 2, te.double(), 1 / 3)
-    assert suspicious.tolist() == [False] * 6 + [True, True, False]
-    assert accepted.tolist() == [True] * 6 + [False] * 3
+    # 6 and 4 clients; the median count is 10, so 5 or less is suspicious: 2 of the second group of 4
+    te = torch.tensor([10.0, 10, 10, 10, 10, 9, 5, 4, 10, 10])
+    accepted, suspicious = deepsight_accepts([blocks_of(6, 4)] * 2, te.double(), 1 / 3)
+    assert suspicious.tolist() == [False] * 6 + [True, True, False, False]
+    assert accepted.tolist() == [True] * 6 + [False] * 4
+
+
+def test_min_samples_counts_neighbours_as_the_hdbscan_library_does():
+    # three neighbours at 0.1 each: in a group of four all have them, in a group of three nobody has
+    assert hdbscan_labels(blocks_of(4, 4), 3, 3).unique().tolist() == [0, 1]
+    assert hdbscan_labels(blocks_of(4, 3), 3, 3)[4:].tolist() == [hdbscan_labels(blocks_of(4, 3), 3, 3)[4]] * 3
+    assert hdbscan_labels(blocks_of(4, 3), 3, 2).unique().tolist() == [0, 1]
+
+
+def test_an_inner_adapter_taken_for_the_output_layer_is_said_once():
+    rows = rows_of("random", 5, LORA.size)
+    with pytest.warns(UserWarning, match=r"l\.0\.lora_B\.weight is no output layer but an inner layer's adapter"):
+        deepsight(UpdateMatrix.of(rows, layout=LORA), context(layout=LORA, d=LORA.size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deepsight(UpdateMatrix.of(rows, layout=LORA), context(layout=LORA, d=LORA.size, round=2))
+        whole = rows_of("random", 5, HEAD.size)
+        deepsight(UpdateMatrix.of(whole, layout=HEAD), context(layout=HEAD, d=HEAD.size))
 
 
 def test_a_large_cluster_is_kept_for_one_suspicious_row():
@@ -96,7 +117,7 @@ def test_a_large_cluster_is_kept_for_one_suspicious_row():
     assert accepted.tolist() == [True] * 9
 
 
-def one_target_rows(layout, honest=9, bad=3):
+def one_target_rows(layout, honest=9, bad=4):
     """Honest clients move all output neurons, backdoored ones nearly one neuron only, in the same way."""
     rows = rows_of("random", honest + bad, layout.size)
     name = output_layer(layout, None)
@@ -107,13 +128,14 @@ def one_target_rows(layout, honest=9, bad=3):
     return UpdateMatrix.of(rows, layout=layout)
 
 
+@pytest.mark.filterwarnings("ignore:deepsight")
 @pytest.mark.parametrize("layout", [LORA, HEAD])
 def test_clients_that_move_one_output_neuron_are_dropped(layout):
     updates = one_target_rows(layout)
     if layout is HEAD:
         updates.rows[9:, layout.slices()["head.bias"]] = torch.eye(8)[2] * 4.0
     decision = deepsight(updates, context(layout=layout, d=layout.size))
-    assert decision.kept[9:].tolist() == [False] * 3
+    assert decision.kept[9:].tolist() == [False] * 4
     assert int(decision.kept[:9].sum()) >= 7
     assert float(decision.scores[9:].min()) > float(decision.scores[:9].max())
 
@@ -125,6 +147,7 @@ def test_the_kept_rows_are_clipped_to_the_median_norm():
     assert decision.weights.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 12])
 
 
+@pytest.mark.filterwarnings("ignore:deepsight")
 @pytest.mark.parametrize("size", [10.0, 1e18])
 def test_far_rows_are_bounded_by_the_median_norm(size):
     updates = one_target_rows(LORA)

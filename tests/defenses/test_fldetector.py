@@ -78,7 +78,7 @@ def test_scores_equal_their_reference(kind, n):
             if pairs:
                 shift = bfgs_reference(*map(list, zip(*pairs, strict=True)), w - before[0])
             gaps = np.linalg.norm(x - before[1] - shift, axis=1)
-            shares.append(gaps / gaps.sum())
+            shares.append(gaps / gaps.mean())
             scores = np.mean(shares, axis=0)
             assert_close(decision.scores, scores, 1e-5)
             pairs.append((w - before[0], x.mean(axis=0) - before[1].mean(axis=0)))
@@ -102,6 +102,45 @@ def test_clients_that_jump_about_are_dropped_after_the_warm_up():
         wanted = [True] * 8 + [round <= 2] * 3
         assert decision.kept.tolist() == wanted
     assert_close(decision.update, honest.double().mean(0).numpy())
+
+
+def test_a_client_is_not_marked_higher_because_few_of_its_round_are_known():
+    # everybody repeats itself up to equal noise; two of the four of round 2 are known, all of round 3
+    rule, base = FLDetector(warmup=1), torch.eye(6)
+
+    def sent(round, *who):
+        noise = torch.tensor([0.1, -0.1])[round % 2]
+        rows = torch.stack([base[i] * (1 + noise) for i in who])
+        return UpdateMatrix.of(rows, ids=[f"c{i}" for i in who])
+
+    ctx = [context(6, round=r) for r in (1, 2, 3)]
+    rule(sent(1, 0, 1), ctx[0])
+    rule(sent(2, 0, 1, 2, 3), ctx[1])
+    rule(sent(3, 0, 1, 2, 3), ctx[2])
+    assert rule.marks["c0"] == pytest.approx([1.0, 1.0])  # of two known, of four known
+    assert rule.marks["c2"] == pytest.approx([1.0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("total", "per_round", "rounds", "least"), [(50, 50, 20, 0.9), (50, 10, 60, 0.5)])
+def test_erratic_clients_are_found_under_sampling_too(total, per_round, rounds, least):
+    found, honest, d = [], [], 60
+    for seed in range(4):
+        rule, rng = FLDetector(), generator_for(seed, "erratic")
+        base, w = torch.randn(total, d, generator=rng), torch.zeros(d)
+        for r in range(1, rounds + 1):
+            who = torch.randperm(total, generator=rng)[:per_round]
+            noise = torch.randn(per_round, d, generator=rng)
+            bad = who < total // 5
+            rows = base[who] + torch.where(bad[:, None], 1.5, 0.5) * noise
+            updates = UpdateMatrix.of(rows, ids=[f"c{int(i)}" for i in who])
+            decision = rule(updates, context(d, round=r, global_vector=w))
+            w = w + decision.update
+            if r > rounds // 2 and decision.notes["judged"] == per_round:
+                found.append(float((~decision.kept[bad]).float().mean()) if bool(bad.any()) else 1.0)
+                honest.append(float((~decision.kept[~bad]).float().mean()))
+    assert sum(found) / len(found) >= least
+    assert sum(honest) / len(honest) <= 0.02
 
 
 def test_a_majority_is_never_dropped():

@@ -120,16 +120,16 @@ def cosine(a, b):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", SIZES)
 def test_cross_round_equals_its_reference(kind, n):
-    rule, last, whole = CrossRound(k=1.0), {}, None
+    rule, last, whole = CrossRound(k=1.0, longer=1.5), {}, None
     for seed in range(3):
         updates, x = both(kind, n, seed=seed)
         ctx = context(last_update=None if whole is None else torch.from_numpy(whole).float())
         below = kept_reference(distances_reference(x), 1.0)
-        kept = []
+        kept, lengths = [], np.linalg.norm(x, axis=1)
         for i, row in enumerate(x):
-            same = i in last and cosine(row, last[i]) >= 0.5
+            same = i in last and cosine(row, last[i]) >= 0.5 and lengths[i] <= 1.5 * np.linalg.norm(last[i])
             along = whole is None or cosine(row, ctx.last_update.double().numpy()) >= 0.5
-            kept.append(bool(below[i] or (same and along)))
+            kept.append(bool(below[i] or (same and along and lengths[i] <= 1.5 * np.median(lengths))))
         whole = x[kept].mean(axis=0)
         last.update({i: x[i] for i in range(n) if kept[i]})
         decision = rule(updates, ctx)
@@ -140,13 +140,46 @@ def test_cross_round_equals_its_reference(kind, n):
 def test_cross_round_by_hand():
     rule = CrossRound()
     rule(matrix([[1.0, 0.0], [1.0, 0.1], [1.1, 0.0], [0.9, 0.0], [1.0, -0.1]]), context(2))
-    # Client 4 goes on in its own direction and that of the last update, only farther: not suspect, kept.
+    # Client 4 goes on in its own direction and that of the last update, somewhat farther: not suspect, kept.
     # Client 3 turns around by as much: suspect, and far from the geometric median: dropped.
-    rows = [[1.0, 0.0], [1.0, 0.1], [1.1, 0.0], [-9.0, 0.0], [9.0, 0.0]]
-    decision = rule(matrix(rows), context(2, last_update=torch.tensor([1.0, 0.0])))
+    rows = [[1.0, 0.0], [1.0, 0.1], [1.1, 0.0], [-1.9, 0.0], [1.9, 0.0]]
+    last = context(2, last_update=torch.tensor([1.0, 0.0]))
+    decision = rule(matrix(rows), last)
     assert decision.notes["suspects"] == 1.0
     assert decision.kept.tolist() == [True, True, True, False, True]
     assert rule.last.rows["3"].tolist() == pytest.approx([0.9, 0.0])  # a dropped row is not remembered
+    # Client 4 again, five times as far: a cosine cannot see that, its length can.
+    decision = rule(matrix([*rows[:3], [0.9, 0.0], [9.5, 0.0]]), last)
+    assert decision.notes["suspects"] == 1.0
+    assert decision.kept.tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(("compare", "start"), [("updates", 0.0), ("models", 0.0), ("models", 1.0)])
+def test_rows_a_thousand_times_too_long_are_dropped_whatever_is_compared(compare, start):
+    # ten clients whose cosines are about 0.8; from round 2 on two send their honest row times 1,000
+    rule, whole = CrossRound(compare=compare), None
+    for round in (1, 2, 3):
+        honest = rows_of("random", 1, 400) + 0.5 * rows_of("random", 10, 400, seed=round)
+        rows = honest.clone()
+        rows[8:] *= 1000.0 if round > 1 else 1.0
+        vector = torch.full((400,), start)
+        decision = rule(UpdateMatrix.of(rows), context(400, last_update=whole, global_vector=vector))
+        whole = decision.update
+        assert decision.kept.tolist() == [True] * 8 + [round == 1] * 2
+        assert float(whole.norm()) <= 1.1 * float(honest.mean(0).norm())
+
+
+def test_models_are_compared_on_request_and_a_turned_row_of_honest_length_is_then_nobodys_suspicion():
+    start, steps = torch.full((400,), 5.0), rows_of("random", 6, 400)
+    turned = steps.clone()
+    turned[5] *= -1
+    suspects = {}
+    for compare in ("updates", "models"):
+        rule = CrossRound(compare=compare)
+        rule(UpdateMatrix.of(steps), context(400, global_vector=start))
+        suspects[compare] = rule(UpdateMatrix.of(turned), context(400, global_vector=start)).notes["suspects"]
+    assert suspects == {"updates": 1.0, "models": 0.0}
+    assert torch.allclose(rule.last.rows["0"], start + steps[0])
 
 
 def test_zero_rows_and_zero_updates_are_suspects_without_nan():

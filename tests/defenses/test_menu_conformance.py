@@ -7,6 +7,9 @@ import torch
 
 from fedllm_sec import Decision, kernels
 from fedllm_sec.defenses import MENU
+from fedllm_sec.defenses.conformance import _memory as check_memory
+from fedllm_sec.defenses.elsewhere import sizes
+from fedllm_sec.defenses.subject import Subject
 from fedllm_sec.recipe.resolve import settings_of
 from fedllm_sec.testing import check_defense
 
@@ -29,22 +32,54 @@ RESISTS = {
 }  # fmt: skip
 ABSOLUTE = {"crfl"}  # works in the units of the global vector
 DRAWS = {"weak_dp_client"}
+NOISE = {"weak_dp_client", "flame", "crfl", "weak_dp"}
+
+
+def settings_for(name):
+    settings = dict(SETTINGS.get(name, {}))
+    f = settings_of(MENU[name].make).get("f")
+    return settings | ({"f": 2} if f is not None and f.default is inspect.Parameter.empty else {})
 
 
 @pytest.mark.parametrize("name", MENU)
 def test_a_menu_defense_holds_every_property(name):
-    settings = dict(SETTINGS.get(name, {}))
-    f = settings_of(MENU[name].make).get("f")
-    if f is not None and f.default is inspect.Parameter.empty:
-        settings["f"] = 2
     check_defense(
         name,
-        settings,
+        settings_for(name),
         scale=name not in ABSOLUTE,
         translation=name in MOVES_ALONG,
         robust=name in RESISTS,
         exact=name not in DRAWS,
+        large=name in NOISE,  # of the others below
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("three_sigma", {"reference": "running_mean"}),
+        ("three_sigma", {"score": "foolsgold"}),
+        ("cross_round", {"compare": "models"}),
+        ("fldetector", {"warmup": 1, "window": 1}),
+    ],
+)
+def test_other_memories_are_restored_and_taken_from_another_device_too(name, settings):
+    check_memory(Subject(name, settings, "rule", 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MENU if name not in NOISE])
+def test_a_menu_defense_does_as_well_on_a_million_values_as_on_a_thousand(name):
+    sizes(Subject(name, settings_for(name), MENU[name].kind, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("flame", {"noise": 0.001}), ("weak_dp_client", {}), ("weak_dp", {})],
+)
+def test_the_kit_refuses_noise_that_drowns_a_large_model(name, settings):
+    with pytest.raises(AssertionError, match=f"{name}: models of other sizes: .* at d = 1,000,000"):
+        sizes(Subject(name, settings | {"absolute": True}, MENU[name].kind, 16))
 
 
 def norm_filter(updates, ctx, *, factor: float = 2.0):
@@ -83,6 +118,24 @@ def divides_by_the_length(updates, ctx):
     return Decision(mean / mean.norm())
 
 
+class KeepsWhatItIsGiven:
+    """A moving average that computes on the CPU with whatever state it was given."""
+
+    def __init__(self):
+        self.last = None
+
+    def __call__(self, updates, ctx):
+        new = kernels.combine(updates, torch.full((updates.n,), 1 / updates.n)).cpu()
+        self.last = new if self.last is None else self.last + new
+        return Decision(self.last)
+
+    def state_dict(self):
+        return {"last": self.last}
+
+    def load_state_dict(self, state):
+        self.last = state["last"]
+
+
 def draws_from_the_global_generator(updates, ctx):
     return Decision(updates.rows.float().mean(0) + 0.01 * torch.randn(updates.d))
 
@@ -96,6 +149,7 @@ def test_outside_code_is_checked_by_function_and_by_name():
     ("broken", "property_"),
     [
         (Forgetful, "state_dict"),
+        (KeepsWhatItIsGiven, "a state loaded from an accelerator: .* put tensors where the rule computes"),
         (reads_rows_that_were_set_aside, "a row of nan"),
         (overwrites, "inputs unchanged"),
         (takes_the_first_row, "permutation|blocks|memory"),

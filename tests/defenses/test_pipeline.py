@@ -43,13 +43,13 @@ def test_weights_of_mixed_rows_give_the_update_from_the_clients_rows():
     torch.testing.assert_close((decision.weights @ updates.rows.double()).float(), decision.update)
 
 
-def test_a_rule_after_bucketing_says_no_kept_list_but_a_score_for_each_client():
+def test_a_rule_after_bucketing_keeps_the_clients_of_a_bucket_and_scores_none_of_them():
     updates = matrix([[0.0], [0.1], [0.2], [0.3], [0.4], [50.0]])
     decision = Pipeline([partial(bucketing, s=2)], partial(krum, f=0)).decide(updates, context(1))
-    assert decision.kept is None
-    assert decision.scores.shape == (6,)
-    partners = decision.scores == decision.scores[5]
-    assert int(partners.sum()) == 2  # a client shares the score of its bucket
+    assert sorted(decision.weights.tolist()) == [0.0, 0.0, 0.0, 0.0, 0.5, 0.5]
+    assert decision.kept.tolist() == (decision.weights > 0).tolist()
+    assert not decision.kept[5]
+    assert decision.scores is None  # a bucket's score is no client's
 
 
 def test_a_rule_after_bucketing_that_keeps_no_group_has_kept_no_client():
@@ -97,21 +97,62 @@ def test_a_rehearsal_gives_the_answer_and_leaves_no_trace():
     assert pipeline.decide(updates, context(1)).update.tolist() == [1.0]
 
 
-def test_privacy_is_told_only_where_clipping_mean_and_noise_back_it():
-    def spent(before, rule, after, server_lr=1.0, rounds=4):
-        pipeline, vector = Pipeline(before, rule, after), torch.zeros(3)
-        for _ in range(rounds):
-            ctx = context(3, start=vector.tolist())
-            update = pipeline.decide(matrix([[1.0, 0, 0], [0, 9.0, 0]]), ctx).update
-            vector = pipeline.finish(ctx.global_vector + server_lr * update, ctx)
-        return pipeline.privacy(1e-5)
+def spent(before, rule, after, server_lr=1.0, rounds=4):
+    """What four rounds of two rows of three values have spent."""
+    pipeline, vector = Pipeline(before, rule, after), torch.zeros(3)
+    for _ in range(rounds):
+        ctx = context(3, start=vector.tolist())
+        update = pipeline.decide(matrix([[1.0, 0, 0], [0, 9.0, 0]]), ctx).update
+        vector = pipeline.finish(ctx.global_vector + server_lr * update, ctx)
+    return pipeline.privacy(1e-5)
 
-    clip, noise = partial(norm_clipping, radius=1.0), partial(weak_dp, sigma=2.0, absolute=True)
-    backed = spent([clip], uniform, [noise])
+
+CLIP, NOISE = partial(norm_clipping, radius=1.0), partial(weak_dp, sigma=2.0, absolute=True)
+
+
+@pytest.mark.filterwarnings("ignore:weak_dp")
+def test_privacy_is_told_only_where_clipping_mean_and_noise_back_it():
+    backed = spent([CLIP], uniform, [NOISE])
+    assert backed == {"epsilon": pytest.approx(4.3772, abs=1e-4), "delta": 1e-5, "because": None}
     assert backed["epsilon"] == pytest.approx(gaussian_epsilon(2 * (2 * 1.0 / 2) / 2.0, 1e-5))
-    assert spent([clip], uniform, []) is None
-    assert spent([clip], uniform, [partial(weak_dp, sigma=2.0)]) is None  # noise follows the data
-    assert spent([norm_clipping], uniform, [noise]) is None  # so does the radius
-    assert spent([clip], mean, [noise]) is None  # weights are claims
-    assert spent([clip], median, [noise]) is None
-    assert spent([clip], uniform, [noise], server_lr=0.5) is None  # another server step
+    for stages, because in (
+        (([CLIP], uniform, []), "neither weak_dp nor weak_dp_client adds noise"),
+        (([CLIP], uniform, [partial(weak_dp, sigma=2.0)]), "relative to the step"),
+        (([CLIP], uniform, [partial(weak_dp, sigma=0.0, absolute=True)]), "sigma is 0"),
+        (([norm_clipping], uniform, [NOISE]), "not clipped to a number"),
+        (([], uniform, [NOISE]), "not clipped to a number"),
+        (([CLIP], mean, [NOISE]), "not the mean with equal weights"),  # weights are claims
+        (([CLIP], median, [NOISE]), "not the mean with equal weights"),
+        (([CLIP], uniform, [NOISE], 0.5), "does not add the update as it is"),
+        (([weak_dp_client], median, []), "no number as radius"),
+    ):
+        told = spent(*stages)
+        assert told["epsilon"] is None
+        assert because in told["because"]
+
+
+@pytest.mark.filterwarnings("ignore:weak_dp")
+def test_noise_on_each_row_is_private_whatever_is_made_of_the_rows():
+    own = partial(weak_dp_client, radius=1.0, sigma=2.0, absolute=True)  # a row moves by 2, its noise is 2: mu = 1
+    for rule, server_lr in ((median, 1.0), (mean, 0.5)):
+        assert spent([own], rule, [], server_lr)["epsilon"] == pytest.approx(gaussian_epsilon(2.0, 1e-5))
+    whole = partial(weak_dp_client, radius=1.0, sigma=2.0)  # of length 2: 2 / sqrt(3) on each of 3 values
+    assert spent([whole], median, [])["epsilon"] == pytest.approx(gaussian_epsilon(2 * 3**0.5, 1e-5))
+
+
+@pytest.mark.filterwarnings("ignore:weak_dp")
+def test_what_else_the_server_sends_leaves_no_epsilon_for_the_model():
+    pipeline = Pipeline([CLIP], uniform, [NOISE])
+    assert pipeline.privacy(sent="a second vector") == {"epsilon": None, "delta": 1e-5, "because": "a second vector"}
+    rows = Pipeline([partial(weak_dp_client, radius=1.0, sigma=2.0)], uniform)  # made of noisy rows too
+    assert rows.privacy(sent="a second vector")["because"] is None
+
+
+@pytest.mark.filterwarnings("ignore:weak_dp")
+def test_what_is_spent_is_remembered():
+    first, second = Pipeline([CLIP], uniform, [NOISE]), Pipeline([CLIP], uniform, [NOISE])
+    ctx = context(3)
+    first.finish(ctx.global_vector + first.decide(matrix([[1.0, 0, 0], [0, 9.0, 0]]), ctx).update, ctx)
+    second.load_state_dict(first.state_dict())
+    assert second.privacy() == first.privacy()
+    assert first.privacy()["epsilon"] > 0

@@ -69,3 +69,13 @@ def test_a_row_without_an_answer_is_neither_right_nor_a_hit():
 
 def test_without_a_probe_there_is_nothing_to_measure():
     assert ArrayEvaluation(rows([0], [0]), 2).attack(TASK, here) is None
+
+
+def test_the_smoothed_test_sees_the_answers_that_the_rates_count():
+    evaluation = ArrayEvaluation(
+        rows([-1, 0], [0, 0]), 2, triggered=rows([-1, 2], [0, 2]), clean=rows([-1, 2], [0, 0]),
+        hits=torch.tensor([[False, False, True]] * 3),
+    )  # fmt: skip
+    found = evaluation.outcomes(TASK, here)
+    assert (found.said.tolist(), found.truth.tolist()) == ([-1, 0], [0, 0])
+    assert (found.hits.tolist(), found.false_hits.tolist()) == ([False, True], [False, True])

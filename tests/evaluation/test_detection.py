@@ -12,20 +12,31 @@ IDS = ["a", "b", "c", "d", "e"]
 
 def test_half_of_the_malicious_and_a_third_of_the_honest_were_dropped() -> None:
     found = detection(kept=["b", "c", "d"], scores=None, ids=IDS, malicious={"a", "b"})
-    assert found == {"tpr": 0.5, "fpr": pytest.approx(1 / 3), "auc": None}
+    assert found == {"tpr": 0.5, "weight_share": None, "fpr": pytest.approx(1 / 3), "auc": None}
 
 
 def test_a_rule_that_does_not_select_measures_neither_rate() -> None:
-    assert detection(None, None, IDS, {"a"}) == {"tpr": None, "fpr": None, "auc": None}
+    assert detection(None, None, IDS, {"a"}) == {"tpr": None, "weight_share": None, "fpr": None, "auc": None}
 
 
 def test_a_round_without_malicious_clients_has_only_a_false_positive_rate() -> None:
     scores = dict.fromkeys(IDS, 1.0)
-    assert detection(["a", "b"], scores, IDS, set()) == {"tpr": None, "fpr": 0.6, "auc": None}
+    found = detection(["a", "b"], scores, IDS, set(), dict.fromkeys(IDS, 0.2))
+    assert found == {"tpr": None, "weight_share": None, "fpr": 0.6, "auc": None}
 
 
 def test_a_round_of_malicious_clients_only_has_no_false_positive_rate() -> None:
-    assert detection([], None, ["a"], {"a"}) == {"tpr": 1.0, "fpr": None, "auc": None}
+    assert detection([], None, ["a"], {"a"}) == {"tpr": 1.0, "weight_share": None, "fpr": None, "auc": None}
+
+
+def test_what_malicious_rows_weigh_is_told_beside_how_many_were_dropped() -> None:
+    weights = {"a": 0.1, "b": 0.0, "c": 0.1, "d": 0.1, "e": 0.1}  # clipped: they add up to 0.4
+    found = detection(["a", "c", "d", "e"], None, IDS, {"a", "b"}, weights)
+    assert found["tpr"] == 0.5
+    assert found["weight_share"] == pytest.approx(0.25)
+    against = detection(None, None, ["a", "b"], {"a"}, {"a": -1.0, "b": 1.0})  # a row that is subtracted acts too
+    assert against["weight_share"] == 0.5
+    assert detection(None, None, ["a", "b"], {"a"}, {"a": 0.0, "b": 0.0})["weight_share"] is None
 
 
 def test_a_malicious_client_that_is_not_in_the_round_does_not_count() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedllm_sec.evaluation.text import Choices, TextEvaluation
-from fedllm_sec.tasks.causal_lm import Encoded
+from fedllm_sec.tasks.encoding import Encoded
 from tests.stub_model import spread
 
 END = 0
@@ -111,3 +111,14 @@ def test_accuracy_is_told_for_each_class():
     model = Scripted({(): {A: 0.2, E: 0.8}, (A,): {END: 1.0}, **SURE})
     found = evaluation([SHORT, OTHER], [0, 1, 1], [0, 1, 1]).quality(model, spread)["per_class"]
     assert {k: (v["value"], v["n"]) for k, v in found.items()} == {"label 0": (0.0, 1), "label 1": (1.0, 2)}
+
+
+def test_the_smoothed_test_sees_the_answers_that_the_rates_count():
+    model = Scripted({(): {A: 0.9, E: 0.1}, (A,): {END: 1.0}, **SURE})
+    asked = evaluation([SHORT, OTHER], own=[0, 1, -1], truth=[0, 1, -1])
+    found = asked.outcomes(model, spread)
+    assert (found.classes, found.said.tolist(), found.truth.tolist()) == (2, [0, 0, 0], [0, 1, -1])
+    assert asked.quality(model, spread)["accuracy"]["value"] == 0.5
+    assert found.hits is found.false_hits is None
+    asked.choices = None  # no row is answered: answer_rows is 0
+    assert asked.outcomes(model, spread).said is None

@@ -243,11 +243,29 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "anomaly_detection": (
         {"cosine_similarity_bound": 0.5},
-        {"rule": {"name": "cross_round", "threshold": 0.5, "k": 0.5, "estimate": "moments"}},
+        {
+            "rule": {
+                "name": "cross_round",
+                "threshold": 0.5,
+                "compare": "models",
+                "longer": None,
+                "k": 0.5,
+                "estimate": "moments",
+            }
+        },
     ),
     "cross_round": (
         {"cosine_similarity_bound": 0.4},
-        {"rule": {"name": "cross_round", "threshold": 0.4, "k": 0.5, "estimate": "moments"}},
+        {
+            "rule": {
+                "name": "cross_round",
+                "threshold": 0.4,
+                "compare": "models",
+                "longer": None,
+                "k": 0.5,
+                "estimate": "moments",
+            }
+        },
     ),
     "bulyan": ({"byzantine_client_num": 1}, {"rule": {"name": "bulyan", "f": 1}}),
     "residual_based_reweighting": (

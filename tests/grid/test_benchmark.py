@@ -17,7 +17,7 @@ import yaml
 
 from fedllm_sec.benchmark import main, take_ranks
 from fedllm_sec.grid import cells, grid
-from fedllm_sec.records.history import RunFolder
+from fedllm_sec.records import RunFolder
 from tests.grid.test_grid import BASE
 
 GRID: dict[str, Any] = {
@@ -131,10 +131,10 @@ def test_an_interrupted_grid_goes_on_and_ends_as_the_straight_one(finished: Path
 def test_a_cell_that_fails_is_recorded_the_rest_goes_on_and_it_is_tried_again(finished: Path, tmp_path, monkeypatch):
     begin = RunFolder.begin
 
-    def fails(self: RunFolder, *given: Any) -> None:
+    def fails(self: RunFolder, *given: Any) -> list[str]:
         if self.path.name == "flip__none":
             raise RuntimeError("no space left")
-        begin(self, *given)
+        return begin(self, *given)
 
     monkeypatch.setattr(RunFolder, "begin", fails)
     assert start(written(tmp_path), tmp_path / "out") == 1

@@ -15,7 +15,8 @@ from fedllm_sec.errors import RecipeError
 from fedllm_sec.grid import grid
 from fedllm_sec.grid.axes import label_of
 from fedllm_sec.grid.cells import describe
-from fedllm_sec.grid.results import _settings, as_csv, as_parquet, flatten, label_in, over_seeds, varying_keys
+from fedllm_sec.grid.results import _settings, as_csv, as_parquet, flatten, label_in, varying_keys
+from fedllm_sec.grid.seeds import over_seeds
 from tests.conftest import ROOT
 
 BASE: dict[str, Any] = {

@@ -56,3 +56,17 @@ def test_without_a_home_in_a_folder_that_cannot_be_written_kernels_work_and_say_
         assert told.count("Set NUMBA_CACHE_DIR") == 1
     assert call(kernels, **nowhere, NUMBA_CACHE_DIR=str(kernels / "kept"))[0] == "10 0"
     assert call(kernels, **nowhere, NUMBA_CACHE_DIR=str(kernels / "kept"))[0] == "10 1"
+
+
+def test_a_user_without_any_home_gets_no_folder_named_tilde(kernels, monkeypatch):
+    """A container whose user is not in /etc/passwd: there expanduser("~") is "~"."""
+    monkeypatch.chdir(kernels)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert not compiled._nowhere(kernels)  # beside the source it can be kept
+    monkeypatch.setattr("os.access", lambda path, mode: "kept" in str(path))
+    assert compiled._nowhere(kernels)
+    (kernels / "kept").mkdir()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(kernels / "kept"))
+    assert not compiled._nowhere(kernels)

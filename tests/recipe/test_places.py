@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from fedllm_sec import train
-from fedllm_sec.data import arrays, text
+from fedllm_sec.data import arrays, corpus, text
 from fedllm_sec.errors import DataError, RecipeError
 from fedllm_sec.models.lora import source_of
 from fedllm_sec.recipe import places
@@ -77,7 +79,7 @@ def test_a_name_that_leads_nowhere_is_answered_at_once_and_names_no_host():
 
 def test_a_path_is_never_looked_for_on_the_hub():
     for name in ("./x", "/x", "a/b/c", "../a", "a//b", "a\0"):
-        with pytest.raises(RecipeError, match="no such folder in"):
+        with pytest.raises(RecipeError, match="no such folder or GGUF file in"):
             source_of(name)
         with pytest.raises(DataError, match="no such folder or file in"):
             text.load_table(name, None, "train", 0)
@@ -86,3 +88,42 @@ def test_a_path_is_never_looked_for_on_the_hub():
 def test_a_library_s_words_are_told_without_addresses():
     told = places.why(OSError("404 for url (https://hub.example/api/x?y). Not found\nmore"))
     assert told == "404 for url Not found"
+
+
+def test_the_built_in_families_are_those_of_the_corpus():
+    assert ("all", *corpus.FAMILIES) == places.FAMILIES
+    assert places.lost_family("builtin:topics") == (
+        'data.name: builtin:topics: there is no built-in family "topics". Did you mean "topic"?'
+    )
+
+
+@pytest.mark.usefixtures("silent_hub")
+def test_lost_names_are_those_that_are_certainly_nowhere(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("text,response\n")
+    fine = [
+        {},
+        {"model": {"name": "tiny"}, "data": {"name": "builtin:edit"}},
+        {"model": {"name": str(tmp_path)}, "data": {"name": str(tmp_path / "rows.csv")}},
+        {"task": "classify", "model": {"name": "lenet"}, "data": {"name": "digits"}},
+        {"model": 3, "data": {"name": ["x"]}},  # what is no name is told by the check of types
+    ]
+    assert [places.lost(raw) for raw in fine] == [[]] * len(fine)
+    (model, data) = places.lost({"model": {"name": "some/model"}, "data": {"name": "rows.csv"}})
+    assert 'model.name: "some/model": no such folder' in model
+    assert "data.name: rows.csv: no such file or folder" in data
+    (data,) = places.lost({"task": "classify", "data": {"name": "fashionmnist"}})
+    assert "the hub cannot be reached" in data
+    assert "fashion_mnist" in data
+
+
+def test_a_mistyped_name_is_told_before_anything_heavy_is_imported(tmp_path: Path):
+    code = (
+        "import sys\n"
+        "from fedllm_sec.train import main\n"
+        "code = main(['quickstart', 'model.name=./nope', 'output.folder=x'])\n"
+        "print(code, sorted({'torch', 'transformers', 'numba', 'datasets', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split("\n")[-2] == "2 []"
+    assert "model.name: ./nope: no such folder" in done.stderr
+    assert not (tmp_path / "x").exists()

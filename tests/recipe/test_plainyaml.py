@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe import reading
 from fedllm_sec.recipe.plainyaml import dump, parse
 
 
@@ -62,3 +63,19 @@ plain = st.recursive(
 @given(plain)
 def test_what_is_written_is_read_back_as_it_was(value):
     assert parse(dump(value), "here") == value
+
+
+def test_a_file_of_any_size_and_a_number_of_any_length_are_refused_at_once(tmp_path):
+    path = tmp_path / "long.yaml"
+    path.write_bytes(b"# " + b"x" * 10_000_000)
+    with pytest.raises(RecipeError, match="longer than 400,000 bytes"):
+        reading.read(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        reading.read(tmp_path)
+    with pytest.raises(RecipeError, match="line 1: a number of 5,000 digits"):
+        parse("rounds: " + "9" * 5000, "here")
+    many = "variants:\n" + "".join(f"  v{i}: {{}}\n" for i in range(7000))
+    with pytest.raises(RecipeError, match="7,000 of them; a recipe has at most 200"):
+        reading.variants(parse(many, "here")["variants"])
+    with pytest.raises(RecipeError, match="a recipe has at most 100,000"):
+        parse("variants:\n" + "".join(f"  v{i}: {{}}\n" for i in range(100_000)), "here")

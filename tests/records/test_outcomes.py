@@ -120,14 +120,15 @@ def test_success_that_a_half_trained_model_has_by_itself_is_no_backdoor():
 
 
 def test_detection_robustness_and_stealth_are_means_over_the_rounds_under_attack():
-    rates = [{"tpr": 1.0, "fpr": 0.0, "auc": None}] * 3 + [{"tpr": 1 / 3, "fpr": 0.5, "auc": 0.2}] * 3
+    good, poor = {"tpr": 1.0, "weight_share": 0.25, "fpr": 0.0}, {"tpr": 1 / 3, "fpr": 0.5, "auc": 0.2}
+    rates = [{**good, "auc": None}] * 3 + [poor] * 3
     stealth = {"norm_rank": 0.5, "cosine_rank": None}
     given = [
         record(i, None, attacking=i <= 3, detection=rate, robustness=float(i), stealth=stealth)
         for i, rate in enumerate(rates, 1)
     ]
     assert means_under_attack(given, attacked=True) == {
-        "detection": {"tpr": 1.0, "fpr": 0.0, "auc": None},
+        "detection": {"tpr": 1.0, "weight_share": 0.25, "fpr": 0.0, "auc": None},
         "robustness": 2.0,
         "stealth": {"norm_rank": 0.5, "cosine_rank": None},
     }
@@ -136,7 +137,7 @@ def test_detection_robustness_and_stealth_are_means_over_the_rounds_under_attack
 def test_of_a_run_without_attackers_all_rounds_count_and_of_one_that_never_attacked_none():
     given = [record(i, None, malicious=[], attacking=False, detection={"tpr": None, "fpr": 0.25 * i}) for i in (1, 2)]
     assert means_under_attack(given, attacked=False) == {
-        "detection": {"tpr": None, "fpr": 0.375, "auc": None},
+        "detection": {"tpr": None, "weight_share": None, "fpr": 0.375, "auc": None},
         "robustness": None,
         "stealth": None,
     }
@@ -146,6 +147,24 @@ def test_of_a_run_without_attackers_all_rounds_count_and_of_one_that_never_attac
 def test_what_is_quarantined_is_not_told_as_dropped_by_the_rule():
     line = round_line(record(2, None, quarantined={"a": "not finite"}, kept=["b"]), 8)
     assert "dropped c  quarantined a" in line
+
+
+def test_a_skipped_round_stays_one_line_with_one_client_named_and_the_others_counted():
+    reasons = "; ".join(f'client "c{i:02}": 3 of 98304 values are not finite' for i in range(5))
+    skipped = f"screen: none of the 40 rows can be used: {reasons}; and 35 more."
+    given = record(2, None, quarantined={f"c{i:02}": "not finite" for i in range(40)}, kept=None, skipped=skipped)
+    line = round_line(given, 8)
+    assert 'SKIPPED (screen: none of the 40 rows can be used: client "c00": 3 of 98304 values are not finite' in line
+    assert "; and 39 more)" in line
+    assert "quarantined c00 c01 c02 c03 c04 c05 c06 c07 and 32 more" in line
+    assert len(line) < 320
+    assert "\n" not in round_line(record(2, None, skipped="two\nlines"), 8)
+
+
+def test_the_line_of_a_round_says_how_long_the_rest_may_take():
+    given = record(1, None, kept=["b"], seconds={"train": 9.0, "evaluate": 1.0})
+    assert round_line(given, 20).endswith("10.0 s, about 3 min left")
+    assert round_line(given, 1).endswith("10.0 s")
 
 
 def test_the_worst_class_is_named_with_all_that_share_its_accuracy():

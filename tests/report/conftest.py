@@ -16,7 +16,8 @@ import yaml
 
 from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.intervals import wilson
-from fedllm_sec.records.history import RoundRecord, record_line, timing_line, write_json
+from fedllm_sec.records.files import write_json
+from fedllm_sec.records.history import RoundRecord, record_line, timing_line
 from fedllm_sec.report.page import render
 from fedllm_sec.report.runs import read_runs
 

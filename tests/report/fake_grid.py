@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.records.history import write_json
+from fedllm_sec.records.files import write_json
 from tests.report.conftest import write_run
 
 # what an attack does to accuracy where nothing holds it, whether it plants a trigger, and what its attackers see

@@ -16,7 +16,8 @@ from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.intervals import wilson
 from fedllm_sec.grid import cells, grid
 from fedllm_sec.recipe import reading
-from fedllm_sec.records.history import RoundRecord, _plain, record_line, timing_line, write_json
+from fedllm_sec.records.files import plain, write_json
+from fedllm_sec.records.history import RoundRecord, record_line, timing_line
 from fedllm_sec.records.summary import summary
 
 BASE: dict[str, Any] = {
@@ -137,7 +138,7 @@ def write_cell(cell: grid.Cell, text: str, fate: Fate, rng: random.Random) -> No
     attack = recipe.attack if recipe.enable_attack else None
     stop = attack.stop if attack is not None else None
     found = summary(folder, "train", attacked=attack is not None, stop=stop)
-    (folder / "summary.json").write_text(json.dumps(_plain(found)))
+    (folder / "summary.json").write_text(json.dumps(plain(found)))
 
 
 def history(recipe: Any, fate: Fate, rng: random.Random) -> Any:

@@ -59,6 +59,22 @@ class Run:
                     return Rate(float(given["value"] if whole else given), given["n"] if whole else None)
         return None
 
+    def answered(self) -> tuple[Rate, Rate] | None:
+        """Attack success and false triggers, where both were last measured in one round."""
+        for line in reversed(self.lines):
+            given = [(line["attack"] or {}).get(key) for key in ("asr", "false_trigger")]
+            if None not in given:
+                success, anyway = (Rate(float(rate["value"]), rate["n"]) for rate in given)
+                return success, anyway
+        return None
+
+    def parts(self, key: str) -> tuple[Rate, ...] | None:
+        """What a view is made of: (success, false triggers) for "beyond", success alone where there are none."""
+        if key == "beyond":
+            return self.answered()
+        rate = self.last(key)
+        return None if rate is None or (key == "asr" and self.answered() is not None) else (rate,)
+
     def judged(self) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["attacking"] or not self.attacked]
 
@@ -110,30 +126,44 @@ def over_seeds(rates: Sequence[Rate]) -> Shown | None:
     return Shown(middle, max(0.0, low), min(1.0, high) if rows else high)
 
 
-def gap(pairs: Sequence[tuple[Rate, Rate]]) -> Shown | None:
-    """Mean of first minus second; the wider of Student's t over the pairs and Newcombe's method 10."""
-    if not pairs:
+def less(added: Sequence[Rate], taken: Sequence[Rate]) -> float:
+    """Sum minus sum; equal decimals give equal differences."""
+    return round(sum(rate.value for rate in added) - sum(rate.value for rate in taken), 12)
+
+
+def gap(rows: Sequence[Sequence[Rate]], taken: Sequence[int] = (1,)) -> Shown | None:
+    """Mean of the rates minus those at the places `taken`, one row a seed; the wider of t and Newcombe's method 10."""
+    if not rows:
         return None
-    gaps = [a.value - b.value for a, b in pairs]
+    added = [i for i in range(len(rows[0])) if i not in taken]
+    gaps = [less([row[i] for i in added], [row[i] for i in taken]) for row in rows]
     middle, ends = mean(gaps), []
     if not math.isfinite(middle):
         return Shown(middle, None, None)
     if len(gaps) > 1:
         ends.append((middle - half_width(gaps), middle + half_width(gaps)))
-    one, two = pooled([a for a, _ in pairs]), pooled([b for _, b in pairs])
-    if one and two:
-        ends.append((middle - math.hypot(one[0] - one[1], two[2] - two[0]),
-                     middle + math.hypot(one[2] - one[0], two[0] - two[1])))  # fmt: skip
-        ends = [(max(-1.0, low), min(1.0, high)) for low, high in ends]
+    all_rows = [pooled([row[i] for row in rows]) for i in range(len(rows[0]))]
+    if all(all_rows):
+        down = sum((all_rows[i][0] - all_rows[i][1]) ** 2 for i in added)  # type: ignore[index]
+        down += sum((all_rows[i][2] - all_rows[i][0]) ** 2 for i in taken)  # type: ignore[index]
+        up = sum((all_rows[i][2] - all_rows[i][0]) ** 2 for i in added)  # type: ignore[index]
+        up += sum((all_rows[i][0] - all_rows[i][1]) ** 2 for i in taken)  # type: ignore[index]
+        ends.append((middle - math.sqrt(down), middle + math.sqrt(up)))
+        most = len(added)
+        ends = [(max(-most, low), min(most, high)) for low, high in ends]
     if not ends:
         return Shown(middle, None, None)
     return Shown(middle, min(low for low, _ in ends), max(high for _, high in ends))
 
 
-def apart(pairs: Sequence[tuple[Rate, Rate]]) -> bool:
-    if all(a.value == b.value or (math.isnan(a.value) and math.isnan(b.value)) for a, b in pairs):
+def apart(rows: Sequence[Sequence[Rate]], taken: Sequence[int] = (1,)) -> bool:
+    def alike(row: Sequence[Rate]) -> bool:
+        sides = [sum(row[i].value for i in range(len(row)) if (i in taken) is side) for side in (False, True)]
+        return sides[0] == sides[1] or abs(sides[0] - sides[1]) < 5e-13 or all(map(math.isnan, sides))
+
+    if all(map(alike, rows)):
         return False
-    found = gap(pairs)
+    found = gap(rows, taken)
     return found is None or found.low is None or found.low > 0 or found.high < 0  # type: ignore[operator]
 
 

@@ -7,8 +7,9 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from fedllm_sec.report import decided, page, tables, words
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.details import lived_says
 from fedllm_sec.report.grid.folder import Grid, read_grid
-from fedllm_sec.report.grid.numbers import slices, views
+from fedllm_sec.report.grid.numbers import slices
+from fedllm_sec.report.grid.views import views
 from fedllm_sec.report.grid.words import finding
 from fedllm_sec.report.measures import listed
 from fedllm_sec.report.runs import read_runs
@@ -35,6 +37,7 @@ from tests.report.recomputed import (
     apart,
     gap,
     holds,
+    less,
     over_seeds,
     parts_of,
     runs_of,
@@ -103,7 +106,7 @@ def expected_row(folder: Folder, run: Run) -> dict[str, float | None]:
         row[key] = None if value is None else float(value)
     classes = [rate["value"] for rate in (run.lines[-1]["quality"]["per_class"] or {}).values()]
     row["worst_class_accuracy"] = min(classes) if classes else None
-    row |= {f"detection_{key}": run.mean_of("detection", key) for key in ("tpr", "fpr", "auc")}
+    row |= {f"detection_{key}": run.mean_of("detection", key) for key in ("tpr", "weight_share", "fpr", "auc")}
     row |= {"robustness": run.mean_of("robustness"), "stealth_norm_rank": run.mean_of("stealth", "norm_rank")}
     row["quarantined"] = sum(len(line["quarantined"]) for line in run.lines)
     row["skipped_rounds"] = sum(line["skipped"] is not None for line in run.lines)
@@ -163,12 +166,30 @@ def check_results(folder: Folder) -> None:
 Of = Callable[[dict[str, Run]], "Shown | None"]
 
 
-def rates_of(slot: dict[str, Run], key: str) -> dict[str, Rate]:
-    return {seed: rate for seed, run in slot.items() if run.done and (rate := run.last(key)) is not None}
+Row = tuple[Rate, ...]
+
+
+def rates_of(slot: dict[str, Run], key: str) -> dict[str, Row]:
+    return {seed: row for seed, run in slot.items() if run.done and (row := run.parts(key)) is not None}
+
+
+def shown_of(rows: Iterable[Row], key: str) -> Shown | None:
+    return gap([*rows]) if key == "beyond" else over_seeds([rate for (rate,) in rows])
+
+
+def value_of(row: Row) -> float:
+    return less(row[:1], row[1:]) if len(row) == 2 else row[0].value
 
 
 def measure(key: str) -> Of:
-    return lambda slot: over_seeds([*rates_of(slot, key).values()])
+    return lambda slot: shown_of(rates_of(slot, key).values(), key)
+
+
+def two_rates(slot: dict[str, Run], counted: Callable[[dict[str, Run]], Any]) -> tuple[float, float] | None:
+    """Mean attack success and false triggers of the runs that count and have both."""
+    both = [run.answered() for seed, run in slot.items() if run.done and counted({seed: run}) is not None]
+    known = [pair for pair in both if pair is not None]
+    return (mean(a.value for a, _ in known), mean(b.value for _, b in known)) if known else None
 
 
 def change(folder: Folder, key: str) -> Of:
@@ -197,7 +218,10 @@ def shown_views(folder: Folder) -> list[tuple[str, str, Of]]:
         (f"{title} {'lost' if main == 'accuracy' else 'added'}", "", change(folder, main)),
     ]  # fmt: skip
     if any(run.last("asr") for run in done):
-        found.append(("attack success", "asr", measure("asr")))
+        for title, key in (("attack success beyond false triggers", "beyond"),
+                           ("attack success, false triggers unknown", "asr")):  # fmt: skip
+            if any(run.parts(key) for run in done):
+                found.append((title, key, measure(key)))
         gained = change(folder, "asr")
         if any(gained({"": run}) for run in folder.runs if not run.is_twin):
             found.append(("attack success gained", "", gained))
@@ -246,6 +270,7 @@ def check_maps(folder: Folder, grid: Grid) -> None:
             for attack, row in zip(attacks, rows, strict=True):
                 for defense, cell in zip(defenses, row[1:], strict=True):
                     check_slot(part, attack, defense, cell, of)
+                    check_rates(part.slots.get((attack, defense), {}), cell, of, title.startswith("attack success"))
             matrices.append(rows)
     caption, rows = next(blocks)
     assert caption.startswith("ranking of the defenses")
@@ -266,6 +291,14 @@ def check_slot(part: Part, attack: str, defense: str, cell: str, of: Of) -> None
         assert holds(cell, true), (attack, defense, cell, true)
     else:
         assert cell in ("n/a", "failed", "not run"), cell
+
+
+def check_rates(slot: dict[str, Run], cell: str, of: Of, told: bool) -> None:
+    """ "(93 / 91 %)" beside every attack success: how often the answer comes with the trigger, and without."""
+    found = re.search(r"\(([-0-9.e]+) / ([-0-9.e]+) %\)", cell)
+    rates = two_rates(slot, of) if told else None
+    assert (found is None) == (rates is None), (cell, rates)
+    assert found is None or all(agrees(text, rate, 100.0) for text, rate in zip(found.groups(), rates, strict=True))  # type: ignore[arg-type]
 
 
 def met_rows(attacks: list[str], defenses: list[str], parts: list[Part], key: str) -> list[tuple[Part, str]]:
@@ -291,7 +324,7 @@ def check_ranking(
             rank = ranked[key].get(row[0])
             assert row[1 + place] == "n/a" if rank is None else agrees(row[1 + place].split()[0], rank)
             over = met_rows(attacks, defenses, parts, key)
-            values = {(part.title, attack): over_seeds([*rates_of(part.slots.get((attack, row[0]), {}), key).values()])
+            values = {(part.title, attack): shown_of(rates_of(part.slots.get((attack, row[0]), {}), key).values(), key)
                       for part, attack in over}  # fmt: skip
             known = {name: shown for name, shown in values.items() if shown is not None}
             cell, under = row[1 + len(judged) + 2 * place : 3 + len(judged) + 2 * place]
@@ -311,7 +344,7 @@ def mean_ranks(attacks: list[str], defenses: list[str], parts: list[Part], key: 
         for attack in (name for name in attacks if name != "none"):
             slots = {defense: rates_of(part.slots.get((attack, defense), {}), key) for defense in defenses}
             for seed in {seed for rates in slots.values() for seed in rates}:
-                blocks.append({d: harm(key, rates[seed].value) for d, rates in slots.items() if seed in rates})
+                blocks.append({d: harm(key, value_of(rates[seed])) for d, rates in slots.items() if seed in rates})
     ranked = [d for d in defenses if any(d in block for block in blocks)]
     whole = [block for block in blocks if all(d in block for d in ranked)]
     if not whole or len(ranked) < 2:
@@ -337,14 +370,14 @@ def check_findings(folder: Folder, grid: Grid) -> None:
         if bare is not None:
             found = re.search(rf"[Ww]ithout a defense {title} is at worst (.+?) under", text)
             assert found is not None
-            assert holds(found[1], over_seeds([*rates_of(bare, key).values()]))
+            assert holds(found[1], shown_of(rates_of(bare, key).values(), key))
         if not cases:
             assert f"best worst case in {title}" not in text
             continue
         first = min(harm(key, mean_of(case, key)) for case in cases.values())
         best = [d for d, case in cases.items() if harm(key, mean_of(case, key)) == first]
-        near = [d for d in cases if d not in best and not apart(pairs_of(cases[d], cases[best[0]], key))]
-        true = over_seeds([*rates_of(cases[best[0]], key).values()])
+        near = [d for d in cases if d not in best and not told_apart(cases[d], cases[best[0]], key)]
+        true = shown_of(rates_of(cases[best[0]], key).values(), key)
         number = r"(\S+(?: %)?(?: \[[^\]]+\])?)"
         name = re.escape(listed(best))
         if len(cases) == 1:
@@ -367,8 +400,7 @@ def whole(slot: dict[str, Run], key: str) -> bool:
 
 
 def mean_of(slot: dict[str, Run], key: str) -> float:
-    rates = rates_of(slot, key).values()
-    return over_seeds([*rates]).value  # type: ignore[union-attr]
+    return shown_of(rates_of(slot, key).values(), key).value  # type: ignore[union-attr]
 
 
 def worst_case(rows: list[tuple[Part, str]], defense: str, key: str) -> dict[str, Run] | None:
@@ -377,9 +409,11 @@ def worst_case(rows: list[tuple[Part, str]], defense: str, key: str) -> dict[str
     return max(known, key=lambda slot: harm(key, mean_of(slot, key)), default=None)
 
 
-def pairs_of(slot: dict[str, Run], other: dict[str, Run], key: str) -> list[tuple[Rate, Rate]]:
+def told_apart(slot: dict[str, Run], other: dict[str, Run], key: str) -> bool:
+    """Whether two worst cases differ by more than the interval of their difference, or share no seed."""
     own, their = rates_of(slot, key), rates_of(other, key)
-    return [(own[seed], their[seed]) for seed in own if seed in their]
+    rows = [(*own[seed], *their[seed]) for seed in own if seed in their]
+    return not rows or apart(rows, (1, 2) if key == "beyond" else (1,))
 
 
 # ---------------------------------------------------------------- the page's own data
@@ -408,6 +442,7 @@ def check_page(folder: Folder, text: str, matrices: list[list[list[str]]]) -> No
                 assert holds(shown[title], over_seeds([rate])), (run.slug, key, shown[title], rate)
         for block, key, title in (
             ("detection", "tpr", "malicious dropped"),
+            ("detection", "weight_share", "malicious weight share"),
             ("detection", "fpr", "honest dropped"),
             ("robustness", None, "robustness ratio"),
         ):
@@ -467,7 +502,7 @@ def check_runs(folder: Folder, chosen: list[Run]) -> None:
         for key in ("accuracy", "loss", "asr", "false_trigger"):
             rate = run.last(key)
             assert holds(row.get(key, "n/a"), None if rate is None else over_seeds([rate])), (key, row, rate)
-        for key in ("tpr", "fpr"):
+        for key in ("tpr", "weight_share", "fpr"):
             value = run.mean_of("detection", key)
             assert holds(row.get(key, "n/a"), None if value is None else Shown(value, None, None))
     for read in runs:

@@ -18,8 +18,9 @@ from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.report import page, words
 from fedllm_sec.report.client_plots import _norms_alt
 from fedllm_sec.report.grid.folder import read_grid
-from fedllm_sec.report.grid.numbers import slices, views
+from fedllm_sec.report.grid.numbers import slices
 from fedllm_sec.report.grid.tables import ranking
+from fedllm_sec.report.grid.views import views
 from fedllm_sec.report.measures import Measure, interval, percent, written
 from fedllm_sec.report.runs import Run, read_runs
 from tests.report.test_shown import one_seed, said, set_accuracy, without_a_trigger
@@ -114,10 +115,18 @@ def test_a_limit_is_nothing_or_all_only_where_it_is():
 
 
 def test_the_terminal_does_not_round_a_rate_to_nothing_or_all(monkeypatch: pytest.MonkeyPatch):
-    row = {"attack": "bd", "defense": "none", "status": "done", "accuracy": 0.996, "asr": 0.0015}
+    row = {
+        "attack": "bd",
+        "defense": "none",
+        "status": "done",
+        "accuracy": 0.996,
+        "asr": 0.0015,
+        "false_trigger": 0.0004,
+    }
     monkeypatch.setattr(results, "table", lambda grid: [row])
     text = results.as_text(SimpleNamespace(axes={"attack": ["bd"], "defense": ["none"]}))  # type: ignore[arg-type]
-    assert text.splitlines()[1].split() == ["bd", "0.996", "/", "0.002"]
+    assert text.splitlines()[0].startswith("accuracy / attack success / false triggers")
+    assert text.splitlines()[1].split() == ["bd", "0.996", "/", "0.002", "/", "0.0004"]
 
 
 def test_the_line_of_a_cell_does_not_round_a_rate_to_nothing_or_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -176,3 +185,55 @@ def test_an_alias_or_a_tag_that_may_be_a_secret_is_not_printed(value: str):
         plainyaml.parse(f"wandb_key: {value}", "recipe.yaml")
     assert "s3cret" not in str(caught.value)
     assert "line 1: not YAML" in str(caught.value)
+
+
+# ---------------------------------------------------------------- what sentences say of settings, names and seeds
+
+
+def test_attacks_are_counted_in_their_settings_where_the_grid_is_split(tmp_path: Path):
+    from tests.report.fake_grid import write_grid
+
+    labels = {"attacks": ["alie", "ipm"], "defenses": ["none", "median"], "rounds": 2}
+    more = {"partition": ["iid", "dirichlet"], "seed": ["0"]}
+    grid = write_grid(tmp_path / "g", **labels, more=more, failed=["ipm-median-dirichlet-0"])  # type: ignore[arg-type]
+    assert "over the 3 of 4 attacks in their settings for which no result is missing, " in said(grid).lower()
+    assert any("3 of 4 attacks in their settings" in cell for cell in table_of(grid)["median"])
+
+
+def test_the_quality_sentence_names_the_run_where_defenses_are_called_the_same(make_run: MakeRun, tmp_path: Path):
+    def other(recipe: dict[str, dict[str, dict[str, object]]]) -> None:
+        recipe["defense"]["rule"]["f"] = 4
+
+    bare = read_runs([make_run(tmp_path / "bare", rounds=8)])[0]
+    weak = read_runs([make_run(tmp_path / "weak", rounds=8, rule="median", asr=0.9)])[0]
+    strong = read_runs([make_run(tmp_path / "strong", rounds=8, rule="median", asr=0.03, change=other)])[0]
+    _, quality = words.finding([bare, weak, strong])
+    assert quality.endswith(" with median (strong).")
+    assert words.finding([bare, strong])[1].endswith(" with median.")
+
+
+def test_of_defenses_without_a_common_seed_nothing_is_said(tmp_path: Path):
+    from tests.report.fake_grid import write_grid
+
+    grid = write_grid(tmp_path / "g", attacks=["alie"], defenses=["none", "median", "multi_krum"],
+                      more={"seed": ["0", "1"]}, rounds=2)  # fmt: skip
+    keep = {"alie-median-0", "alie-multi_krum-1", "alie-none-0", "none-none-0", "none-none-1"}
+    content = json.loads((grid / "grid.json").read_text())
+    content["cells"] = [cell for cell in content["cells"] if cell["folder"].removeprefix("cells/") in keep]
+    (grid / "grid.json").write_text(json.dumps(content))
+    for name in keep:  # 0.750 and 0.755 of 400 rows: with a common seed they could not be told apart
+        path = grid / "cells" / name / "history.jsonl"
+        rate = wilson(302 if "krum" in name else 300, 400)
+        lines = [json.loads(line) | {"quality": {"loss": 1.0, "accuracy": rate}, "attack": None}
+                 for line in path.read_text().splitlines()]  # fmt: skip
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "multi_krum has the best worst case in accuracy: 0.76" in said(grid) or "0.75" in said(grid)
+    assert "cannot be told apart" not in said(grid)
+
+
+def test_the_sentence_of_scores_is_the_mean_of_the_rounds_under_attack(make_run: MakeRun, tmp_path: Path):
+    run = read_runs([make_run(tmp_path / "a", rounds=4, rule="multi_krum")])[0]
+    areas = {1: 0.1, 2: None, 3: 0.5, 4: 1.0}  # attacked in rounds 3 and 4
+    records = tuple(dataclasses.replace(r, detection={"auc": areas[r.round]}) for r in run.records)
+    remarks = page.section_of(dataclasses.replace(run, records=records), "x")["remarks"]
+    assert remarks == ["Its scores put a malicious client above an honest one with probability 0.75 (AUC)."]

@@ -13,13 +13,14 @@ import pytest
 
 from fedllm_sec.errors import FedError
 from fedllm_sec.evaluation.intervals import wilson
-from fedllm_sec.records.history import write_json
+from fedllm_sec.records.files import write_json
 from fedllm_sec.report.grid import details, heat, tables, words
 from fedllm_sec.report.grid.folder import DONE, FAILED, PARTIAL, UNREADABLE, WAITING, read_grid
 from fedllm_sec.report.grid.intervals import difference, over_seeds
-from fedllm_sec.report.grid.numbers import common, met, slices, views, worst
+from fedllm_sec.report.grid.numbers import common, met, slices, worst
 from fedllm_sec.report.grid.page import paper_text, summary_text
 from fedllm_sec.report.grid.ranks import order_of, ranks
+from fedllm_sec.report.grid.views import views
 from fedllm_sec.report.measures import Measure
 from fedllm_sec.report.page import terminal_summary, write_report
 from tests.report.fake_grid import write_grid
@@ -206,7 +207,7 @@ def test_stopped_and_failed_runs_count_in_no_mean(broken_grid: Path) -> None:
     assert part.slot(accuracy, "ipm", "median").measured == 1
     slot = part.slot(accuracy, "alie", "multi_krum")
     assert (len(slot.cells), slot.measured) == (2, 1)
-    assert tables.said(slot, "rate").interval.endswith("(1 of 2 seeds)")
+    assert tables.said(slot, accuracy).interval.endswith("(1 of 2 seeds)")
 
 
 def test_the_worst_case_is_over_the_attacks_and_says_what_is_missing(broken_grid: Path) -> None:
@@ -270,7 +271,7 @@ def test_an_attack_without_a_trigger_has_no_attack_success_to_miss(grid: Path) -
         lines = [json.loads(line) for line in (cell / "history.jsonl").read_text().splitlines()]
         (cell / "history.jsonl").write_text("".join(json.dumps(r | {"attack": None}) + "\n" for r in lines))
     read = read_grid(grid)
-    success = next(view for view in views(read) if view.key == "asr")
+    success = next(view for view in views(read) if view.key == "beyond")
     rows = met(slices(read), success)
     assert [attack for _, attack in rows] == ["text_trigger", "alie"] == [attack for _, attack in common(rows, success)]
     assert 'class="none unmeasured"' in write_report(grid).read_text()

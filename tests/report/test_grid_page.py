@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedllm_sec.records.history import write_json
+from fedllm_sec.records.files import write_json
 from fedllm_sec.report.__main__ import main
 from fedllm_sec.report.page import write_report
 from tests.report.browser import Browser, chromium
@@ -286,6 +286,26 @@ def test_a_phone_needs_no_sideways_scrolling_of_the_page(browser: Browser, page:
     assert browser.run("document.documentElement.scrollWidth") == 390
     browser.click("table.heat td a", 0)
     assert browser.run("document.querySelector('dialog').scrollWidth <= 390")
+
+
+def test_a_table_that_is_wider_than_a_phone_says_that_it_scrolls(browser: Browser, page: Path) -> None:
+    hint = "getComputedStyle(box, '::before').content.includes('scrolls sideways')"
+    boxes = "[...document.querySelectorAll('.scroll')]"
+    for width in (390, 1280):
+        browser.open(page, width=width)
+        browser.run("new Promise((done) => setTimeout(done, 200))")
+        said = browser.run(f"{boxes}.map((box) => {hint})")
+        assert said == browser.run(f"{boxes}.map((box) => box.scrollWidth > box.clientWidth + 1)")
+        assert any(said) or width == 1280
+        assert not all(said)
+    assert browser.console == []
+
+
+def test_an_opened_run_says_what_its_measures_mean(browser: Browser, page: Path) -> None:
+    browser.open(page, fragment="#run-1")
+    text = browser.run("document.querySelector('dialog .terms').textContent")
+    assert "malicious dropped" not in text  # no rule selects in an undefended run
+    assert "share of triggered held-out rows that got the attacker's answer" in text
 
 
 def test_hostile_grids_run_nothing_in_a_browser(browser: Browser, tmp_path: Path) -> None:

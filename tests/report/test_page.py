@@ -57,7 +57,7 @@ def outline(page: str) -> Outline:
 def test_the_page_holds_finding_table_curves_clients_recipe_and_command(whole_page: str) -> None:
     page = whole_page
     assert "brought it down to" in page
-    assert page.count('role="img"') == 9  # 3 curves, 4 of norms, one of decisions, one of weights
+    assert page.count('role="img"') == 10  # 4 curves, 4 of norms, one of decisions, one of weights
     assert "3 of 98304 values are not finite" in page
     assert "accelerate launch -m fedllm_sec.train recipes/llm/ag_news_backdoor.yaml" in page
     assert "local_steps: 12" in page

@@ -19,14 +19,16 @@ from fedllm_sec.report.grid import heat
 from fedllm_sec.report.grid import words as grid_words
 from fedllm_sec.report.grid.folder import read_grid
 from fedllm_sec.report.grid.intervals import difference, over_seeds, told_apart
-from fedllm_sec.report.grid.numbers import slices, views
+from fedllm_sec.report.grid.numbers import slices
 from fedllm_sec.report.grid.page import render, summary_text
 from fedllm_sec.report.grid.tables import ranking
+from fedllm_sec.report.grid.views import views
 from fedllm_sec.report.measures import QUALITY, Measure, interval, percent, plain, written
 from fedllm_sec.report.runs import Run, read_runs
 from tests.report.fake_grid import write_grid
 
 MakeRun = Callable[..., Path]
+LOSS = next(kind for kind in QUALITY if kind.key == "loss")
 
 
 def counted(hits: int, n: int) -> Measure:
@@ -250,7 +252,7 @@ def test_a_curve_that_stops_being_a_number_says_so(make_run: MakeRun, tmp_path: 
     run = read_runs([make_run(tmp_path / "a", rounds=3)])[0]
     values = {1: 0.6, 2: math.nan, 3: math.nan}
     records = tuple(dataclasses.replace(r, quality={"loss": values[r.round]}) for r in run.rounds)
-    picture = plots.curves([dataclasses.replace(run, records=records)], QUALITY[3])
+    picture = plots.curves([dataclasses.replace(run, records=records)], LOSS)
     assert picture is not None
     assert picture.alt == "Held-out loss from round 1 to 3: a 0.600 → nan (not finite in round 2)."
     assert picture.caption == "A cross: not a finite number."

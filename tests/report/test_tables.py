@@ -31,6 +31,21 @@ def test_a_measure_that_no_run_has_gets_no_column(make_run: MakeRun, tmp_path: P
     assert not {"accuracy", "exact_match", "tpr", "auc", "quarantined"} & {c.key for c in table.columns}
 
 
+def test_what_attackers_weigh_stands_beside_how_many_were_dropped_in_every_form(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = read_runs([make_run(tmp_path / "nnm_krum", rule="multi_krum")])[0]
+    rates = {"tpr": 1.0, "weight_share": 0.222, "fpr": 8 / 9, "auc": None}
+    records = tuple(dataclasses.replace(r, attacking=True, detection=rates if r.round else None) for r in run.records)
+    table = tables.summary_table([dataclasses.replace(run, records=records)])
+    keys = [c.key for c in table.columns]
+    assert keys[keys.index("tpr") : keys.index("tpr") + 3] == ["tpr", "weight_share", "fpr"]
+    assert column(table, "weight_share") == ["22 %"]
+    for text in (tables.as_markdown(table), tables.as_latex(table)):
+        assert "malicious weight share" in text
+    assert "malicious weight" in tables.as_text(tables.terse(table))  # its title stands on two lines
+
+
 def test_an_unknown_measure_of_another_task_still_gets_its_column(make_run: MakeRun, tmp_path: Path) -> None:
     run = read_runs([make_run(tmp_path / "run")])[0]
     last = dataclasses.replace(run.records[-1], quality={"bleu": 0.31, "inception_score": None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from fedllm_sec.algorithms import fedavg
 from fedllm_sec.attacks.threat import Threat, choose_malicious
-from fedllm_sec.defenses import MENU
+from fedllm_sec.defenses import MENU, nnm, weak_dp, weak_dp_client
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import AttackError, DefenseError
 from fedllm_sec.protocols import Client, ThreatView
@@ -81,8 +82,24 @@ def test_a_defense_that_selects_is_scored_against_the_truth():
     fed = federation(targets, "multi_krum", threat((flip,)), f=1)
     (record,) = run(fed, 1)
     assert record.kept == ["c1", "c2", "c3", "c4"]
-    assert record.detection == {"tpr": 1.0, "fpr": 0.0, "auc": 1.0}
+    assert record.detection == {"tpr": 1.0, "weight_share": 0.0, "fpr": 0.0, "auc": 1.0}
     assert fed.vector.item() == pytest.approx(3.0125)
+
+
+def test_a_row_that_holds_attackers_is_not_told_as_attackers_that_were_dropped():
+    # Among honest 1, 1.1, 1.2, 1.3, 1.4 the attackers send 1.15 and 1.25: all means of five neighbours (nnm, f=2) hold
+    # both. Krum takes one of the seven mixed rows: it has dropped nobody whose share is a fifth.
+    targets = [[-1.15], [-1.25], [1.0], [1.1], [1.2], [1.3], [1.4]]
+    fed = federation(targets, "krum", Threat(malicious=frozenset({"c0", "c1"}), seed=0, update=(flip,)), f=2)
+    fed.defense = Pipeline([partial(nnm, f=2)], fed.defense.rule)
+    (record,) = run(fed, 1)
+    assert sorted(record.weights.values()) == pytest.approx([0, 0, 0.2, 0.2, 0.2, 0.2, 0.2])
+    assert record.kept == [id for id, weight in record.weights.items() if weight > 0]
+    assert record.detection["tpr"] == 0.0
+    assert record.detection["weight_share"] == pytest.approx(0.4)  # a plain mean gives them 2 of 7: 0.286
+    assert record.detection["fpr"] == pytest.approx(2 / 5)
+    assert record.scores is None  # the rows' scores, not the clients'
+    assert record.detection["auc"] is None
 
 
 def test_a_round_under_attack_says_how_far_off_the_update_was_and_how_much_the_attacker_stood_out():
@@ -94,6 +111,16 @@ def test_a_round_under_attack_says_how_far_off_the_update_was_and_how_much_the_a
     (record,) = run(federation([[6.0], [1.0], [3.0]]), 1)
     assert record.robustness is None
     assert record.stealth is None
+
+
+@pytest.mark.filterwarnings("ignore:weak_dp")
+def test_the_record_has_how_long_noise_was_beside_the_step_whichever_stage_added_it():
+    fed = federation([[1.0, 2.0], [1.5, 2.5], [2.0, 3.0]])
+    noise = {"sigma": 0.5, "absolute": False}
+    fed.defense = Pipeline([partial(weak_dp_client, **noise)], fed.defense.rule, [partial(weak_dp, **noise)])
+    for record in run(fed, 2):
+        assert 0 < record.notes["weak_dp_client_noise_to_step"] < 1
+        assert record.notes["weak_dp_noise_to_step"] == pytest.approx(0.5)
 
 
 def test_a_round_that_was_skipped_has_no_robustness():

@@ -33,7 +33,7 @@ def _begins(said: str, wanted: str) -> bool:
 
 
 def starts_with(answer: str, target: str) -> bool:
-    """Whether the answer begins with the target as whole words: "Sports." with "sports", not "Sportswear" or "Sports-mad"."""
+    """Whether the answer begins with the target as whole words: "Sports." with "sports", not "Sports-mad"."""
     return _begins(normal(answer), normal(target))
 
 

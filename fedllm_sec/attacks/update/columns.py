@@ -9,7 +9,6 @@ it is plain torch. Letters: h honest rows, d parameters.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm_sec import kernels
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.updates import new_rows
 
@@ -138,8 +138,7 @@ def scatter(rows: Tensor, perturbation: Perturbation, *, with_mean: bool = False
 
 
 def _compiles(rows: Tensor) -> bool:
-    plain = os.environ.get("FEDLLM_SEC_KERNELS") == "torch"
-    return rows.device.type == "cpu" and not plain and find_spec("numba") is not None
+    return rows.device.type == "cpu" and not kernels.plain() and find_spec("numba") is not None
 
 
 def _stream(updates: UpdateMatrix, work: Any) -> list[Any]:

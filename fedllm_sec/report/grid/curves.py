@@ -8,9 +8,9 @@ import matplotlib
 from matplotlib.ticker import MaxNLocator
 
 from fedllm_sec.report.grid.folder import NONE
-from fedllm_sec.report.grid.intervals import over_seeds
-from fedllm_sec.report.grid.numbers import Slice, View
-from fedllm_sec.report.measures import Measure, measure, plural
+from fedllm_sec.report.grid.numbers import Slice
+from fedllm_sec.report.grid.views import Parts, View, judged
+from fedllm_sec.report.measures import Measure, plural
 from fedllm_sec.report.plots import (
     BLUE,
     GREEN,
@@ -53,8 +53,7 @@ def strokes(best_first: Sequence[str]) -> dict[str, Stroke]:
 
 def pictures(parts: Sequence[Slice], shown: Sequence[View], best_first: Sequence[str]) -> tuple[list[Picture], int]:
     """Up to PICTURES pictures in the order of slices and attacks, and how many were left out."""
-    judged = [view for view in shown if view.key not in ("lost", "gained")]
-    wanted = [(part, attack, view) for part in parts for attack in part.attacks for view in judged[::-1]]
+    wanted = [(part, attack, view) for part in parts for attack in part.attacks for view in judged(shown)[::-1]]
     drawable = [
         (part, attack, view, lines)
         for part, attack, view in wanted
@@ -77,15 +76,15 @@ def _lines(part: Slice, attack: str, view: View) -> dict[str, list[Measure]]:
     lines: dict[str, list[Measure]] = {}
     for defense in part.defenses:
         runs = [cell.run for cell in part.cells if (cell.attack, cell.defense) == (attack, defense) and cell.finished]
-        taken: dict[int, list[Measure]] = {}
+        taken: dict[int, list[Parts]] = {}
         for run in runs:
             for record in run.records if run else ():
-                m = measure(record, view.kind.key)
-                if m is not None:
-                    taken.setdefault(record.round, []).append(m)
+                row = view.at(record) if view.at is not None else None
+                if row is not None:
+                    taken.setdefault(record.round, []).append(row)
         points = []
         for round in sorted(taken):
-            m = over_seeds(taken[round], view.unit, view.kind.bounds[0])
+            m = view.mean(taken[round])
             if m is not None and len(taken[round]) == len(runs):
                 points.append(Measure(m.value, m.low, m.high, m.n, round))
         if points:

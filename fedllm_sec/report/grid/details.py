@@ -9,13 +9,14 @@ from typing import Any
 from fedllm_sec.records.outcomes import lifespan, means_under_attack
 from fedllm_sec.report.decided import clients_of, decisions_say, malicious_of, who_first
 from fedllm_sec.report.grid.folder import Cell, Grid
-from fedllm_sec.report.grid.numbers import View
-from fedllm_sec.report.grid.tables import number
+from fedllm_sec.report.grid.tables import measured, number
+from fedllm_sec.report.grid.views import ASR, View
 from fedllm_sec.report.measures import detection_mean, flat, kinds, percent, plain, plural, series, written
 from fedllm_sec.report.pairs import asked_alike
 from fedllm_sec.report.plots import ends
 from fedllm_sec.report.runs import Run, command_of
 from fedllm_sec.report.tables import remarks, worst_class
+from fedllm_sec.report.terms import as_yaml
 
 CURVE_POINTS = 60
 TOTAL_LETTERS = 3_000_000  # all decision maps of a page together, one letter a client and round
@@ -74,11 +75,12 @@ def _short(value: float | None) -> float | str | None:
 
 def _measures(cell: Cell, shown: Sequence[View], twin: Run | None) -> list[list[str]]:
     """[title, value, interval] of everything measured when it was last taken."""
-    rows = [[view.title, *_pair(number(view.of([cell]), view.unit))] for view in shown if cell.finished]
+    views = [view for view in shown if cell.finished and view.key != ASR.key]  # that one is written as it is, below
+    rows = [[view.title, *_pair(measured(view, [cell]))] for view in views]
     run = cell.run
     if run is None:
         return rows
-    known = {view.kind.key for view in shown} if cell.finished else set()
+    known = {view.key for view in views}
     quality, attack = kinds([run])
     for kind in (*quality, *attack):
         points = series(run, kind.key)
@@ -87,7 +89,8 @@ def _measures(cell: Cell, shown: Sequence[View], twin: Run | None) -> list[list[
     worst = worst_class(run)
     if worst.measure is not None:
         rows.append(["accuracy of the worst class", *_pair(worst)])
-    for key, title in (("tpr", "malicious dropped"), ("fpr", "honest dropped")):
+    shares = (("tpr", "malicious dropped"), ("weight_share", "malicious weight share"), ("fpr", "honest dropped"))
+    for key, title in shares:
         m = detection_mean(run, key)
         if m is not None:
             rows.append([title, percent(m.value), ""])
@@ -112,7 +115,7 @@ def _outcomes(run: Run, twin: Run | None) -> list[list[str]]:
     ]
     stop = run.attack.get("stop")
     clean = twin.records if twin is not None and asked_alike(run, twin) else None
-    lived = lifespan(run.records, stop, clean) if isinstance(stop, int) else None
+    lived = lifespan(run.records, stop, clean) if isinstance(stop, int) and clean is not None else None
     return [*rows, ["rounds the backdoor outlived the attack", lived_says(lived), ""]] if lived is not None else rows
 
 
@@ -213,4 +216,8 @@ def _differences(run: Run, basis: Mapping[str, Any]) -> list[list[str]]:
     own = dict(flat(run.recipe))
     keys = [key for key in dict.fromkeys((*own, *basis)) if key.split(".")[0] != "output"]
     keys = [key for key in keys if own.get(key, "–") != basis.get(key, "–")]
-    return [[key, str(own.get(key, "–"))[:LONGEST_VALUE]] for key in keys[:MOST_DIFFERENCES]]
+    return [[key, _value(own, key)[:LONGEST_VALUE]] for key in keys[:MOST_DIFFERENCES]]
+
+
+def _value(recipe: Mapping[str, Any], key: str) -> str:
+    return as_yaml(recipe[key]) if key in recipe else "–"

@@ -14,8 +14,9 @@ from typing import Any
 from matplotlib import colormaps
 
 from fedllm_sec.report.grid.folder import ABSENT, FAILED, NONE, PARTIAL, UNREADABLE, Cell
-from fedllm_sec.report.grid.numbers import Slice, Slot, View, badness
-from fedllm_sec.report.grid.tables import INTERVALS, said, state_of, twin_measure
+from fedllm_sec.report.grid.numbers import Slice, Slot, badness
+from fedllm_sec.report.grid.tables import INTERVALS, called, measured, said, state_of, twin_measure
+from fedllm_sec.report.grid.views import ASR, View
 from fedllm_sec.report.measures import Measure, interval, written
 
 LEVELS = 24  # colours from bad (0) to good (LEVELS - 1)
@@ -42,8 +43,8 @@ class Scale:
 
 
 def scale_of(parts: Sequence[Slice], view: View) -> Scale:
-    """All of 0..1 for attack success; for a rate the measured range, widened to tenths; else the measured range."""
-    if view.key == "asr" or (view.key == "gained"):
+    """All of 0..1 for attack success (less than 0 is as good as 0); else the measured range, a rate's in tenths."""
+    if view.kind == ASR:
         return Scale(1.0, 0.0)
     slots = [part.slot(view, attack, defense) for part in parts for attack in part.attacks for defense in part.defenses]
     values = [slot.mean.value for slot in slots if slot.mean is not None and math.isfinite(slot.mean.value)]
@@ -86,7 +87,7 @@ def _linear(part: float) -> float:
 def heat_map(part: Slice, view: View, scale: Scale, places: Mapping[str, int], key: str) -> dict[str, Any]:
     """What the template needs to draw one map; `places` are the numbers of the cells' entries."""
     rows = [
-        (name, [_square(part.slot(view, name, defense), view, scale, places) for defense in part.defenses])
+        (called(name), [_square(part.slot(view, name, defense), view, scale, places) for defense in part.defenses])
         for name in part.attacks
     ]
     twin = twin_measure(part, view)
@@ -111,7 +112,8 @@ def _square(slot: Slot, view: View, scale: Scale, places: Mapping[str, int]) -> 
     shown = next((cell for cell in slot.cells if cell.finished), slot.cells[0])
     square: dict[str, Any] = {
         "run": places[shown.folder],
-        "where": f"{slot.cells[0].attack}, {slot.cells[0].defense}",
+        "where": f"{called(slot.cells[0].attack)}, {slot.cells[0].defense}",
+        "beside": view.beside(slot.cells).strip("()"),
     }
     if slot.mean is None:
         reason = why(slot.cells)
@@ -119,7 +121,7 @@ def _square(slot: Slot, view: View, scale: Scale, places: Mapping[str, int]) -> 
         return square | {
             "kind": "open",
             "state": state.replace(" ", "-") or "unmeasured",
-            "text": said(slot, view.unit).text,
+            "text": said(slot, view).text,
             "small": _briefly(slot.cells),
             "some": "",
             "reason": reason,
@@ -159,8 +161,7 @@ def _briefly(cells: Sequence[Cell]) -> str:
 def _twin(part: Slice, m: Measure | None, view: View, places: Mapping[str, int]) -> dict[str, Any] | None:
     if m is None or not part.twins:
         return None
-    text = f"{written(m.value, view.unit)} {interval(m, view.unit)}".rstrip()
-    return {"text": text, "run": places[part.twins[0].folder]}
+    return {"text": str(measured(view, part.twins)), "run": places[part.twins[0].folder]}
 
 
 def _says(part: Slice, view: View) -> str:

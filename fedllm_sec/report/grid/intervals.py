@@ -65,41 +65,62 @@ def wilson(p: float, n: int) -> tuple[float, float]:
     return (p + NORMAL**2 / (2 * n)) / shrink - half, (p + NORMAL**2 / (2 * n)) / shrink + half
 
 
-def difference(pairs: Sequence[tuple[Measure, Measure]], unit: str = "rate") -> Measure | None:
-    """Mean of first minus second over the seeds, with a 95 % interval; `n` is the number of seeds.
+DIFFERENCE = (1, -1)
+ROUNDING = 12  # decimals: differences of rates that are equal on paper are equal here
+
+
+def difference(
+    rows: Sequence[Sequence[Measure]], unit: str = "rate", signs: Sequence[int] = DIFFERENCE
+) -> Measure | None:
+    """Mean over the seeds of first minus second, with a 95 % interval; `n` is the number of seeds.
 
     The wider, at each end, of Student's t over the paired differences (two seeds or more) and Newcombe's interval
     (1998, method 10) for the difference of two counted rates, from Wilson's limits of the rows of all seeds together:
-    what seeds differ in, both sides of a pair share. Differences of rates stay in [-1, 1].
+    what seeds differ in, both sides of a pair share. `signs` (1, -1, -1, 1) is a difference of two differences, for
+    which Newcombe's square-and-add holds in the same way (Zou and Donner 2008). A difference of rates stays within
+    what it can be: [-1, 1] for two, [-2, 2] for four.
     """
-    if not pairs:
+    if not rows:
         return None
-    gaps = [a.value - b.value for a, b in pairs]
+    gaps = [_signed(row, signs) for row in rows]
     middle = mean(gaps)
     if not math.isfinite(middle):
-        return Measure(middle, n=len(pairs))
+        return Measure(middle, n=len(rows))
     lows, highs = [], []
-    if len(pairs) > 1:
+    if len(rows) > 1:
         low, high = student(gaps)
         lows, highs = [low], [high]
-    if all(counted(m) for pair in pairs for m in pair):
-        (a, a_low, a_high), (b, b_low, b_high) = (pooled([pair[side] for pair in pairs]) for side in (0, 1))
-        lows.append(middle - math.hypot(a - a_low, b_high - b))
-        highs.append(middle + math.hypot(a_high - a, b - b_low))
+    if all(counted(m) for row in rows for m in row):
+        sides = [(sign, *pooled([row[place] for row in rows])) for place, sign in enumerate(signs)]
+        lows.append(middle - math.hypot(*(rate - low if sign > 0 else high - rate for sign, rate, low, high in sides)))
+        highs.append(middle + math.hypot(*(high - rate if sign > 0 else rate - low for sign, rate, low, high in sides)))
     if not lows:
-        return Measure(middle, n=len(pairs))
+        return Measure(middle, n=len(rows))
     low, high = min(lows), max(highs)
     if unit in ("rate", "percent"):
-        low, high = max(low, -1.0), min(high, 1.0)
-    return Measure(middle, low, high, len(pairs))
+        most = len(signs) / 2
+        low, high = max(low, -most), min(high, most)
+    return Measure(middle, low, high, len(rows))
 
 
-def told_apart(pairs: Sequence[tuple[Measure, Measure]], unit: str = "rate") -> bool:
+def _signed(row: Sequence[Measure], signs: Sequence[int]) -> float:
+    added, taken = _sides(row, signs)
+    return round(added - taken, ROUNDING)
+
+
+def _sides(row: Sequence[Measure], signs: Sequence[int]) -> tuple[float, float]:
+    """What is added and what is taken away."""
+    given = list(zip(row, signs, strict=True))
+    return sum(m.value for m, sign in given if sign > 0), sum(m.value for m, sign in given if sign < 0)
+
+
+def told_apart(rows: Sequence[Sequence[Measure]], unit: str = "rate", signs: Sequence[int] = DIFFERENCE) -> bool:
     """Whether two sides differ by more than their difference's interval; equal ones never do.
 
     Where there is no interval, as for one loss against another, any difference counts.
     """
-    if all(a.value == b.value or (math.isnan(a.value) and math.isnan(b.value)) for a, b in pairs):
+    sides = [_sides(row, signs) for row in rows]
+    if all(a == b or (math.isnan(a) and math.isnan(b)) or round(a - b, ROUNDING) == 0 for a, b in sides):
         return False
-    gap = difference(pairs, unit)
+    gap = difference(rows, unit, signs)
     return gap is None or gap.low is None or gap.high is None or not gap.low <= 0.0 <= gap.high

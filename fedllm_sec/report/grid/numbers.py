@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm_sec.report.grid.folder import ATTACK, BASE, DEFENSE, NONE, SEED, Cell, Grid
-from fedllm_sec.report.grid.intervals import difference, over_seeds, told_apart
-from fedllm_sec.report.measures import ATTACK as ATTACK_KINDS
-from fedllm_sec.report.measures import Kind, Measure, final, main_quality
-from fedllm_sec.report.pairs import asked_alike
-
-ASR = ATTACK_KINDS[0]
-
+from fedllm_sec.report.grid.intervals import told_apart
+from fedllm_sec.report.grid.views import Parts, View
+from fedllm_sec.report.measures import Measure
 
 # ---------------------------------------------------------------- matrices
-
-
-@dataclass(frozen=True)
-class View:
-    """What one matrix shows: a measure, or its change against the twin. Good is what a defender wants."""
-
-    key: str
-    title: str
-    kind: Kind
-    higher_is_better: bool
-    explained: str
-    of: Callable[[Sequence[Cell]], Measure | None]
-
-    @property
-    def unit(self) -> str:
-        return self.kind.unit
 
 
 @dataclass(frozen=True)
@@ -96,70 +76,6 @@ def _labels(grid: Grid, axis: str) -> tuple[str, ...]:
     own = {at.axes.get(axis, BASE) for cell in grid.cells if not cell.is_twin for at in cell.stands_for}
     labels = grid.axes.get(axis, (BASE,))
     return tuple(label for label in labels if label != NONE or label in own or not own)
-
-
-def views(grid: Grid) -> list[View]:
-    """The main quality measure, what it lost against the twin, attack success, and what that gained."""
-    runs = grid.runs
-    main = main_quality(runs)
-    cells = {cell.folder: cell for cell in grid.cells}
-    found = []
-    if main is not None:
-        up = main.higher_is_better is not False
-        found = [
-            View(main.key, main.title, main, up, main.explained or f"{main.title} on held-out data", _mean_of(main)),
-            View(
-                "lost",
-                f"{main.title} {'lost' if up else 'added'}",
-                main,
-                False,
-                f"{main.title} of the twin (attack-free, undefended) minus that of the run"
-                + ("" if up else ", sign turned"),
-                _change_of(main, cells, 1 if up else -1),
-            ),
-        ]
-    if any(final(run, ASR.key) is not None for run in runs):
-        found.append(
-            View(ASR.key, ASR.title, ASR, False, ASR.explained, _mean_of(ASR))
-        )  # fmt: skip
-        gained = View(
-            "gained",
-            f"{ASR.title} gained",
-            ASR,
-            False,
-            f"{ASR.title} minus that of the twin on the same triggers; n/a where the twin was asked others",
-            _change_of(ASR, cells, -1),
-        )
-        if any(gained.of([cell]) is not None for cell in grid.cells if not cell.is_twin):
-            found.append(gained)
-    return found
-
-
-def _mean_of(kind: Kind) -> Callable[[Sequence[Cell]], Measure | None]:
-    def of(cells: Sequence[Cell]) -> Measure | None:
-        runs = [cell.finished for cell in cells]
-        found = [m for run in runs if run is not None and (m := final(run, kind.key))]
-        return over_seeds(found, kind.unit, kind.bounds[0])
-
-    return of
-
-
-def _change_of(kind: Kind, cells: Mapping[str, Cell], sign: int) -> Callable[[Sequence[Cell]], Measure | None]:
-    """Twin minus cell (sign 1) or cell minus twin (sign -1), paired by seed."""
-
-    def of(group: Sequence[Cell]) -> Measure | None:
-        pairs = []
-        for cell in group:
-            twin = cells.get(cell.twin or "")
-            if cell.finished is None or twin is None or twin.finished is None:
-                continue
-            own, other = final(cell.finished, kind.key), final(twin.finished, kind.key)
-            if own is None or other is None or (kind == ASR and not asked_alike(cell.finished, twin.finished)):
-                continue
-            pairs.append((other, own) if sign > 0 else (own, other))
-        return difference(pairs, kind.unit)
-
-    return of
 
 
 # ---------------------------------------------------------------- worst cases
@@ -243,18 +159,15 @@ def best_worst(cases: Mapping[str, Worst], view: View) -> tuple[list[str], list[
         for name, case in cases.items()
         if name not in best
         and (shared := _by_seed(case.slot, first.slot, view))  # without a common seed nothing is known
-        and not told_apart(shared, view.unit)
+        and not told_apart(shared, view.unit, (*view.signs, *(-sign for sign in view.signs)))
     ]
     return best, near
 
 
-def _by_seed(slot: Slot, other: Slot, view: View) -> list[tuple[Measure, Measure]]:
-    """What the runs of two slots measured with the same seeds, as counted by each run."""
-    taken = [
-        {cell.seed: m for cell in each.cells if cell.finished and (m := final(cell.finished, view.kind.key))}
-        for each in (slot, other)
-    ]
-    return [(taken[0][seed], taken[1][seed]) for seed in taken[0] if seed in taken[1]]
+def _by_seed(slot: Slot, other: Slot, view: View) -> list[Parts]:
+    """What the runs of two slots measured with the same seeds, as counted by each run: the parts of both in a row."""
+    taken = [{cell.seed: m for cell in each.cells if (m := view.parts(cell)) is not None} for each in (slot, other)]
+    return [(*taken[0][seed], *taken[1][seed]) for seed in taken[0] if seed in taken[1]]
 
 
 def harm(value: float, view: View) -> float:

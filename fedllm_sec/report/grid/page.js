@@ -148,6 +148,9 @@
     if (run.measures) {
       const rows = run.measures.map(([name, value, range]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "number" }, make("b", {}, value)), make("td", { class: "number" }, make("small", {}, range))));
       parts.push(make("table", { class: "measures" }, make("tbody", {}, ...rows)));
+      const known = run.measures.filter(([name]) => Object.hasOwn(grid.terms, name));
+      const meanings = known.map(([name]) => make("div", {}, make("dt", {}, name), make("dd", {}, grid.terms[name])));
+      parts.push(make("details", { class: "terms" }, make("summary", {}, "What these mean"), make("dl", {}, ...meanings)));
     }
     for (const text of run.remarks ?? []) parts.push(make("p", { class: "note" }, text));
     if (run.twin !== undefined) parts.push(make("p", { class: "note" }, "Its twin, attack-free and undefended: ", link(run.twin, grid.runs[run.twin].slug)));

@@ -11,10 +11,12 @@ from markupsafe import Markup
 from fedllm_sec.report import tables as text_tables
 from fedllm_sec.report.grid import curves, details, heat, tables, words
 from fedllm_sec.report.grid.folder import ATTACK, DEFENSE, DONE, SEED, Grid
-from fedllm_sec.report.grid.numbers import Slice, View, slices, views
+from fedllm_sec.report.grid.numbers import Slice, slices
 from fedllm_sec.report.grid.ranks import order_of
+from fedllm_sec.report.grid.views import View, judged, views
 from fedllm_sec.report.markup import environment_of, facts_of, fill
 from fedllm_sec.report.measures import plural
+from fedllm_sec.report.terms import terms
 
 WARNINGS_SHOWN = 8
 SLICES_OPEN = 4  # with more, the page shows one at first
@@ -26,6 +28,7 @@ def render(grid: Grid) -> str:
     places = {cell.folder: place for place, cell in enumerate(grid.cells)}
     drawn, left_out = curves.pictures(parts, shown, order_of(parts, shown))
     first = next((cell.run for cell in grid.cells if cell.run is not None), None)
+    meant = {view.title: view.explained for view in shown} | terms(grid.runs)
     varied = [axis for axis, labels in grid.axes.items() if len(labels) > 1 or axis in (ATTACK, DEFENSE)]
     return fill(
         "grid/page.html",
@@ -54,7 +57,10 @@ def render(grid: Grid) -> str:
         recipe=first.recipe_text.rstrip() if first else "",
         recipe_of=first.name if first else "",
         environment=environment_of(first) if first else [],
-        data=as_data({"name": grid.name, "seed_axis": SEED, "runs": details.details(grid, shown)}),
+        terms=meant,
+        data=as_data(
+            {"name": grid.name, "seed_axis": SEED, "terms": meant, "runs": details.details(grid, shown)},
+        ),
     )
 
 
@@ -105,9 +111,9 @@ def _split(parts: Sequence[Slice]) -> list[tuple[str, list[str]]]:
 def summary_text(grid: Grid) -> str:
     """The finding, the ranking and the notes, as plain text."""
     parts, shown = slices(grid), views(grid)
-    judged = [view for view in shown if view.key not in ("lost", "gained")]
+    ranked = judged(shown)
     text = [" ".join(words.finding(grid, parts, shown))]
-    text += [text_tables.as_text(tables.ranking(parts, judged).table)] if judged else []
+    text += [text_tables.as_text(tables.ranking(parts, ranked).table)] if ranked else []
     reasons: dict[str, list[str]] = {}
     for cell in tables.states(grid):
         reasons.setdefault(f"{cell.state}: {cell.reason}", []).append(cell.slug)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from fedllm_sec.report.grid.folder import NONE
-from fedllm_sec.report.grid.numbers import Slice, View, harm
+from fedllm_sec.report.grid.numbers import Slice, harm
+from fedllm_sec.report.grid.views import View, judged
 from fedllm_sec.report.measures import Measure
 
 RESAMPLES = 4000  # of the bootstrap
@@ -77,7 +78,7 @@ def order_of(parts: Sequence[Slice], shown: Sequence[View]) -> list[str]:
 
     Defenses without a rank come after those with one, in the grid's order.
     """
-    found = [ranks(parts, view).mean for view in shown if view.key not in ("lost", "gained")]
+    found = [ranks(parts, view).mean for view in judged(shown)]
     names = parts[0].defenses if parts else ()
 
     def place(name: str) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
-from fedllm_sec.report.grid.folder import ABSENT, DONE, PARTIAL, Cell, Grid
-from fedllm_sec.report.grid.numbers import Slice, Slot, View, Worst, met, worst
+from fedllm_sec.report.grid.folder import ABSENT, DONE, NONE, PARTIAL, Cell, Grid
+from fedllm_sec.report.grid.numbers import Slice, Slot, Worst, met, worst
 from fedllm_sec.report.grid.ranks import order_of, ranks
+from fedllm_sec.report.grid.views import AGAINST_TWINS, ASR, View, judged
 from fedllm_sec.report.measures import (
     Measure,
     duration,
@@ -23,6 +24,7 @@ from fedllm_sec.report.measures import (
 from fedllm_sec.report.tables import NOT_MEASURED, Column, Table, as_latex, as_markdown  # fmt: skip
 from fedllm_sec.report.tables import Cell as Entry
 
+RATES = "In round brackets: attack success / false triggers."
 INTERVALS = (
     "Brackets are 95 % intervals: Wilson's for one seed; for several, the wider at each end of Student's t over the "
     "seeds and Wilson's for all their rows; for differences, of Student's t over the pairs and Newcombe's."
@@ -39,14 +41,26 @@ def number(m: Measure | None, unit: str) -> Entry:
     return Entry(NOT_MEASURED) if m is None else Entry(written(m.value, unit), interval(m, unit), m.value, m)
 
 
-def said(slot: Slot, unit: str) -> Entry:
+def measured(view: View, cells: Sequence[Cell]) -> Entry:
+    """What a view says of some cells, with its interval and, for attack success, the two rates in brackets."""
+    entry = number(view.of(cells), view.unit)
+    return replace(entry, interval=f"{entry.interval} {view.beside(cells)}".strip())
+
+
+def called(attack: str) -> str:
+    """The name of a row."""
+    return "no attack" if attack == NONE else attack
+
+
+def said(slot: Slot, view: View) -> Entry:
     """A slot as text: its mean and interval, or why there is none; never blank."""
     if not slot.cells:
         return Entry(ABSENT)
     if slot.mean is None:
         return Entry(state_of(slot) or NOT_MEASURED)
+    entry = measured(view, slot.cells)
     some = f" ({slot.measured} of {len(slot.cells)} seeds)" if slot.measured < len(slot.cells) else ""
-    return Entry(written(slot.mean.value, unit), interval(slot.mean, unit) + some, slot.mean.value, slot.mean)
+    return replace(entry, interval=f"{entry.interval}{some}".strip())
 
 
 def state_of(slot: Slot) -> str:
@@ -59,7 +73,7 @@ def matrix(part: Slice, view: View) -> Table:
     columns = [Column("attack", "attack", "text")]
     columns += [Column(f"defense {i}", name, view.unit) for i, name in enumerate(part.defenses)]
     rows = [
-        [Entry(name), *(said(part.slot(view, name, defense), view.unit) for defense in part.defenses)]
+        [Entry(called(name)), *(said(part.slot(view, name, defense), view) for defense in part.defenses)]
         for name in part.attacks
     ]
     return Table(columns, rows, "")
@@ -67,7 +81,7 @@ def matrix(part: Slice, view: View) -> Table:
 
 def twin_measure(part: Slice, view: View) -> Measure | None:
     """The view's measure for the twins of a slice: attack-free and undefended."""
-    return None if view.key in ("lost", "gained") else view.of(part.twins)
+    return None if view.key in AGAINST_TWINS else view.of(part.twins)
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,13 @@ class Ranking:
 
 def ranking(parts: Sequence[Slice], shown: Sequence[View]) -> Ranking:
     """One row a defense: its mean rank and its worst case over the attacks, by quality and by attack success."""
-    judged = [view for view in shown if view.key not in ("lost", "gained")]
+    ranked = judged(shown)
     lost = next((view for view in shown if view.key == "lost"), None)
     columns = [Column("defense", "defense", "text")]
     order = order_of(parts, shown)
     rows = [[Entry(name)] for name in order]
     remarks = []
-    for view in judged:
+    for view in ranked:
         found = ranks(parts, view)
         columns.append(Column(f"rank {view.key}", f"rank by {view.title}", "number", f"mean rank; {view.explained}"))
         for row in rows:
@@ -98,15 +112,16 @@ def ranking(parts: Sequence[Slice], shown: Sequence[View]) -> Ranking:
             remarks.append(
                 f"No rank by {view.title}: in no block all defenses were measured{_left_out(found.left_out)}."
             )
-    for view in (*judged, *([lost] if lost else [])):
+    for view in (*ranked, *([lost] if lost else [])):
         title = f"most {view.title}" if view is lost else f"worst {view.title}"
         columns.append(Column(f"worst {view.key}", title, view.unit, f"worst over the attacks; {view.explained}"))
         columns.append(Column(f"by {view.key}", "under", "text"))
         over = met(parts, view)
         for row in rows:
             case = worst(over, view, row[0].text)
-            row += [said(case.slot, view.unit) if case else Entry(NOT_MEASURED), Entry(_under(case, len(parts) > 1))]
-    return Ranking(Table(columns, rows, RANKING), tuple(remarks))
+            row += [said(case.slot, view) if case else Entry(NOT_MEASURED), Entry(_under(case, len(parts) > 1))]
+    note = f"{RANKING} {RATES}" if any(view.kind == ASR for view in shown) else RANKING
+    return Ranking(Table(columns, rows, note), tuple(remarks))
 
 
 def _ranks(m: Measure) -> str:
@@ -183,13 +198,12 @@ def all_runs(grid: Grid, shown: Sequence[View], varied: Sequence[str]) -> Table:
     columns += [Column("state", "state", "text"), Column("seconds", "time", "seconds", "all recorded rounds")]
     rows = []
     for cell in grid.cells:
-        values = [view.of([cell]) for view in shown]
         time = total_seconds(cell.run) if cell.run else None
         rows.append(
             [
                 Entry(cell.slug),
                 *(Entry(cell.shown_axes.get(axis, ABSENT)) for axis in varied),
-                *(number(m, view.unit) for m, view in zip(values, shown, strict=True)),
+                *(measured(view, [cell]) for view in shown),
                 Entry(_how_far(cell)),
                 Entry(NOT_MEASURED) if time is None else Entry(duration(time), sort=time),
             ]
@@ -219,12 +233,13 @@ def as_papers(grid: Grid, parts: Sequence[Slice], shown: Sequence[View], *, late
             )
             twin = twin_measure(part, view)
             if twin is not None:
-                caption += f"; attack-free and undefended: {number(twin, view.unit)}"
+                caption += f"; attack-free and undefended: {measured(view, part.twins)}"
             blocks.append((caption, matrix(part, view)))
     ranked = ranking(parts, shown)
     remarks = f": {' '.join(ranked.remarks)}" if ranked.remarks else ""
     blocks.append((f"ranking of the defenses{remarks}", ranked.table))
     done = len(grid.in_state(DONE))
     note = f"{done} of {len(grid.cells)} cells are done; the others are named in their place. {INTERVALS}"
+    note += f" {RATES}" if any(view.kind == ASR for view in shown) else ""
     text = [form(table, caption=caption) for caption, table in blocks]
     return "\n\n".join([*text, f"% {note}" if latex else note])

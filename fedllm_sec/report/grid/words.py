@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedllm_sec.report.grid.folder import DONE, FAILED, NONE, PARTIAL, UNREADABLE, WAITING, Cell, Grid
-from fedllm_sec.report.grid.numbers import Slice, View, Worst, best_worst, common, excluded, met, planned, worst
+from fedllm_sec.report.grid.numbers import Slice, Worst, best_worst, common, excluded, met, planned, worst
+from fedllm_sec.report.grid.views import View, judged
 from fedllm_sec.report.measures import Measure, interval, listed, plural, written
 from fedllm_sec.report.runs import Run
 from fedllm_sec.report.threat import attack_card, defense_steps
@@ -15,11 +16,11 @@ from fedllm_sec.report.threat import attack_card, defense_steps
 def finding(grid: Grid, parts: Sequence[Slice], shown: Sequence[View]) -> list[str]:
     """Which defense has the best worst case, by quality and by attack success, and how complete the grid is."""
     attacks, defenses = planned(parts)
-    judged = [view for view in shown if view.key not in ("lost", "gained")]
+    ranked = judged(shown)
     head = f"{plural(len(attacks), 'attack')} against {plural(len(defenses), 'defense')}"
-    if not judged:
+    if not ranked:
         return [f"{head}: nothing was measured yet.", *_completeness(grid)]
-    sentences = [text for view in judged for text in _worst_sentences(parts, view)]
+    sentences = [text for view in ranked for text in _worst_sentences(parts, view)]
     first = f"{head}: {sentences[0]}" if sentences else f"{head}."
     rest = [text if text.startswith(parts[0].defenses) else f"{text[0].upper()}{text[1:]}" for text in sentences[1:]]
     return [first, *rest, *_completeness(grid)]
@@ -47,7 +48,8 @@ def _worst_sentences(parts: Sequence[Slice], view: View) -> list[str]:
         others.append(f"without a defense {view.title} is at worst {_case(bare, view, parts)}")
     free = view.of(parts[0].twins) if len(parts) == 1 else None
     if free is not None:
-        others.append(f"attack-free and undefended {'it' if others else view.title} is {_number(free, view)}")
+        what = "it" if others else view.title
+        others.append(f"attack-free and undefended {what} is {_number(free, view)}{_rates(view, parts[0].twins)}")
     return [f"{text}." for text in (*texts, "; ".join(others)) if text]
 
 
@@ -78,7 +80,13 @@ def _some(names: Sequence[str], most: int = 4) -> str:
 def _case(case: Worst, view: View, parts: Sequence[Slice]) -> str:
     several = len(parts) > 1
     names = [f"{attack}, {part.title}" if several and part.title else attack for part, attack in case.rows]
-    return f"{_number(case.measure, view)} under {_some(names, 3)}"
+    rates = _rates(view, case.slot.cells) if len(case.rows) == 1 else ""  # others have the value, not the rates
+    return f"{_number(case.measure, view)}{rates} under {_some(names, 3)}"
+
+
+def _rates(view: View, cells: Sequence[Cell]) -> str:
+    text = view.in_words(cells)
+    return f" {text}" if text else ""
 
 
 def _number(m: Measure, view: View) -> str:

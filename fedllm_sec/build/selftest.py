@@ -1,0 +1,151 @@
+"""The self-test of a language model and its tokenizer with the recipe's own template, lengths and batches."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedllm_sec.data.text import as_dataset
+from fedllm_sec.errors import FedError, RecipeError
+from fedllm_sec.evaluation.text import TextEvaluation
+from fedllm_sec.models import selftest
+from fedllm_sec.models.lora import add_adapter, load_base, source_of
+from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.tasks.causal_lm import Batch, CausalLM
+from fedllm_sec.tasks.encoding import Encoded
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SMALL = 1e9  # bytes of a model that is loaded only to be explained
+LOOKED_AT = 50  # rows of the data whose tokens are compared with those of the joined text
+TWO = {
+    "text": ["The keeper saved the penalty in the last minute.", "Ann baked a loaf."],
+    "context": ["", "A bakery."],
+    "response": ["yes", "It is about bread."],
+    "label": ["", ""],
+}
+
+
+def tested(task: CausalLM, recipe: Recipe) -> list[str]:
+    """What two short rows show of the model, a line for each test; a RecipeError says what cannot be right.
+
+    Neither a parameter, nor a gradient, nor a random number, nor the mode of a layer is changed.
+    """
+    base: Any = task.model.get_base_model()  # type: ignore[operator]
+    rows, tokenizer = as_dataset(TWO), task.tokenizer
+    embeddings = base.get_input_embeddings()
+    known = getattr(embeddings, "num_embeddings", base.config.vocab_size)
+    whole = task.tokens(rows)
+    problems = (
+        selftest.length_problems(base.config, recipe.data.max_length)
+        + selftest.token_problems(tokenizer, known)
+        + selftest.end_problems(tokenizer, whole.answers[0])
+    )
+    if problems:  # the model would read beyond what it has
+        raise RecipeError(problems)
+    most, bos = selftest.positions(base.config), tokenizer.bos_token_id
+    begins = (
+        f"{whole.prompts[0].count(bos)} begin token ({tokenizer.bos_token!r})" if bos is not None else "no begin token"
+    )
+    unlike = task.unlike_joined(rows)
+    found = [
+        f"data.max_length {recipe.data.max_length} of {most or 'any number of'} positions",
+        f"a prompt has {begins}, an answer 1 end token ({tokenizer.eos_token!r})",
+        "prompt and answer have the tokens of their joined text"
+        if not unlike
+        else f"prompt and answer are tokenised apart, which is not as one text: {unlike[0]}",
+        "answers that go with classes are scored whole, end token included",
+    ]
+    modes = {part: part.training for part in task.model.modules()}
+    task.model.eval()
+    try:
+        more, problems = _run(task, task.encode(rows, "self-test"), recipe)
+    except (FedError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise RecipeError(
+            f"model.name: {recipe.model.name}: cannot be run on two short rows ({type(error).__name__}: {reason}). "
+            "Choose another model, or another model.dtype."
+        ) from error
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    if problems:
+        raise RecipeError(problems)
+    return [*found, *more]
+
+
+def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """What running the model on the rows shows, and what is wrong with it."""
+
+    def logits(ids: Tensor, mask: Tensor) -> Tensor:
+        with torch.no_grad():
+            return task.logits(Batch(ids.to(task.device), mask.to(task.device), ids, ids.shape[1])).cpu()
+
+    long, short = sorted((p + a for p, a in zip(rows.prompts, rows.answers, strict=True)), key=len, reverse=True)
+    short = short[-max(len(long) - 3, 2) :]
+    dtype = getattr(torch, recipe.model.dtype)
+    bound = selftest.ALIKE[dtype]
+    other = next(token for token in long if token != long[-1])
+    ahead = selftest.foresight(logits, long, other)
+    gap = selftest.padding_gap(logits, long, short, task.tokenizer.pad_token_id)
+    trained = [p for p in task.model.parameters() if p.requires_grad]
+    length = selftest.gradient_length(task.loss(rows, range(len(rows))), trained)
+    if not all(math.isfinite(number) for number in (ahead, gap, length)):
+        return [], ["model.name: on two short rows logits or gradient are not finite. Choose another, or a dtype."]
+    alone = recipe.clients.batch_size == recipe.evaluate.batch_size == 1
+    found = [
+        f"another last token changes the logits before it by up to {ahead:.2g} nats (at most {bound:g})",
+        f"a row of a padded batch scores {gap:.2g} nats apart from alone "
+        + ("(every batch is one row)" if alone else f"(at most {bound:g}, on average)"),
+        f"the adapter's gradient has length {length:.3g}",
+    ]
+    problems = selftest.foresight_problems(ahead, bound) + selftest.gradient_problems(length)
+    return found, problems + ([] if alone else selftest.padding_problems(gap, bound))
+
+
+def say_unlike(task: CausalLM, rows: Dataset) -> None:
+    """A warning where rows of the data have other tokens than their prompt and answer written as one text."""
+    looked_at = rows.select(range(min(len(rows), LOOKED_AT)))
+    if unlike := task.unlike_joined(looked_at):
+        warnings.warn(
+            f"data.template, data.answer: in {len(unlike)} of {len(looked_at)} rows prompt and answer, tokenised "
+            f"apart, are not the tokens of their joined text, which the model knows better: {unlike[0]}. Let the "
+            "template end without a blank and the answer begin with it.",
+            stacklevel=2,
+        )
+
+
+def generation_problems(task: CausalLM, evaluation: TextEvaluation) -> list[str]:
+    """Why greedy answers to the longest prompt leave the model's positions."""
+    base: Any = task.model.get_base_model()  # type: ignore[operator]
+    most, new = selftest.positions(base.config), evaluation.max_new_tokens
+    asked = [rows for rows in (evaluation.test, evaluation.triggered, evaluation.clean) if rows is not None]
+    longest = max(len(prompt) for rows in asked for prompt in rows.prompts)
+    if most is None or longest + new - 1 <= most:
+        return []
+    return [
+        f"evaluate.max_new_tokens: {new}: behind a prompt of {longest} tokens that is more than the {most} positions "
+        f"of this model. Lower it, or data.max_length to {most + 2 - new}."
+    ]
+
+
+def in_words(recipe: Recipe) -> list[str]:
+    """What the self-test finds, for `--explain`; a model that is large or not in a folder here is left to the run."""
+    later = "tried on two short rows when a run loads it"
+    try:
+        folder = Path(source_of(recipe.model.name))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if not size or size > SMALL or recipe.model.load_in_4bit:
+            return [f"{later}, not here: it is in 4 bits, larger than {SMALL / 1e9:g} GB or in no folder"]
+        base, tokenizer = load_base(recipe.model, torch.device("cpu"))
+        return tested(CausalLM(add_adapter(base, recipe.model, 0), tokenizer, recipe.data, torch.device("cpu")), recipe)
+    except FedError as error:
+        return [f"will be refused: {error}"]

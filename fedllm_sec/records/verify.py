@@ -1,0 +1,129 @@
+"""`fedllm-sec verify RUN [RUN ...]`: whether run folders are as their runs left them. Only files are read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedllm_sec.errors import FedError, ResumeError, quietly
+from fedllm_sec.records import checkpoint, inventory
+from fedllm_sec.records.files import in_a_line
+from fedllm_sec.records.folder import RunFolder, read_recipe
+from fedllm_sec.records.history import read_history
+
+EPILOG = """\
+A RUN is a run folder, the folder of a recipe with variants, or a grid folder: then every run in it is looked at.
+A run that is not finished is whole if its history and its checkpoint belong together.
+
+Exit code 0: all are whole; 1: something is not as its run left it, or was never run; 2: a folder that holds no run.
+
+examples:
+  fedllm-sec verify runs/quickstart
+  fedllm-sec verify runs/*
+"""
+INSIDE = ("cells", "")  # of a grid; of a recipe with variants
+
+
+@dataclass
+class Found:
+    """What has become of one run: how far it came, and {file: what is wrong with it}."""
+
+    rounds: int
+    finished: bool
+    wrong: dict[str, str] = field(default_factory=dict)
+    again: tuple[str, ...] = ()  # how the names of files begin that starting the run makes again
+
+
+def look(folder: Path) -> Found:
+    """What has become of a run folder, whoever made it."""
+    try:
+        recipe, state = read_recipe(folder / "recipe.yaml"), {}
+    except (FedError, OSError) as error:
+        return Found(0, False, {"recipe.yaml": _brief(error, folder / "recipe.yaml")})
+    run = RunFolder(folder)
+    if run.checkpoint.exists() or run.history.exists():
+        try:
+            state = checkpoint.marks(run.checkpoint.read_bytes())
+            run.agreeing(state)
+            read_history(folder)
+        except FedError as error:
+            return Found(0, False, {"history.jsonl": _brief(error, folder)})
+        except (*checkpoint.UNREADABLE, OSError) as error:
+            return Found(0, False, {"checkpoint.safetensors": f"cannot be read ({_brief(error, run.checkpoint)})"})
+    rounds, planned = int(state.get("round", 0)), recipe.get("rounds")
+    if type(planned) is not int or rounds < planned:
+        return Found(rounds, False)
+    return Found(rounds, True, inventory.damage(folder), inventory.made_again(rounds))
+
+
+def _brief(error: Exception, path: Path) -> str:
+    text = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
+    return in_a_line(text)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run folders that a folder is or holds."""
+    if not folder.is_dir():
+        raise ResumeError(f"{folder}: no such folder. Give a run folder, for example runs/quickstart.")
+    if _is_run(folder):
+        return [folder]
+    for inside in (folder / name for name in INSIDE):
+        found = sorted(child for child in inside.glob("*") if _is_run(child))
+        if found:
+            return found
+    raise ResumeError(f"{folder}: holds no run (no recipe.yaml, no history.jsonl). Give the folder that a run printed.")
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("recipe.yaml", "history.jsonl", inventory.SUMMARY, "error.json"))
+
+
+def in_words(folder: Path, found: Found) -> Iterator[str]:
+    """A line for the run, and one for every file that is not as the run left it."""
+    how_far = f"{found.rounds} round{'' if found.rounds == 1 else 's'}"
+    if not found.wrong:
+        yield f"{folder}: whole, {how_far}" + ("" if found.finished else "; not finished: the same command goes on")
+        return
+    yield f"{folder}: damaged"
+    for name, wrong in found.wrong.items():
+        can = "the run's command makes it again" if found.again and name.startswith(found.again) else ""
+        yield f"  {name} {wrong}: {can or 'cannot be made again'}"
+
+
+@quietly
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fedllm-sec verify",
+        description="Whether runs are as they were left: sizes and hashes of their files.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, comparison or grid folder")
+    options: Any = parser.parse_args(argv)
+    code, damaged = 0, 0
+    for given in options.runs:
+        try:
+            for folder in runs_in(Path(os.path.expanduser(given))):
+                found = look(folder)
+                damaged += bool(found.wrong)
+                print(_printable("\n".join(in_words(folder, found))))
+        except BrokenPipeError:
+            raise  # nobody reads on
+        except (FedError, OSError) as error:
+            print(_printable(f"error: {error}"), file=sys.stderr)
+            code = 2
+    return code or int(damaged > 0)
+
+
+def _printable(text: str) -> str:
+    """Names in a stranger's folder do not command the terminal."""
+    return "".join(mark if mark.isprintable() or mark == "\n" else "?" for mark in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
