@@ -70,8 +70,7 @@ def aggregate(
         last_update=vector(last_update),
         root_update=vector(root_update),
     )
-    listed_stages = [before] if isinstance(before, (str, Mapping)) or callable(before) else before
-    stages = [_stage(item, f"before[{i}]") for i, item in enumerate(listed_stages)]
+    stages = [_stage(item, f"before[{i}]") for i, item in enumerate(_listed(before))]
     pipeline = Pipeline(stages, _resolved(name, settings, "rule", "aggregate"))
     decision = pipeline.decide(clean, ctx)
     if round > 1 and isinstance(name, str) and _remembers(pipeline.rule):
@@ -91,6 +90,18 @@ def aggregate(
     )
 
 
+def _listed(before: Any) -> Sequence[Stage]:
+    """One stage or several, as several."""
+    one = (
+        isinstance(before, tuple) and len(before) == 2 and isinstance(before[0], str) and isinstance(before[1], Mapping)
+    )
+    if one or isinstance(before, (str, Mapping)) or callable(before):
+        return [before]
+    if not isinstance(before, Sequence):
+        raise DefenseError(f"before: {before!r}: must be a stage, or a list of stages.")
+    return before
+
+
 def _stage(item: Stage, place: str) -> Any:
     """A stage as a name, ("name", {settings}), {"name": ..., settings} or a callable."""
     if isinstance(item, Mapping):
@@ -98,7 +109,7 @@ def _stage(item: Stage, place: str) -> Any:
         if not isinstance(name := settings.pop("name", None), str):
             raise DefenseError(f"{place}: {dict(item)} names no stage. Give {{'name': ..., its settings}}.")
         return _resolved(name, settings, "before", place)
-    if isinstance(item, tuple):
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping):
         return _resolved(item[0], item[1], "before", place)
     return _resolved(item, {}, "before", place)
 
@@ -119,6 +130,8 @@ def _resolved(name: str | Callable[..., Any], settings: Mapping[str, Any], kind:
         if settings:
             raise DefenseError(f"{place}: settings {sorted(settings)} are for menu names; bind them to the callable.")
         return name
+    if not isinstance(name, str):
+        raise DefenseError(f"{place}: {name!r}: must be a name, a callable, or a name with its settings.")
     menu = {key: entry for key, entry in MENU.items() if entry.kind == kind}
     if name in MENU and name not in menu:
         raise DefenseError(f'{place}: "{name}" is a stage of kind "{MENU[name].kind}", not "{kind}".')
@@ -165,6 +178,10 @@ def read_rows(
     for label, given in (("ids", ids), ("counts", counts)):
         if given is not None and len(given) != n:
             raise DefenseError(f"aggregate: {label} has {len(given)} entries for {n} rows. Give one for each row.")
+    if counts is not None and not np.isfinite(sum(map(float, counts))):
+        raise DefenseError(
+            "aggregate: the counts do not add up to a finite number. Give the rows' numbers of examples."
+        )
     names = None if ids is None else [str(id) for id in ids]
     if names is not None and len(set(names)) != n:
         raise DefenseError("aggregate: ids has the same id twice. Give distinct ids.")

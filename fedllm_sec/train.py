@@ -7,6 +7,7 @@ can be made from the checkpoint; one that is whole is only reported.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import signal
 import sys
@@ -127,6 +128,9 @@ def heed_ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
 def in_words(error: Exception, again: str = "the same command") -> str | None:
     """What the user, the disk, the memory or another process is to blame for; None: a fault of this program."""
     if isinstance(error, FedError):
@@ -135,6 +139,8 @@ def in_words(error: Exception, again: str = "the same command") -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
         what = f"{error.strerror or text}" + (f" ({error.filename})" if error.filename else "")
+        if isinstance(error, IN_THE_WAY) or error.errno == errno.ENAMETOOLONG:
+            return f"{what}. Something else lies there, or no folder can: choose another output.folder."
     elif kinds & {"MemoryError", "OutOfMemoryError"} or "not enough memory" in text or "t allocate memory" in text:
         what = f"not enough memory ({text[:200] or 'none is left'}); lower clients.batch_size or evaluate.batch_size"
     elif "SafetensorError" in kinds:

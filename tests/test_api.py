@@ -212,3 +212,24 @@ def test_mistakes_in_the_call_are_defense_errors(call, message):
     call = dict(call)
     with pytest.raises(DefenseError, match=message):
         fedllm_sec.aggregate(torch.tensor(ROWS), call.pop("name"), **call)
+
+
+def test_one_stage_with_its_settings_needs_no_list():
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    one = fedllm_sec.aggregate(rows, "krum", before=("norm_clipping", {"radius": 1.0}), f=1)
+    same = fedllm_sec.aggregate(rows, "krum", before=[("norm_clipping", {"radius": 1.0})], f=1)
+    assert torch.equal(one.update, same.update)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"before": None}, "must be a stage, or a list of stages"),
+        ({"before": [3]}, "must be a name, a callable"),
+        ({"before": [("norm_clipping",)]}, "must be a name, a callable"),
+        ({"counts": [1e308] * 3}, "do not add up to a finite number"),
+    ],
+)
+def test_what_is_no_stage_and_no_count_is_told(settings, told):
+    with pytest.raises(DefenseError, match=told):
+        fedllm_sec.aggregate(torch.ones(3, 2), "mean", **settings)

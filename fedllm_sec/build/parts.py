@@ -76,7 +76,9 @@ def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn
     maker = make(recipe.model, models.MENU, "model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(recipe.seed, "model"))  # layers draw from torch's global generator
-        made: torch.nn.Module = maker(shape, classes)
+        made = maker(shape, classes)
+    if not isinstance(made, torch.nn.Module):
+        raise RecipeError(f"model.name: {recipe.model['name']}: gives {type(made).__name__}, no torch.nn.Module.")
     return made
 
 

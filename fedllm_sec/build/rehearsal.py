@@ -69,7 +69,8 @@ class Rehearsal:
             return None
         return (
             f"a round of {len(self.ids):,} clients is not rehearsed: whether the defense can work with so many was "
-            f"checked, not what it does with rows; an attack was tried among {MOST_ROWS} clients and a plain mean."
+            f"checked, not what it does with rows; an attack, if there is one, is tried among {MOST_ROWS} clients and "
+            "a plain mean."
         )
 
     def _rows(self) -> UpdateMatrix:

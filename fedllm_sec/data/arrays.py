@@ -34,6 +34,11 @@ def load(
     classes: int | None = None,
 ) -> tuple[Labelled, Labelled]:
     """Clean training and test rows."""
+    if name == "digits" or name.endswith(".npz"):
+        given = {"config": config, "train": train != "train" and train, "test": test != "test" and test, "image": image,
+                 "label": label}  # fmt: skip
+        if idle := next((key for key, value in given.items() if value), None):
+            raise DataError(f"data.{idle}: {given[idle]}: names a part of a hub set; {name} is none. Remove it.")
     if name == "digits":
         raw = _digits()
     elif name.endswith(".npz"):

@@ -162,7 +162,9 @@ def canonical(
 def renamed(parts: Sequence[Rows], names: Mapping[str, str]) -> list[Rows]:
     """The parts with answers and labels written differently; a name that stands nowhere is an error."""
     there = {value for rows in parts for role in ("response", "label") for value in rows[role]}
-    for old in names:
+    for old, new in names.items():
+        if not new.strip():
+            raise DataError(f'data.rename.{old}: "{new}": rows without an answer cannot be trained on. Give a text.')
         if old not in there:
             raise DataError(
                 f'data.rename: no answer and no label is "{old}", so there is nothing to rename.{_known(old, there)}'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -58,6 +59,10 @@ class Pipeline:
 
         Who remembers them by that name remembers other clients in every round: a DefenseError.
         """
+        try:
+            inspect.signature(part).bind(rows, ctx)
+        except TypeError as error:
+            raise DefenseError(f"{name_of(part)}: cannot be called with (updates, ctx): {error}.") from error
         strange = [id for id in rows.ids if id not in set(clients.ids)] if renaming else []
         try:
             with shown_to(part, ctx, rows=rows.rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,12 @@ def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreT
         raise RecipeError(
             f'model.name: "{source}" lacks {len(missing)} weights of a causal language model, such as {missing[0]}: '
             "they would be random. Choose another model, or mend its folder."
+        )
+    if surplus := sorted(loading["unexpected_keys"]):
+        warnings.warn(
+            f'model.name: "{source}" holds {len(surplus)} weights that its configuration has no place for, such as '
+            f"{surplus[0]}: they are left out. Mend config.json unless they are meant to be.",
+            stacklevel=2,
         )
     return (base if model.load_in_4bit else base.to(device)), tokenizer
 

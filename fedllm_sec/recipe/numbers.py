@@ -17,9 +17,11 @@ def refuse_truth_values(value: Any, annotation: Any) -> Any:
     """The value; an error where it is, or holds, true or false and the annotation asks for a number."""
     kinds = _kinds(annotation)
     if bool not in kinds and kinds & {int, float}:
-        for part in value if isinstance(value, (list, tuple)) else [value]:
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        for part in parts if isinstance(parts, (list, tuple)) else [parts]:
             if isinstance(part, bool):
-                raise ValueError(f"{str(part).lower()} is no number")
+                asked = str(part).lower()
+                raise ValueError(f'{asked} is no number; as a text it is "{asked}", with the quotes')
     return value
 
 

@@ -24,6 +24,13 @@ def home(path: str) -> str:
     return made
 
 
+def printable(path: str) -> str:
+    """The path; an error where it holds control characters, or none that a file system can keep."""
+    if not path.isprintable():
+        raise ValueError("must not hold control characters, line breaks or lone surrogates")
+    return path
+
+
 def here() -> str:
     """The working directory, from which relative paths of a recipe lead."""
     return os.getcwd()

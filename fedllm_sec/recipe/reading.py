@@ -211,6 +211,12 @@ def _text_problems(recipe: CharRecipe) -> list[str]:
     return found
 
 
+RESERVED = {  # files and folders of a run or of a comparison, in which variants lie
+    *("adapter", "model", "report.html", "comparison.json", "history.jsonl", "summary.json", "recipe.yaml"),
+    *("environment.json", "checkpoint.safetensors", "timings.jsonl"),
+}
+
+
 def variants(given: Any) -> dict[str, dict[str, Any]]:
     """The variants of a recipe: name -> overrides; "" stands for the recipe itself where it has none.
 
@@ -231,6 +237,15 @@ def variants(given: Any) -> dict[str, dict[str, Any]]:
     ]
     known: dict[str, str] = {}
     for name in given if not problems else ():
+        block = given[name]
+        if name.casefold() in RESERVED or re.match(r"(?i)(adapter|model)-round-", name):
+            problems.append(f"variants.{name}: what a run leaves behind has this name. Choose another.")
+        if "variants" in block:
+            problems.append(f"variants.{name}.variants: a variant has none of its own. Write them side by side.")
+        if isinstance(block.get("output"), dict) and "folder" in block["output"]:
+            problems.append(
+                f"variants.{name}.output.folder: a variant lies in the run's folder, under its name. Remove it."
+            )
         if (twin := known.setdefault(name.casefold(), name)) != name:
             problems.append(f"variants.{name}: some file systems take it for {twin!r}. Choose another name.")
     if problems:

@@ -21,10 +21,12 @@ from pydantic import (
 )
 
 from fedllm_sec.recipe.numbers import FINITE, as_written, refuse_truth_values
-from fedllm_sec.recipe.places import home
+from fedllm_sec.recipe.places import home, printable
 
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Place = Annotated[str, AfterValidator(home)]  # a path from the working directory, in which ~ is the home folder
+Folder = Annotated[Place, Field(min_length=1), AfterValidator(printable)]
+Count = Annotated[int, Field(ge=1, le=10**9)]  # of rows or steps
 Word = Annotated[str, BeforeValidator(as_written)]  # a value of a table: {0: World} is written without quotes
 
 
@@ -90,9 +92,9 @@ class Clients(Section):
 
     total: int = Field(10, ge=1, le=1_000_000)  # clients of the federation
     per_round: PositiveInt | None = None  # clients drawn for each round; None: all of them
-    local_steps: PositiveInt | None = None  # optimizer steps of a client in a round; give these or epochs
-    local_epochs: PositiveInt | None = None  # passes over its rows
-    batch_size: PositiveInt = 16  # rows of a step
+    local_steps: Count | None = None  # optimizer steps of a client in a round; give these or epochs
+    local_epochs: Count | None = None  # passes over its rows
+    batch_size: Count = 16  # rows of a step
     optimizer: Literal["adamw", "sgd"] = "adamw"  # of the clients; the server's is the FL method's
     lr: PositiveFloat = 1e-3  # learning rate
     betas: tuple[BelowOne, BelowOne] | None = None  # adamw's decay of first and second moments; None: 0.9, 0.999
@@ -142,21 +144,21 @@ class Evaluate(Section):
     attack_rows: PositiveInt = 200  # held-out prompts for attack success and false triggers
     answer_rows: int = Field(50, ge=0)  # free text: rows answered and compared (exact match, token overlap)
     max_new_tokens: int = Field(8, ge=1, le=10_000)  # of a greedy answer
-    batch_size: PositiveInt = 64  # rows at a time
+    batch_size: Count = 64  # rows at a time
 
 
 class Compute(Section):
     """With what, and how spread, it is computed."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: what accelerate is configured for
-    gradient_accumulation: PositiveInt | None = None  # None: what accelerate is configured for
+    gradient_accumulation: Count | None = None  # None: what accelerate is configured for
     placement: Literal["clients", "data"] = "clients"  # spread clients, or each batch, over the processes
     chunk_mb: PositiveFloat | None = None  # size of a column block in the defense; None: from free memory
     threads: int | None = Field(None, ge=1, le=1024)  # CPU threads of each process
 
 
 class Output(Section):
-    folder: Annotated[Place, Field(min_length=1)] = "runs/{name}"  # {name} is the recipe's file name
+    folder: Folder = "runs/{name}"  # {name} is the recipe's file name
     adapter_every: PositiveInt | None = None  # also keep the adapter of every k-th round
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None  # also log there what a round measured
 
@@ -192,13 +194,13 @@ class ArrayEvaluate(Section):
     every: PositiveInt = 1  # rounds; the last round is always evaluated
     rows: PositiveInt | None = None  # held-out rows for quality; None: all
     attack_rows: PositiveInt | None = None  # held-out rows for attack success and false triggers; None: all
-    batch_size: PositiveInt = 500  # rows at a time
+    batch_size: Count = 500  # rows at a time
 
 
 class GanEvaluate(Section):
     every: PositiveInt = 1  # rounds; the last round is always evaluated
     samples: int = Field(1000, ge=100)  # generated images that are compared with as many held-out ones
-    batch_size: PositiveInt = 500  # images at a time
+    batch_size: Count = 500  # images at a time
 
 
 class Recipe(Section):

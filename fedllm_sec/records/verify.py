@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,8 @@ class Found:
 
 def look(folder: Path) -> Found:
     """What has become of a run folder, whoever made it."""
+    if not folder.is_dir():
+        return Found(0, False, {"": "is gone, or was never run"})
     try:
         recipe, state = read_recipe(folder / "recipe.yaml"), {}
     except (FedError, OSError) as error:
@@ -56,7 +59,9 @@ def look(folder: Path) -> Found:
         except (*checkpoint.UNREADABLE, OSError) as error:
             return Found(0, False, {"checkpoint.safetensors": f"cannot be read ({_brief(error, run.checkpoint)})"})
     rounds, planned = int(state.get("round", 0)), recipe.get("rounds")
-    if type(planned) is not int or rounds < planned:
+    closed = inventory.read_summary(folder)
+    ended = isinstance(closed, dict) and closed.get("rounds") == rounds  # so it was, whatever its recipe says now
+    if not ended and (type(planned) is not int or rounds < planned):
         return Found(rounds, False)
     return Found(rounds, True, inventory.damage(folder), inventory.made_again(rounds))
 
@@ -73,10 +78,23 @@ def runs_in(folder: Path) -> list[Path]:
     if _is_run(folder):
         return [folder]
     for inside in (folder / name for name in INSIDE):
-        found = sorted(child for child in inside.glob("*") if _is_run(child))
-        if found:
-            return found
+        found = {child for child in inside.glob("*") if _is_run(child)}
+        if found := found | _listed(folder):
+            return sorted(found)
     raise ResumeError(f"{folder}: holds no run (no recipe.yaml, no history.jsonl). Give the folder that a run printed.")
+
+
+def _listed(folder: Path) -> set[Path]:
+    """The runs that a grid or a comparison says it has, in its own folder; none where it says nothing that is right."""
+    named: list[Any] = []
+    for file, of in (("grid.json", "cells"), ("comparison.json", "variants")):
+        try:
+            entries = json.loads((folder / file).read_text(encoding="utf-8"))[of]
+            named += [entry["folder"] if isinstance(entry, dict) else entry for entry in entries]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+    paths = {folder / name for name in named if isinstance(name, str) and "\0" not in name}
+    return {path for path in paths if folder.resolve() in path.resolve().parents}
 
 
 def _is_run(folder: Path) -> bool:
@@ -92,7 +110,7 @@ def in_words(folder: Path, found: Found) -> Iterator[str]:
     yield f"{folder}: damaged"
     for name, wrong in found.wrong.items():
         can = "the run's command makes it again" if found.again and name.startswith(found.again) else ""
-        yield f"  {name} {wrong}: {can or 'cannot be made again'}"
+        yield f"  {name} {wrong}: {can or 'cannot be made again'}" if name else f"  {wrong}"
 
 
 @quietly

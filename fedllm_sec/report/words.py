@@ -142,10 +142,10 @@ def _backdoor(clean: Run | None, bare: Run | None, defended: list[Run], quality:
         text = _taught(f"{what} made the undefended model answer {answer}", bare, before, clean)
         text += f"; {_outcomes(before, shielded)}." if shielded else "."
     else:
-        run, m = shielded[0]
+        *others, (run, m) = shielded  # the most that the attack reached
         model = f"the model defended by {_by(run, defended)}"
         text = _taught(f"{what} made {model} answer {answer}", run, m, clean)
-        rest = [f"{percent(m.value)}{_anyway(run, m)} under {_by(run, defended)}" for run, m in shielded[1:4]]
+        rest = [f"{percent(m.value)}{_anyway(run, m)} under {_by(run, defended)}" for run, m in others[:3]]
         text += f" ({'; '.join(rest)})." if rest else "."
     best = shielded[0][0] if shielded else None
     return [text, *_quality_sentence(quality, clean, bare, best, defended)]
