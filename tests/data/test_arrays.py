@@ -186,3 +186,9 @@ def test_real_images_load(shared: Path):
     assert train.x.shape == (10_000, 3, 32, 32)
     assert len(test.y) == 2_000
     assert train.classes == 10
+
+
+@pytest.mark.parametrize("setting", [{"config": "x"}, {"image": "foo"}, {"train": "bar"}, {"label": "y"}])
+def test_a_setting_of_hub_sets_cannot_act_on_digits(setting):
+    with pytest.raises(DataError, match=f"data.{next(iter(setting))}: .*names a part of a hub set; digits is none"):
+        arrays.load("digits", **setting)

@@ -120,6 +120,32 @@ def test_two_variants_that_a_file_system_takes_for_one_are_refused():
     assert list(variants({"attack-free": {}, "multi_krum f3": {}})) == ["attack-free", "multi_krum f3"]
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"report.html": {}}, "what a run leaves behind has this name"),
+        ({"Model": {}}, "what a run leaves behind has this name"),
+        ({"a": {"variants": {"b": {}}}}, "a variant has none of its own"),
+        ({"a": {"output": {"folder": "x"}}}, "a variant lies in the run's folder"),
+    ],
+)
+def test_a_variant_is_not_taken_for_a_file_of_the_run_and_has_no_folder_of_its_own(given: Any, told: str):
+    from fedllm_sec.recipe.reading import variants
+
+    with pytest.raises(RecipeError, match=told):
+        variants(given)
+
+
+@pytest.mark.parametrize("key", ["local_steps", "batch_size"])
+def test_a_count_beyond_any_machine_is_refused(key: str):
+    assert f"clients.{key}" in problems({**GOOD, "clients": {**GOOD["clients"], key: 10**20}})
+
+
+@pytest.mark.parametrize("folder", ["a\x1b[31mb", "a\nb", "a\ud800b"])
+def test_an_output_folder_does_not_command_the_terminal(folder: str):
+    assert "must not hold control characters" in problems({**GOOD, "output": {"folder": folder}})
+
+
 @pytest.mark.parametrize("folder", ["", None, [], 3])
 def test_an_output_folder_is_a_text(folder: Any):
     assert "output.folder" in problems({**GOOD, "output": {"folder": folder}})

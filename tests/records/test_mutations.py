@@ -312,3 +312,20 @@ def test_verify_tells_of_many_runs_and_of_a_grid(grid: Path, whole: Path, tmp_pa
     )
     assert verify.main([str(tmp_path), str(tmp_path / "nothing")]) == 2
     assert "nothing: no such folder" in capsys.readouterr().err
+
+
+def test_verify_believes_what_the_run_left_not_what_its_recipe_says_now(whole: Path, tmp_path: Path, capsys):
+    shutil.copytree(whole / "out", tmp_path / "out")
+    recipe = tmp_path / "out" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("rounds: 2", "rounds: 9"))
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert verify.main([str(tmp_path / "out")]) == 1
+    assert "model/model.safetensors is gone" in capsys.readouterr().out
+
+
+def test_verify_misses_a_cell_that_the_grid_has(grid: Path, tmp_path: Path, capsys):
+    shutil.copytree(grid / "out", tmp_path / "out")
+    lost = tmp_path / "out" / "cells" / "flip__none"
+    shutil.rmtree(lost)
+    assert verify.main([str(tmp_path / "out")]) == 1
+    assert f"{lost}: damaged\n  is gone, or was never run" in capsys.readouterr().out
