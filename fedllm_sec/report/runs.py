@@ -156,10 +156,12 @@ def read_run(folder: Path) -> Run:
     recipe, recipe_text = read_recipe(folder / "recipe.yaml"), _read_text(folder / "recipe.yaml")
     warnings = []
     environment: Mapping[str, Any] = {}
-    if (folder / "environment.json").is_file():
+    try:
         environment = read_json(folder / "environment.json")
-    else:
-        warnings.append("environment.json is missing: versions and command are not known.")
+    except ReportError:  # the record stands without it
+        gone = not (folder / "environment.json").exists()
+        how = "is missing" if gone else "cannot be read"
+        warnings.append(f"environment.json {how}: versions and command are not known.")
     records = _read_records(folder, environment.get("fedllm_sec"))
     last, planned = records[-1].round, recipe.get("rounds")
     if isinstance(planned, int) and last < planned:
@@ -183,7 +185,7 @@ def _read_records(folder: Path, written_by: Any) -> tuple[RoundRecord, ...]:
         if written_by is not None and written_by != VERSION:
             text += f" It was written by fedllm_sec {written_by}; this is {VERSION}. Read it with that."
         else:
-            text += " If the run was killed while writing, start it again with the same command: it repairs this."
+            text += " If the run was killed while writing, the same command starts it again and repairs this."
         raise ReportError(text) from error
 
 

@@ -63,8 +63,18 @@ def test_a_line_cut_off_by_a_kill_is_named(make_run: MakeRun, tmp_path: Path) ->
     folder = make_run(tmp_path / "run", rounds=4)
     path = folder / "history.jsonl"
     path.write_text(path.read_text()[:-40])
-    with pytest.raises(FedError, match=r"history\.jsonl, line 4: .* it repairs this"):
+    with pytest.raises(FedError, match=r"history\.jsonl, line 4: .* repairs this"):
         read_runs([folder])
+
+
+@pytest.mark.parametrize("content", ["", "junk", "[]", "null"])
+def test_a_run_whose_environment_is_damaged_is_shown_with_a_word_about_it(
+    content: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "run", rounds=4)
+    (folder / "environment.json").write_text(content)
+    (run,) = read_runs([folder])
+    assert "environment.json cannot be read: versions and command are not known." in run.warnings
 
 
 def test_a_run_of_another_version_names_both_versions(make_run: MakeRun, tmp_path: Path) -> None:
