@@ -248,6 +248,8 @@ def as_tensor(value: Any, place: str) -> Tensor:
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise DefenseError(f"aggregate: {place} is a {kind}, needs a torch tensor or numpy array. Convert it first.")
+    if value.layout is not torch.strided:
+        raise DefenseError(f"aggregate: {place} is not dense ({value.layout}). Give its to_dense().")
     if value.dtype not in FLOATS:
         kind = str(value.dtype).removeprefix("torch.")
         raise DefenseError(f"aggregate: {place} has dtype {kind}, needs a floating type. Convert it first.")

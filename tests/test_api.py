@@ -233,3 +233,8 @@ def test_one_stage_with_its_settings_needs_no_list():
 def test_what_is_no_stage_and_no_count_is_told(settings, told):
     with pytest.raises(DefenseError, match=told):
         fedllm_sec.aggregate(torch.ones(3, 2), "mean", **settings)
+
+
+def test_sparse_rows_are_told_in_a_line():
+    with pytest.raises(DefenseError, match=r"rows is not dense \(torch.sparse_coo\)"):
+        fedllm_sec.aggregate(torch.eye(3).to_sparse(), "mean")
