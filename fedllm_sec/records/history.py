@@ -81,7 +81,7 @@ def read_history(folder: Path) -> list[RoundRecord]:
         raise ResumeError(f"{path}: no such file. Is {folder} a run folder?")
     timings: dict[int, dict[str, float]] = {}
     if (folder / "timings.jsonl").is_file():
-        for line in _lines(folder / "timings.jsonl"):
+        for line in (folder / "timings.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(*NOT_A_ROW):  # these are seconds, no results
                 row = json.loads(line)
                 number = row.pop("round")

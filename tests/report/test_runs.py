@@ -77,6 +77,13 @@ def test_a_run_whose_environment_is_damaged_is_shown_with_a_word_about_it(
     assert "environment.json cannot be read: versions and command are not known." in run.warnings
 
 
+def test_bytes_that_are_no_text_among_the_timings_cost_those_timings_alone(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rounds=4)
+    with (folder / "timings.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    assert len(read_runs([folder])[0].records) == 4
+
+
 def test_a_run_of_another_version_names_both_versions(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", rounds=4)
     write_json(folder / "environment.json", {"fedllm_sec": "9.0"})
