@@ -12,11 +12,9 @@ from typing import Any
 
 from fedllm_sec.build.threat import client_ids
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.defenses.prediction import FLDetector
+from fedllm_sec.defenses.prediction import FEWEST, FLDetector
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.cohort import cohorts, foreseen
-
-SCORES = 4  # that fldetector needs in one round to see two groups in them
 
 
 def drawn_problems(recipe: Recipe, defense: Pipeline, tried_without: Callable[[str], list[str]]) -> list[str]:
@@ -86,12 +84,12 @@ def _unjudged(recipe: Recipe, warmup: int) -> list[str]:
     for _, cohort in drawn:
         parts.update(cohort)
         most = max(most, sum(parts[place] > warmup for place in cohort))
-        if most >= SCORES:
+        if most >= FEWEST:
             return []
     if len(rounds) < recipe.rounds:
         return []  # clients return in later rounds
     return [
-        f"defense: fldetector: needs {SCORES} clients or more in one round that have taken part more than "
+        f"defense: fldetector: needs {FEWEST} clients or more in one round that have taken part more than "
         f"warmup={warmup} times, and in {recipe.rounds:,} rounds of {recipe.clients.per_round:,} of "
         f"{recipe.clients.total:,} clients there are at most {most}: it could drop nobody. Raise rounds or "
         "clients.per_round, or lower warmup."

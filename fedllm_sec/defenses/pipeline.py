@@ -31,6 +31,8 @@ class Pipeline:
 
     def __init__(self, before: Sequence[Before], rule: Defense, after: Sequence[After] = ()) -> None:
         self.before, self.rule, self.after = tuple(before), rule, tuple(after)
+        for part in (*self.before, rule):
+            _need_rows_and_context(part)
         self.spent = Spent(self.before, rule, self.after)
         self._made: tuple[Tensor | None, int] = None, 0  # this round's update, and of how many rows
         self.noted: dict[str, float] = {}  # what the stages after the server's step have to say of this round
@@ -59,11 +61,8 @@ class Pipeline:
 
         Who remembers them by that name remembers other clients in every round: a DefenseError.
         """
-        try:
-            inspect.signature(part).bind(rows, ctx)
-        except TypeError as error:
-            raise DefenseError(f"{name_of(part)}: cannot be called with (updates, ctx): {error}.") from error
-        strange = [id for id in rows.ids if id not in set(clients.ids)] if renaming else []
+        known = set(clients.ids)
+        strange = [id for id in rows.ids if id not in known] if renaming else []
         try:
             with shown_to(part, ctx, rows=rows.rows):
                 made = part(rows, ctx)
@@ -119,6 +118,14 @@ class Pipeline:
         before = [(f"before{i}", part) for i, part in enumerate(self.before)]
         after = [(f"after{i}", part) for i, part in enumerate(self.after)]
         return [*before, ("rule", self.rule), *after]
+
+
+def _need_rows_and_context(part: Any) -> None:
+    """A DefenseError where a stage or rule, of one's own perhaps, cannot be called as they all are."""
+    try:
+        inspect.signature(part).bind("updates", "ctx")
+    except TypeError as error:
+        raise DefenseError(f"{name_of(part)}: cannot be called with (updates, ctx): {error}.") from error
 
 
 def drawn_seed(ctx: RoundContext) -> int:

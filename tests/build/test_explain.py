@@ -139,7 +139,7 @@ def test_the_words_say_who_when_with_what_and_against_what(small: dict[str, Any]
     assert "the updates of all other clients of the round" in defended
     assert 'poison their data: text_trigger (trigger: " cf", target: "Sports", rate: 0.5)' in defended
     assert "Left at: position='end'" in defended
-    assert "aggregates: trimmed_mean (f=1)" in defended
+    assert "aggregates: trimmed_mean (f: 1)" in defended
     assert "attackers' sight" in defended
 
 
