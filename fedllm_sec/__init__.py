@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedllm_sec import kernels as kernels
     from fedllm_sec.api import aggregate as aggregate
+    from fedllm_sec.attacks.privacy import reconstruct as reconstruct
+    from fedllm_sec.attacks.privacy import reveal_labels as reveal_labels
+    from fedllm_sec.build.audit import audit as audit
     from fedllm_sec.matrix import Layout as Layout
     from fedllm_sec.matrix import UpdateMatrix as UpdateMatrix
     from fedllm_sec.protocols import Decision as Decision
@@ -25,6 +28,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "aggregate": "fedllm_sec.api",
     "forge": "fedllm_sec.attacks.forge",
+    "audit": "fedllm_sec.build.audit",
+    "reconstruct": "fedllm_sec.attacks.privacy",
+    "reveal_labels": "fedllm_sec.attacks.privacy",
     "Decision": "fedllm_sec.protocols",
     "RoundContext": "fedllm_sec.protocols",
     "UpdateMatrix": "fedllm_sec.matrix",

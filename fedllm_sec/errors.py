@@ -33,6 +33,15 @@ def quietly(main: Callable[P, int]) -> Callable[P, int]:
     return until_the_reader_leaves
 
 
+def reason(error: BaseException) -> str:
+    """Why something failed, in a few words: of a file that cannot be read, without Python's number and the path."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte 0x{error.object[error.start]:02x} at place {error.start} is not {error.encoding.upper()} text"
+    return str(error) or type(error).__name__
+
+
 class FedError(ValueError):
     """Something the user asked for cannot be done."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from fedllm_sec import algorithms, attacks, defenses, models
 from fedllm_sec.data import partition
 from fedllm_sec.errors import quietly
+from fedllm_sec.evaluation import judges
 from fedllm_sec.recipe.resolve import Menu, did_you_mean, settings_of
 
 # Where the names come from, and where they stand in a recipe.
@@ -21,9 +22,11 @@ MENUS: dict[str, Menu] = {
     "defense": defenses.MENU,
     "defense.client": defenses.CLIENT_MENU,
     "attack": attacks.MENU,
+    "attack.privacy": attacks.PRIVACY_MENU,
     "algorithm": algorithms.MENU,
     "clients.partition": partition.MENU,
     "model": models.MENU,
+    "evaluate.judge": judges.MENU,
 }
 
 

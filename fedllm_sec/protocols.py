@@ -40,6 +40,7 @@ class LocalResult:
     count: float  # claimed examples
     steps: int  # claimed optimizer steps
     loss: float  # claimed mean training loss
+    buffers: Tensor | None = None  # (b,) float64, what the model holds beside its vector after training
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fedllm_sec.build.explain import explain
 
             quiet()
-            print(explain(plans))
+            text, problems = explain(plans)
+            print(text)
+            if problems:
+                raise RecipeError([f"the run would not begin: {problem}" for problem in problems])
             return 0
         run_all(plans, typed("train", words), among, fresh=options.fresh)
         idle = [plan.recipe.output.folder for plan in plans.values() if _all_skipped(Path(plan.recipe.output.folder))]

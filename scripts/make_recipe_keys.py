@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fedllm_sec.recipe import sections  # noqa: E402
+from fedllm_sec.recipe import language_model, sections  # noqa: E402
 from fedllm_sec.recipe.places import home  # noqa: E402
 from fedllm_sec.recipe.sections import TASKS, Recipe, Section  # noqa: E402
 
@@ -41,14 +41,15 @@ folder; only `base:` of a grid, which names another recipe file, is relative to 
 
 def comments() -> dict[tuple[str, str], str]:
     """(class, field) -> the comment behind the field."""
-    text = inspect.getsource(sections)
-    lines, found = text.splitlines(), {}
-    for node in ast.parse(text).body:
-        for field in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.end_lineno:
-                behind = lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode()
-                if behind.strip().startswith("#"):
-                    found[(node.name, field.target.id)] = behind.strip().removeprefix("#").strip()
+    found = {}
+    for text in map(inspect.getsource, (language_model, sections)):
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            for field in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.end_lineno:
+                    behind = lines[field.end_lineno - 1].encode()[field.end_col_offset :].decode()
+                    if behind.strip().startswith("#"):
+                        found[(node.name, field.target.id)] = behind.strip().removeprefix("#").strip()
     return found
 
 
@@ -66,7 +67,7 @@ def kinds(annotation: Any) -> list[str]:
     if origin is typing.Annotated:
         return [limited(kinds(inner[0])[0], inner[1:])]
     if origin is typing.Literal:
-        return [f"`{value}`" for value in inner]
+        return [f"`{json.dumps(value) if isinstance(value, bool) else value}`" for value in inner]
     if annotation == dict[str, Any]:
         return ["method"]
     if annotation == list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from fedllm_sec.build.names import checked
 from fedllm_sec.build.text import make_evaluation
 from fedllm_sec.evaluation.text import TextEvaluation
 from fedllm_sec.tasks.encoding import Encoded
+from fedllm_sec.tasks.fitting import Fitted
 
 LABELS = ("World", "Sports", "Business", "Tech")
 END = 0
@@ -61,27 +62,33 @@ class Stub:
     def answer_ids(self, responses: Sequence[str]) -> list[list[int]]:
         return [[*self.ids(response), END] for response in responses]
 
-    def encode(self, rows: Dataset, place: str) -> Encoded:
+    def tokens(self, rows: Dataset) -> Encoded:
         return Encoded([self.ids(text) for text in rows["text"][:]], self.answer_ids(rows["response"][:]))
+
+    def fit(self, rows: Dataset, place: str, too_long: str | None = None) -> Fitted:
+        return Fitted(rows, self.tokens(rows), list(range(len(rows))))
+
+    def encode(self, rows: Dataset, place: str) -> Encoded:
+        return self.tokens(rows)
 
     def _said(self, shard: Encoded, row: int) -> list[int]:
         return [*self.ids(self.says(self.decode(shard.prompts[row]))), END]
 
-    def answer(self, shard: Encoded, rows: Sequence[int], max_new_tokens: int) -> list[str]:
-        return [self.decode(self._said(shard, i)[:max_new_tokens]) for i in rows]
+    def generate(self, shard: Encoded, rows: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        return [self._said(shard, i)[:max_new_tokens] for i in rows]
 
-    def score(self, shard: Encoded, rows: Sequence[int]) -> torch.Tensor:
+    def score(self, shard: Encoded, rows: Sequence[int], first: torch.Tensor | None = None) -> torch.Tensor:
         """A token that is not said costs 20 nats."""
         found = []
         for i in rows:
             said, answer = self._said(shard, i), shard.answers[i]
             wrong = sum(k >= len(said) or said[k] != token for k, token in enumerate(answer))
             found.append([20.0 * wrong, float(len(answer))])
-        return torch.tensor(found, dtype=torch.float64)
-
-    def begin(self, shard: Encoded, rows: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
-        firsts = torch.tensor([self._said(shard, i)[0] for i in rows])
-        return -20.0 * (firsts[:, None] != tokens[None, :]).double()
+        scores = torch.tensor(found, dtype=torch.float64)
+        if first is None:
+            return scores
+        said_first = torch.tensor([self._said(shard, i)[0] for i in rows])
+        return torch.cat([scores, -20.0 * (said_first[:, None] != first[None, :]).double()], dim=1)
 
 
 def spread(batches: Any, width: int, score: Any) -> torch.Tensor:

@@ -36,7 +36,8 @@ def run(raw: dict[str, Any], folder: Path) -> Path:
 
 
 def same_run(a: Path, b: Path) -> None:
-    assert (a / "history.jsonl").read_bytes() == (b / "history.jsonl").read_bytes()
+    for name in ("history.jsonl", "answers.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
     first, second = (load_file(x / "adapter" / "adapter_model.safetensors") for x in (a, b))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -165,6 +166,7 @@ def test_gradient_accumulation_gives_the_same_gradient(small, tmp_path):
 
 def test_one_process_and_two_give_the_same_history(small, tmp_path):
     small["clients"]["total"] = 5  # an odd cohort: the ranks' shares differ
+    small["evaluate"] |= {"temperature": 1.0, "draws": 2, "second_judge": {"name": "contains"}}
     one = launch(small, tmp_path / "one", 1)
     two = launch(small, tmp_path / "two", 2)
     finish(one), finish(two)

@@ -271,7 +271,8 @@ def test_of_more_rows_attack_rows_are_asked():
     evaluate = {"attack_rows": 5, "max_new_tokens": 20}
     stub, task, evaluation = built(TEXT[0], evaluate=evaluate)
     assert rates_of(TEXT[0], PERFECT, task, stub, evaluation) == [(1.0, 5), (0.0, 5)]
-    assert evaluation.left_out == {"are of a class that the attack asks for": 6, "carry the trigger by themselves": 2}
+    left_out = {"are of a class that the attack asks for": 6, "carry the trigger by themselves": 2}
+    assert evaluation.attacks[0].left_out == left_out
 
 
 def test_accuracy_is_shown_class_by_class():

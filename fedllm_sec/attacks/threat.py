@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedllm_sec.errors import AttackError, CohortError, IdleAttack
 from fedllm_sec.kernels.usable import usable
-from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.matrix.shown import copied, only_shown
 from fedllm_sec.protocols import Client, DataAttack, Decision, LocalRule, ThreatView, UpdateAttack
 from fedllm_sec.seeds import generator_for, seed_for
@@ -142,6 +142,16 @@ class Threat:
                 )
             own = rows.to(own)
         return own
+
+    def forge_buffers(self, buffers: Tensor, ids: Sequence[str], layout: Layout, round: int) -> Tensor:
+        """The buffers (n, b + c) with those that attackers submit instead of their own."""
+        attackers = self.attackers(round)
+        mine = torch.tensor([id in attackers for id in ids])
+        for attack in self.update if bool(mine.any()) else ():
+            if hasattr(attack, "forge_buffers"):
+                buffers = buffers.clone()
+                buffers[mine] = attack.forge_buffers(buffers[mine], layout)
+        return buffers
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of update attacks that have one (lazy, mimic)."""

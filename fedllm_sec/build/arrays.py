@@ -20,10 +20,12 @@ from fedllm_sec.evaluation.samples import Features, SampleEvaluation
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.models.darts import genotype
 from fedllm_sec.protocols import Labelled, tensors_of
+from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.recipe.sections import ArrayData, Recipe
 from fedllm_sec.records.files import write_atomic, write_json
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import generator_for, seed_for
+from fedllm_sec.tasks.buffers import MODES, Mode
 from fedllm_sec.tasks.classify import Classify
 from fedllm_sec.tasks.gan import Gan
 from fedllm_sec.tasks.nas import Nas
@@ -86,14 +88,29 @@ def classify_task(recipe: Recipe, machine: Machine, train: Labelled) -> Classify
         )
     axes = (0, *range(2, train.x.ndim))
     kind = Nas if recipe.task == "nas" else Classify
-    return kind(
+    made = kind(
         make_model(recipe, tuple(train.x.shape[1:]), train.classes),
         machine.device,
         mean=train.x.mean(axes),
         std=train.x.std(axes).clamp_min(1e-3),
         flip=recipe.data.flip,
         crop=recipe.data.crop,
+        buffers=_buffers(recipe),
     )
+    if made.buffers is not None and machine.placement == "data" and machine.world > 1:
+        raise RecipeError(
+            "compute.placement: data: each process would keep running statistics of its own part of a batch. Set "
+            "model.buffers: batch, or compute.placement: clients."
+        )
+    return made
+
+
+def _buffers(recipe: Recipe) -> Mode | None:
+    """How what the model holds beside its vector travels."""
+    mode: Mode | None = recipe.model.get("buffers")
+    if mode is not None and mode not in MODES:
+        raise RecipeError(f"model.buffers: {mode}: must be {', '.join(MODES)}.{did_you_mean(str(mode), MODES)}")
+    return mode
 
 
 def gan_task(recipe: Recipe, machine: Machine, train: Labelled) -> Gan:
@@ -141,10 +158,12 @@ def make_evaluation(recipe: Recipe, test: Labelled, threat: Threat | None, devic
 
 
 def save_model(task: Any, folder: Path) -> None:
-    """Write the model's parameters to model.safetensors, a GAN's samples.png, a search's genotype.json."""
+    """Write the model's parameters and buffers to model.safetensors, a GAN's samples.png, a search's genotype.json."""
     from safetensors.torch import save
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in task.layout.split(task.parameters.detach()).items()}
+    if getattr(task, "buffers", None) is not None:
+        tensors |= {name: t.detach().cpu().contiguous() for name, t in task.buffers.tensors().items()}
     write_atomic(folder / "model.safetensors", save(tensors))
     if isinstance(task, Gan):
         task.model.eval()

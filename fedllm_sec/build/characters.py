@@ -107,7 +107,7 @@ def character_parts(recipe: Recipe, machine: Machine, threat: Threat | None, spl
 def load_text(recipe: Recipe) -> characters.Text:
     """The clean text in sequences, as many of them as the recipe wants."""
     data: CharData = recipe.data
-    text = characters.load(data.name, data.length, data.test_share, data.by_speaker)
+    text = characters.load(data.name, data.length, data.test_share, data.by_speaker, data.encoding)
     keep = np.arange(len(text.train.y))
     if data.train_rows is not None and data.train_rows < len(keep):
         drawn = np.random.default_rng(seed_for(recipe.seed, "rows", "train")).permutation(len(keep))

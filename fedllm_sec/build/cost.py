@@ -18,12 +18,13 @@ from fedllm_sec.build import text as build_text
 from fedllm_sec.build.parts import deal, make_model
 from fedllm_sec.build.plan import Plan
 from fedllm_sec.errors import FedError
-from fedllm_sec.models.lora import add_adapter, source_of, told
+from fedllm_sec.models.lora import add_adapter, place, source_of, told
 from fedllm_sec.recipe.sections import Model, Recipe
 
 FLOAT = 4  # bytes of a float32: rows and trained vectors
 # NF4 with double quantisation: 4 bits a weight, 8 bits more for 64 weights, 32 bits more for 64 * 256
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+INT8 = 1.0  # and a float32 for each row
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,26 @@ def language_model(model: Model) -> Weights:
 
     source = source_of(model.name)
     with told(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype))
-        head = base.get_output_embeddings()
-        packed = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head}
-        frozen = sum(p.numel() for p in base.parameters())
-        held = sum(
-            p.numel() * (NF4 if model.load_in_4bit and id(p) in packed else p.element_size()) for p in base.parameters()
+        where, options = place(model)
+        config = AutoConfig.from_pretrained(where, **options)
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
         )
-        plain = model.model_copy(update={"load_in_4bit": False, "gradient_checkpointing": False})
-        adapted = add_adapter(base, plain, 0)
-    return Weights(sum(p.numel() for p in adapted.parameters() if p.requires_grad), frozen, round(held))
+        head = base.get_output_embeddings()
+        linear = {id(m.weight) for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head}
+        frozen = sum(p.numel() for p in base.parameters())
+
+        def held(p: torch.Tensor) -> float:
+            if not model.quantized or id(p) not in linear:
+                return p.numel() * p.element_size()
+            return p.numel() * NF4 if model.load_in_4bit else p.numel() * INT8 + FLOAT * len(p)
+
+        bytes_held = sum(map(held, base.parameters()))
+        # neither packing nor a start taken from the weights changes how many there are, and here are none
+        lora = model.lora and model.lora.model_copy(update={"init_lora_weights": True})
+        plain = dict.fromkeys(("load_in_4bit", "load_in_8bit", "gradient_checkpointing"), False)
+        adapted = add_adapter(base, model.model_copy(update={**plain, "lora": lora}), 0)
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    if model.lora is None:
+        return Weights(trained)
+    return Weights(trained, frozen, round(bytes_held))

@@ -11,8 +11,11 @@ from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build.cost import FLOAT, Cost, cost
+from fedllm_sec.build.judging import most_answers
 from fedllm_sec.build.noise import noise_in_words
+from fedllm_sec.build.observing import observer_in_words
 from fedllm_sec.build.plan import Plan
+from fedllm_sec.build.seen import first_row
 from fedllm_sec.build.selftest import in_words
 from fedllm_sec.build.text import rows_in_words
 from fedllm_sec.build.threat import active_rounds
@@ -21,8 +24,10 @@ from fedllm_sec.menu import lines as menu_lines
 from fedllm_sec.models.lora import load_tokenizer
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.records import answers
 from fedllm_sec.report.runs import Run, methods
 from fedllm_sec.report.threat import attack_card, defense_steps
+from fedllm_sec.tasks.chat import writer_of
 from fedllm_sec.tasks.encoding import room
 
 WIDTH = 110
@@ -30,14 +35,19 @@ MOST_NAMED = 100  # clients
 # What of a recipe its cost depends on: variants that share it are counted once.
 COUNTED = {"seed", "rounds", "task", "model", "data", "clients", "algorithm", "enable_defense", "defense"}
 TRIED = {"task", "model", "data", "clients", "evaluate"}  # the same for what its model's self-test depends on
+REFUSED = ("cannot be read: ", "will be refused: ")  # how what is said of data and model begins where a run would stop
 
 
-def explain(plans: Mapping[str, Plan]) -> str:
-    """The resolved recipe, then for each variant what differs, who attacks, what defends, and what it costs."""
+def explain(plans: Mapping[str, Plan]) -> tuple[str, list[str]]:
+    """The resolved recipe, then for each variant what differs, who attacks, what defends, and what it costs.
+
+    And why runs would not begin: data that cannot be read, a model that would be refused.
+    """
     first = next(iter(plans.values())).recipe
     out = [recipes.dump(first).rstrip()]
     counted: dict[str, Cost] = {}
     tried: dict[str, list[str]] = {}
+    problems: list[str] = []
     for name, plan in plans.items():
         recipe = plan.recipe
         key = recipe.model_dump_json(include=COUNTED)
@@ -51,9 +61,16 @@ def explain(plans: Mapping[str, Plan]) -> str:
             out += _section("Differs from the recipe above in", differences(first, recipe) or ["nothing"])
         if notes := plan.notes():
             out += _section("Not looked at", notes)
-        out += method(recipe) + data(recipe) + tried[same_model] + threat(plan) + defense(plan, counted[key])
-        out += bill(recipe, counted[key])
-    return "\n".join(out)
+        rows, shown = data(recipe), tried[same_model]
+        problems += [*_refusals(rows), *_refusals(shown), *counted[key].reasons]
+        out += method(recipe) + (_section("Data", rows) if rows else [])
+        out += _section("Model, tried on two short rows", shown) if shown else []
+        out += threat(plan) + _section_of_observer(recipe) + defense(plan, counted[key]) + bill(recipe, counted[key])
+    return "\n".join(out), list(dict.fromkeys(problems))
+
+
+def _refusals(texts: Iterable[str]) -> list[str]:
+    return [text.removeprefix(sign) for text in texts for sign in REFUSED if text.startswith(sign)]
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -109,6 +126,11 @@ def threat(plan: Plan) -> list[str]:
     return [line for title, texts in card for line in _section(title, [*texts, *extra.get(title, [])])]
 
 
+def _section_of_observer(recipe: Recipe) -> list[str]:
+    said = observer_in_words(recipe)
+    return _section("Observer", said) if said else []
+
+
 def named(ids: Iterable[str]) -> str:
     """The ids in order, no more than fit a few lines."""
     order = sorted(ids)
@@ -132,7 +154,8 @@ def _targets(recipe: Recipe) -> list[str]:
     except RecipeError as error:
         return [f"target: its tokens are not counted: {error}"]
     most = recipe.evaluate.max_new_tokens
-    return [f"target {room(tokenizer, recipe.data, answer, most)}" for answer in answers]
+    writer = writer_of(tokenizer, recipe.data)
+    return [f"target {room(writer, recipe.data, answer, most)}" for answer in answers]
 
 
 def defense(plan: Plan, counted: Cost) -> list[str]:
@@ -152,12 +175,12 @@ def method(recipe: Recipe) -> list[str]:
 
 def data(recipe: Recipe) -> list[str]:
     """Which rows are trained on and which are held out; other kinds of task name both in their data sets."""
-    return _section("Data", rows_in_words(recipe)) if recipe.task == "causal_lm" else []
+    return rows_in_words(recipe) + first_row(recipe) if recipe.task == "causal_lm" else []
 
 
 def model(recipe: Recipe) -> list[str]:
     """What two short rows show of the language model and its tokenizer."""
-    return _section("Model, tried on two short rows", in_words(recipe)) if recipe.task == "causal_lm" else []
+    return in_words(recipe) if recipe.task == "causal_lm" else []
 
 
 def _meanings(block: Mapping[str, Any], *kinds: str) -> list[str]:
@@ -224,7 +247,8 @@ def bill(recipe: Recipe, counted: Cost) -> list[str]:
         if recipe.enable_attack and recipe.attack is not None and recipe.attack.knowledge != "own":
             rows.append(("attackers' sight", f"a copy of the honest rows, up to {size(FLOAT * n * d)}"))
         if weights.frozen:
-            kind = f"4 bits, the rest {recipe.model.dtype}" if recipe.model.load_in_4bit else recipe.model.dtype
+            bits = next((bits for bits in (4, 8) if getattr(recipe.model, f"load_in_{bits}bit")), None)
+            kind = f"{bits} bits, the rest {recipe.model.dtype}" if bits is not None else recipe.model.dtype
             rows.append(("frozen base model", f"{size(weights.frozen_bytes)} ({kind})"))
     rows.append(("local steps", _steps(recipe, counted)))
     if counted.sizes is not None:
@@ -232,6 +256,9 @@ def bill(recipe: Recipe, counted: Cost) -> list[str]:
         rows.append(("rows of a client", f"{low:,}" if low == high else f"{low:,} to {high:,}"))
     if recipe.enable_defense and recipe.defense is not None and recipe.defense.root_rows:
         rows.append(("the server", f"trains once a round, on its own {recipe.defense.root_rows} clean rows"))
+    if recipe.task == "causal_lm" and recipe.evaluate.transcripts:
+        bound = f"up to {most_answers(recipe):,} lines; no text in it over {answers.MOST:,} characters"
+        rows.append((answers.NAME, bound))
     texts = [f"{what:<22}{much}" for what, much in rows]
     texts += [f"not counted: {reason}" for reason in dict.fromkeys(counted.reasons)]
     return _section("Expected cost (activations and libraries come on top)", texts)

@@ -6,21 +6,23 @@ The whole way of a recipe: `names.checked` (raw to recipe), `plan.planned` (what
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build.arrays import array_parts, save_model
+from fedllm_sec.build.card import save_language_model
 from fedllm_sec.build.characters import character_parts
 from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.build.observing import make_observer
 from fedllm_sec.build.parts import Parts, deal
 from fedllm_sec.build.plan import Plan, planned
 from fedllm_sec.build.rehearsal import scaled_down
 from fedllm_sec.build.smoothing import smoothing
 from fedllm_sec.build.text import text_parts
 from fedllm_sec.build.transfer import distillation
-from fedllm_sec.models.lora import save_adapter
+from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import Client
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.history import RoundRecord
@@ -54,6 +56,12 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     parts = KINDS[recipe.task](recipe, machine, threat, split, loaded)
     if threat is not None:
         threat.poisoned = dict(parts.poisoned)
+        for number, attack in enumerate(threat.update):
+            if hasattr(attack, "forge_buffers") and getattr(parts.task, "buffers", None) is None:
+                raise RecipeError(
+                    f"attack.update.{number}: {recipe.attack.update[number]['name']}: the model keeps no running "
+                    "statistics that travel with an update. Choose another attack, or a model with BatchNorm."
+                )
     plan.rehearse(scaled_down(parts.task.layout))
     sizes = [parts.task.size(shard) for shard in parts.shards.values()]
     steps = [algorithm.prepare(plan.training, sizes).steps_of(size) for size in sizes]
@@ -70,7 +78,9 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         guards=methods.guards,
         threat=threat,
         evaluation=parts.evaluation,
+        observer=make_observer(recipe, plan.ids, parts.evaluation, machine),
         vector=parts.task.initial.clone(),
+        buffers=parts.task.buffers.read().cpu() if getattr(parts.task, "buffers", None) is not None else None,
         seed=recipe.seed,
         per_round=recipe.clients.per_round,
         evaluate_every=recipe.evaluate.every,
@@ -94,9 +104,9 @@ def run(made: Federation | Distillation, rounds: int) -> Iterator[RoundRecord]:
     return distil(made, rounds) if isinstance(made, Distillation) else federation.run(made, rounds)
 
 
-def save(recipe: Recipe, task: Any, folder: Path) -> None:
-    """Write the model that the task holds: a peft adapter, or the parameters of a small model."""
+def save(recipe: Recipe, task: Any, folder: Path, records: Sequence[RoundRecord]) -> None:
+    """Write the model that the task holds: a peft adapter or a whole model with its card, or a small model."""
     if recipe.task == "causal_lm":
-        save_adapter(task.model, folder)
+        save_language_model(recipe, task, folder, records)
     else:
         save_model(task, folder)

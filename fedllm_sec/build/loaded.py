@@ -60,6 +60,6 @@ def poison_key(recipe: Recipe) -> str:
 
 
 def probe_key(recipe: Recipe) -> str:
-    """Settings on which the held-out rows and the attack's probe depend."""
-    data = recipe.attack.data[:1] if recipe.attack is not None else []
+    """Settings on which the held-out rows and the attacks' probes depend."""
+    data = recipe.attack.data if recipe.attack is not None else []
     return data_key(recipe) + recipe.model_dump_json(include={"evaluate"}) + json.dumps(data)

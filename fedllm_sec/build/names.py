@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from fedllm_sec import algorithms, attacks, defenses, models
 from fedllm_sec.data import partition
-from fedllm_sec.errors import RecipeError
+from fedllm_sec.errors import FedError, RecipeError
+from fedllm_sec.evaluation import judges
 from fedllm_sec.recipe import reading
 from fedllm_sec.recipe.resolve import Menu, check_settings, find, resolve
 from fedllm_sec.recipe.sections import Recipe
@@ -23,6 +25,9 @@ PLACES: dict[str, tuple[Menu, tuple[str, ...]]] = {
     "defense.after": (defenses.MENU, ("after",)),
 }
 
+# the same in the recipe of a language model
+OF_TEXT = {"evaluate.judge": (judges.MENU, ("",)), "evaluate.second_judge": (judges.MENU, ("",))}
+
 # task of the recipe -> kinds of data attacks that act on its rows
 DATA_ATTACKS: dict[str, tuple[str, ...]] = {
     "causal_lm": ("data", "data_text"),
@@ -31,6 +36,9 @@ DATA_ATTACKS: dict[str, tuple[str, ...]] = {
     "next_char": ("data",),
     "gan": (),
 }
+
+# task of the recipe -> kinds of privacy attacks that can read what its clients send
+PRIVACY: dict[str, tuple[str, ...]] = {"classify": ("images", "labels")}
 
 # task of the recipe -> kinds of client-side defenses that can act in it, where it is not only "client"
 CLIENT_DEFENSES: dict[str, tuple[str, ...]] = {"classify": ("client", "client_image")}
@@ -51,9 +59,10 @@ def places(task: Any) -> dict[str, tuple[Menu, tuple[str, ...]]]:
     found = {
         **PLACES,
         "attack.data": (attacks.MENU, DATA_ATTACKS[task]),
+        "attack.privacy": (attacks.PRIVACY_MENU, PRIVACY.get(task, ())),
         "defense.client": (defenses.CLIENT_MENU, CLIENT_DEFENSES.get(task, ("client",))),
     }
-    return found if task == "causal_lm" else {"model": (models.MENU, (task,)), **found}
+    return {**found, **OF_TEXT} if task == "causal_lm" else {"model": (models.MENU, (task,)), **found}
 
 
 def _blocks(raw: dict[str, Any]) -> Iterator[tuple[str, Any, Menu, tuple[str, ...]]]:
@@ -102,6 +111,8 @@ def without_code(recipe: Recipe) -> Recipe:
         changed["algorithm"] = {"name": "fedavg"}
     if "clients.partition" in code:
         changed["clients"] = recipe.clients.model_copy(update={"partition": {"name": "iid"}})
+    if unread := {key.split(".")[1]: None for key in OF_TEXT if key in code}:
+        changed["evaluate"] = recipe.evaluate.model_copy(update=unread)
     for block in ("attack", "defense"):
         if any(where.startswith(f"{block}.") for where in code):  # its methods work together: none of them is tried
             changed[f"enable_{block}"] = False
@@ -120,12 +131,48 @@ def _block_problems(block: dict[str, Any], menu: Menu, kinds: tuple[str, ...], w
             f"{where}.name: {name} is of kind {kind!r} and cannot stand here. Fitting: {', '.join(fitting) or 'none'}."
         ]
     try:
-        check_settings(find(name, menu, where), {k: v for k, v in block.items() if k != "name"}, where)
+        check_settings(find(name, menu, where), _settings(block, where), where)
     except RecipeError as error:
         return error.problems
     return []
 
 
+BESIDE = {"model": ("buffers",)}  # place -> keys of its block that are no settings of the method
+
+
+def _settings(block: dict[str, Any], place: str) -> dict[str, Any]:
+    return {k: v for k, v in block.items() if k not in ("name", *BESIDE.get(place, ()))}
+
+
+# place in the recipe -> what a method that stands there is called by, where it is no function
+CALLED = {
+    "attack.data": ("poison", "probe"),
+    "attack.local": ("before_step", "after_step"),
+    "defense.client": ("before_step", "after_step"),
+}
+
+
 def make(block: dict[str, Any], menu: Menu, place: str) -> Any:
     """The method that a block {name, settings} of the recipe asks for."""
-    return resolve(block["name"], {k: v for k, v in block.items() if k != "name"}, menu, place)
+    made = resolve(block["name"], _settings(block, place), menu, place)
+    for name in CALLED.get(place.rpartition(".")[0], ()):
+        if not callable(getattr(made, name, None)):
+            raise RecipeError(
+                f"{place}.name: {block['name']}: has no method {name}, by which what stands here is called. Name a "
+                "class that has one (fedllm_sec.protocols)."
+            )
+    return made
+
+
+@contextlib.contextmanager
+def told_in_a_line(block: dict[str, Any], place: str) -> Iterator[None]:
+    """Whatever code from outside raises is a mistake in the recipe that names it, not a fault of this program."""
+    try:
+        yield
+    except FedError:
+        raise
+    except Exception as error:
+        if ":" not in block["name"]:
+            raise
+        why = " ".join(str(error).split())[:300]
+        raise RecipeError(f"{place}.name: {block['name']}: {type(error).__name__}: {why}. Mend it.") from error

@@ -13,7 +13,7 @@ import torch
 
 from fedllm_sec import models
 from fedllm_sec.attacks.threat import Threat
-from fedllm_sec.build.names import make
+from fedllm_sec.build.names import make, told_in_a_line
 from fedllm_sec.data import partition
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.matrix.shown import only_shown
@@ -35,11 +35,12 @@ class Parts:
     root: Any  # the server's clean shard, or None
     evaluation: Any
     poisoned_share: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # attack -> client id -> share
+    too_long: Mapping[str, Any] | None = None  # part of the data -> how many of its rows were cut or dropped
 
     def facts(self) -> dict[str, Any]:
         """What was made of data and model before the first round, for summary.json."""
         stops = {"stop_tokens": self.task.stop_tokens} if hasattr(self.task, "stop_tokens") else {}
-        return {"poisoned_share": dict(self.poisoned_share) or None, **stops}
+        return {"poisoned_share": dict(self.poisoned_share) or None, "too_long": self.too_long, **stops}
 
 
 def deal(recipe: Recipe, ids: Sequence[str], labels: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -48,12 +49,11 @@ def deal(recipe: Recipe, ids: Sequence[str], labels: np.ndarray) -> tuple[np.nda
     The rows are dealt to the clients first, then the root rows are drawn from all of them and taken away from who had
     them: with and without root rows a client has the same shard but for those few rows.
     """
-    shares = partition.split_rows(
-        make(recipe.clients.partition, partition.MENU, "clients.partition"),
-        labels,
-        len(ids),
-        np.random.default_rng(seed_for(recipe.seed, "partition")),
-    )
+    split = make(recipe.clients.partition, partition.MENU, "clients.partition")
+    with told_in_a_line(recipe.clients.partition, "clients.partition"):
+        shares = partition.split_rows(
+            split, labels, len(ids), np.random.default_rng(seed_for(recipe.seed, "partition"))
+        )
     dealt = dict(zip(ids, shares, strict=True))
     block = recipe.defense if recipe.enable_defense else None
     if block is None or not block.root_rows:
@@ -74,7 +74,7 @@ def deal(recipe: Recipe, ids: Sequence[str], labels: np.ndarray) -> tuple[np.nda
 def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn.Module:
     """The model of the recipe, its weights drawn by the seed."""
     maker = make(recipe.model, models.MENU, "model")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), told_in_a_line(recipe.model, "model"):
         torch.manual_seed(seed_for(recipe.seed, "model"))  # layers draw from torch's global generator
         made = maker(shape, classes)
     if not isinstance(made, torch.nn.Module):
@@ -167,7 +167,7 @@ def _refuse_overwriting(before: Any, after: Any, place: str) -> None:
             return
         lost = int((before.y[at] != after.y[at]).sum() + (before.x[at] != after.x[at]).flatten(1).any(1).sum())
     else:
-        columns = ("text", "context", "response", "label")
+        columns = [name for name in before.column_names if name != "poisoned"]
         before = before.select(np.flatnonzero(before["poisoned"][:]))
         after = after.select(np.flatnonzero(after["poisoned"][:]))
         old, new = (Counter(zip(*(table[c][:] for c in columns), strict=True)) for table in (before, after))

@@ -11,12 +11,13 @@ from fedllm_sec import algorithms, defenses
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.drawn import drawn_problems, named_clients
-from fedllm_sec.build.names import make
+from fedllm_sec.build.judging import evaluation_problems
+from fedllm_sec.build.names import make, outside, told_in_a_line
 from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
 from fedllm_sec.build.threat import attack_problems, attacking, client_ids, make_threat
 from fedllm_sec.build.transfer import transfer_problems
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.errors import AttackError, DefenseError, FedError, RecipeError
+from fedllm_sec.errors import AttackError, DefenseError, RecipeError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Algorithm, LocalRule, LocalTraining
 from fedllm_sec.recipe.sections import Recipe
@@ -64,7 +65,7 @@ class Plan:
 
 def planned(recipe: Recipe) -> Plan:
     """The plan of a checked recipe, or one RecipeError with all that could not work."""
-    problems = algorithm_problems(recipe) + attack_problems(recipe)
+    problems = algorithm_problems(recipe) + attack_problems(recipe) + evaluation_problems(recipe)
     defense = threat = None
     guards: tuple[LocalRule, ...] = ()
     try:
@@ -103,6 +104,7 @@ def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
         seed=recipe.seed,
         root=block is not None and bool(block.root_rows),
         layout=layout,
+        code=bool(outside(recipe.model_dump(include={"task", "attack", "defense"}))),
     )
 
 
@@ -113,12 +115,8 @@ def make_algorithm(recipe: Recipe) -> Algorithm | KnowledgeTransfer:
     """The FL method of the recipe."""
     name = recipe.algorithm["name"]
     makes = make(recipe.algorithm, algorithms.MENU, "algorithm")
-    try:
+    with told_in_a_line(recipe.algorithm, "algorithm"):
         made = makes()
-    except FedError:
-        raise
-    except Exception as error:  # code from outside may raise anything
-        raise RecipeError(f"algorithm.name: {name}: {type(error).__name__}: {error}. Mend it.") from error
     if not isinstance(made, (Algorithm, KnowledgeTransfer)):
         raise RecipeError(
             f"algorithm.name: {name}: gives {type(made).__name__}, no FL method (fedllm_sec.protocols.Algorithm)."

@@ -42,6 +42,7 @@ class Rehearsal:
     seed: int
     root: bool  # whether the server has an update of its own
     layout: Layout = UNNAMED
+    code: bool = False  # whether a method of attack or defense is named as package.module:name
 
     def problems(self, defense: Pipeline, threat: Threat | None) -> list[str]:
         """What goes wrong. Both are used up: make others for the run."""
@@ -55,7 +56,7 @@ class Rehearsal:
                     if self.layout is not UNNAMED or not any(word in str(error) for word in NAMES):
                         found.append(f"{place}: {error}")
                 except Exception as error:  # a method from outside may raise anything
-                    if not _outside(error):
+                    if not (self.code or _outside(error)):
                         raise
                     found.append(f"{place}: {_told(error, threat.start if place == 'attack' and threat else 1)}")
         if len(self.ids) == self.total:  # then every round has this cohort
@@ -157,7 +158,7 @@ def _outside(error: Exception) -> list[traceback.FrameSummary]:
 
 def _told(error: Exception, round: int) -> str:
     """What a method from outside raised, where, and what is not there in the first round, in a line."""
-    frame = _outside(error)[-1]
+    frame = (_outside(error) or traceback.extract_tb(error.__traceback__))[-1]
     where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
     first = " In the first round there is no last_update: it is None." if round == 1 else ""
     return f"in a rehearsed round {round}: {type(error).__name__}: {error} ({where}).{first}"

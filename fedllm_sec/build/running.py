@@ -16,6 +16,7 @@ from fedllm_sec.recipe import reading
 from fedllm_sec.records import inventory
 from fedllm_sec.records.environment import environment
 from fedllm_sec.records.folder import RunFolder
+from fedllm_sec.records.history import read_history
 from fedllm_sec.records.summary import round_line, scalars, summary
 
 if TYPE_CHECKING:
@@ -67,21 +68,27 @@ def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: C
     import torch
 
     from fedllm_sec.build.federation import assemble, run, save
+    from fedllm_sec.build.measuring import harnessed, known_from, settings_of
+    from fedllm_sec.build.observing import audited, leakage
 
     recipe, on_terminal = plan.recipe, say is None
     tell: Callable[[str], None] = say or functools.partial(print, flush=True)
     if not machine.main:
         tell = _silent
-    folder, text = RunFolder(Path(recipe.output.folder)), reading.dump(recipe)
+    folder, text = RunFolder(Path(recipe.output.folder), in_kind(recipe)), reading.dump(recipe)
     state = folder.resume(text, fixed_by_rounds(recipe))
     finished = state is not None and state["round"] >= recipe.rounds
     damage = inventory.damage(folder.path) if state is not None and finished else {}
+    known = known_from(folder.path, settings_of(recipe)) if state is not None else {}
+    if not finished:
+        known.pop("after", None)  # of fewer rounds
     machine.accelerator.wait_for_everyone()  # all have looked before one writes
     if state is not None and finished and not _to_make_again(folder.path, state["round"], damage, tell):
         tell(f"already done: {folder.path} ({state['round']} rounds). --fresh runs it anew beside the old folder.")
         return
     federation = assemble(plan, machine, loaded)
-    task, kind = federation.task, "adapter" if recipe.task == "causal_lm" else "model"
+    task = federation.task
+    kind = "adapter" if recipe.task == "causal_lm" and recipe.model.lora is not None else "model"
     if state is not None:
         _load(federation, _to(state, machine.device), folder)
     if machine.main and not finished:
@@ -101,7 +108,8 @@ def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: C
     def keep_model(name: str) -> None:
         with torch.no_grad():
             task.parameters.copy_(federation.vector)
-        save(recipe, task, folder.path / name)
+        records = [record for record in read_history(folder.path) if record.round <= federation.round]
+        save(recipe, task, folder.path / name, records)
 
     def keep_round(round: int) -> None:
         every = recipe.output.adapter_every
@@ -110,6 +118,8 @@ def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: C
 
     if state is not None:
         keep_round(federation.round)  # a run that was killed after its checkpoint has not kept this round's
+    harness = functools.partial(harnessed, recipe, task, machine=machine, folder=folder.path, known=known)
+    harness(vector=getattr(task, "initial", federation.vector), when="before")
     federation.progress = _progress(machine.main and on_terminal, lambda: federation.round + 1, recipe.rounds)
     for record in run(federation, recipe.rounds):
         if machine.main:
@@ -118,14 +128,22 @@ def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: C
             keep_round(record.round)
         if recipe.output.tracker is not None:
             machine.accelerator.log(scalars(record), step=record.round)
+    public = harness(vector=federation.vector, when="after")
     if machine.main:
         keep_model(kind)
-        attack = recipe.attack if recipe.enable_attack else None
+        attack = recipe.attack if recipe.attacked else None
         stop = attack.stop if attack is not None else None
         begun_by = str(folder.environment().get("command", command))
         found = summary(folder.path, begun_by, attacked=attack is not None, stop=stop)
-        folder.close({**found, **federation.facts}, recipe.rounds)
+        leaked = leakage(audited(recipe, federation, folder.path, tell))
+        folder.close({**found, **federation.facts, "harness": public, **leaked}, recipe.rounds)
     machine.accelerator.wait_for_everyone()
+
+
+def in_kind(recipe: Recipe) -> str:
+    """attack-free, attacked, or defended, in words: what stands beside the answers of a run."""
+    attacked = "attacked" if recipe.attacked else "attack-free"
+    return f"{attacked}, defended" if recipe.enable_defense else attacked
 
 
 def _silent(line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fedllm_sec.data.text import as_dataset
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.evaluation.text import TextEvaluation
 from fedllm_sec.models import selftest
-from fedllm_sec.models.lora import add_adapter, load_base, source_of
+from fedllm_sec.models.lora import add_adapter, base_of, load_base, source_of
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.tasks.causal_lm import Batch, CausalLM
 from fedllm_sec.tasks.encoding import Encoded
@@ -37,7 +37,7 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
 
     Neither a parameter, nor a gradient, nor a random number, nor the mode of a layer is changed.
     """
-    base: Any = task.model.get_base_model()  # type: ignore[operator]
+    base = base_of(task.model)
     rows, tokenizer = as_dataset(TWO), task.tokenizer
     embeddings = base.get_input_embeddings()
     known = getattr(embeddings, "num_embeddings", base.config.vocab_size)
@@ -45,7 +45,7 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
     problems = (
         selftest.length_problems(base.config, recipe.data.max_length)
         + selftest.token_problems(tokenizer, known)
-        + selftest.end_problems(tokenizer, whole.answers[0])
+        + ([] if recipe.data.template == "chat" else selftest.end_problems(tokenizer, whole.answers[0]))
     )
     if problems:  # the model would read beyond what it has
         raise RecipeError(problems)
@@ -53,10 +53,12 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
     begins = (
         f"{whole.prompts[0].count(bos)} begin token ({tokenizer.bos_token!r})" if bos is not None else "no begin token"
     )
+    if recipe.data.template == "chat":
+        begins = "the begin tokens that its chat template writes"
     unlike = task.unlike_joined(rows)
     found = [
         f"data.max_length {recipe.data.max_length} of {most or 'any number of'} positions",
-        f"a prompt has {begins}, an answer 1 end token ({tokenizer.eos_token!r})",
+        f"a prompt has {begins}, an answer 1 end token ({tokenizer.convert_ids_to_tokens(task.writer.end)!r})",
         "prompt and answer have the tokens of their joined text"
         if not unlike
         else f"prompt and answer are tokenised apart, which is not as one text: {unlike[0]}",
@@ -65,7 +67,7 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
     modes = {part: part.training for part in task.model.modules()}
     task.model.eval()
     try:
-        more, problems = _run(task, task.encode(rows, "self-test"), recipe)
+        more, problems = _run(task, _cut(whole, recipe.data.max_length), recipe)
     except (FedError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -82,6 +84,13 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
     return [*found, *more]
 
 
+def _cut(rows: Encoded, most: int) -> Encoded:
+    """The rows in at most `most` tokens each: the end of the prompt, the beginning of the answer."""
+    answers = [ids[: most // 2] for ids in rows.answers]
+    prompts = [ids[-(most - len(answer)) :] for ids, answer in zip(rows.prompts, answers, strict=True)]
+    return Encoded(prompts, answers)
+
+
 def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list[str]]:
     """What running the model on the rows shows, and what is wrong with it."""
 
@@ -96,8 +105,8 @@ def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list
     other = next(token for token in long if token != long[-1])
     ahead = selftest.foresight(logits, long, other)
     gap = selftest.padding_gap(logits, long, short, task.tokenizer.pad_token_id)
-    trained = [p for p in task.model.parameters() if p.requires_grad]
-    length = selftest.gradient_length(task.loss(rows, range(len(rows))), trained)
+    trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+    length, unused = selftest.gradient(task.loss(rows, range(len(rows))), trained)
     if not all(math.isfinite(number) for number in (ahead, gap, length)):
         return [], ["model.name: on two short rows logits or gradient are not finite. Choose another, or a dtype."]
     alone = recipe.clients.batch_size == recipe.evaluate.batch_size == 1
@@ -105,8 +114,10 @@ def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list
         f"another last token changes the logits before it by up to {ahead:.2g} nats (at most {bound:g})",
         f"a row of a padded batch scores {gap:.2g} nats apart from alone "
         + ("(every batch is one row)" if alone else f"(at most {bound:g}, on average)"),
-        f"the adapter's gradient has length {length:.3g}",
+        f"the {'adapter' if recipe.model.lora is not None else 'model'}'s gradient has length {length:.3g}",
     ]
+    if length > 0 and (words := selftest.unused_words(unused, len(trained))):
+        warnings.warn(words, stacklevel=2)
     problems = selftest.foresight_problems(ahead, bound) + selftest.gradient_problems(length)
     return found, problems + ([] if alone else selftest.padding_problems(gap, bound))
 
@@ -125,9 +136,10 @@ def say_unlike(task: CausalLM, rows: Dataset) -> None:
 
 def generation_problems(task: CausalLM, evaluation: TextEvaluation) -> list[str]:
     """Why greedy answers to the longest prompt leave the model's positions."""
-    base: Any = task.model.get_base_model()  # type: ignore[operator]
+    base = base_of(task.model)
     most, new = selftest.positions(base.config), evaluation.max_new_tokens
-    asked = [rows for rows in (evaluation.test, evaluation.triggered, evaluation.clean) if rows is not None]
+    probed = [prompts.encoded for probe in evaluation.attacks for prompts in probe.parts().values()]
+    asked = [evaluation.test, *probed]
     longest = max(len(prompt) for rows in asked for prompt in rows.prompts)
     if most is None or longest + new - 1 <= most:
         return []
@@ -143,8 +155,8 @@ def in_words(recipe: Recipe) -> list[str]:
     try:
         folder = Path(source_of(recipe.model.name))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if not size or size > SMALL or recipe.model.load_in_4bit:
-            return [f"{later}, not here: it is in 4 bits, larger than {SMALL / 1e9:g} GB or in no folder"]
+        if not size or size > SMALL or recipe.model.quantized:
+            return [f"{later}, not here: it is packed in 4 or 8 bits, larger than {SMALL / 1e9:g} GB or in no folder"]
         base, tokenizer = load_base(recipe.model, torch.device("cpu"))
         return tested(CausalLM(add_adapter(base, recipe.model, 0), tokenizer, recipe.data, torch.device("cpu")), recipe)
     except FedError as error:

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fedllm_sec.attacks.data.answers import MOST_LABELS, Classes, column, normal, numbered, spellings
-from fedllm_sec.attacks.data.text import PROBED, not_clean
 from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.judging import probes
+from fedllm_sec.build.language_model import load_task
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.build.parts import Parts, Split, poison
-from fedllm_sec.build.selftest import generation_problems, say_unlike, tested
-from fedllm_sec.data import text
-from fedllm_sec.errors import AttackError, DataError, FedError, RecipeError
+from fedllm_sec.build.selftest import generation_problems, say_unlike
+from fedllm_sec.data import sources, text
+from fedllm_sec.errors import DataError, FedError, RecipeError
 from fedllm_sec.evaluation.text import Choices, TextEvaluation
-from fedllm_sec.models.lora import add_adapter, load_base, source_of
+from fedllm_sec.models.lora import source_of
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import seed_for
 from fedllm_sec.tasks.causal_lm import CausalLM
 from fedllm_sec.tasks.encoding import Encoded
+from fedllm_sec.tasks.fitting import Fitted
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from peft import PeftModel
-
-    from fedllm_sec.recipe.sections import Model
 
 
 def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: Split, loaded: Loaded) -> Parts:
@@ -63,12 +60,13 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
     task = load_task(recipe, machine, loaded)
     say_unlike(task, train)
 
-    def encoded(place: str, key: str, rows: dict[str, Dataset]) -> dict[str, Encoded]:
+    def fitted(place: str, key: str, rows: dict[str, Dataset]) -> dict[str, Fitted]:
         key += json.dumps(recipe.model.name)  # whose tokenizer
         return loaded.get(
-            place, key, lambda: {id: task.encode(rows, f"{place} of client {id}") for id, rows in rows.items()}
+            place, key, lambda: {id: task.fit(rows, f"{place} of client {id}") for id, rows in rows.items()}
         )
 
+    own, changed = fitted("shard", split_key(recipe), shards), fitted("poisoned shard", poison_key(recipe), poisoned)
     evaluation = loaded.get(
         "evaluation",
         probe_key(recipe) + json.dumps(recipe.model.name),
@@ -78,12 +76,33 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
         raise RecipeError(problems)
     return Parts(
         task=task,
-        shards=encoded("shard", split_key(recipe), shards),
-        poisoned=encoded("poisoned shard", poison_key(recipe), poisoned),
+        shards={id: rows.encoded for id, rows in own.items()},
+        poisoned={id: rows.encoded for id, rows in changed.items()},
         root=task.encode(root, "root rows") if len(root) else None,
         evaluation=evaluation,
         poisoned_share=poisoned.shares,
+        too_long=_too_long(recipe, own, changed, evaluation),
     )
+
+
+def _too_long(
+    recipe: Recipe, own: dict[str, Fitted], changed: dict[str, Fitted], evaluation: TextEvaluation
+) -> dict[str, Any] | None:
+    """How many rows did not fit into data.max_length, which is also said; None where all did."""
+    parts = {"training": own.values(), "poisoned training": changed.values(), "held-out": [evaluation.fitted]}
+    told = {
+        part: {"rows": sum(len(f.kept) + f.dropped for f in found), "cut": cut, "dropped": dropped}
+        for part, found in parts.items()
+        if (cut := sum(f.cut for f in found)) + (dropped := sum(f.dropped for f in found))
+    }
+    if not told:
+        return None
+    said = [f"{c['cut']} cut and {c['dropped']} dropped of {c['rows']} {part} rows" for part, c in told.items()]
+    warnings.warn(
+        f"data.max_length: {recipe.data.max_length} tokens, data.too_long: {recipe.data.too_long}: {', '.join(said)}.",
+        stacklevel=2,
+    )
+    return told
 
 
 def class_numbers(train: Dataset) -> np.ndarray:
@@ -123,9 +142,10 @@ def rows_in_words(recipe: Recipe) -> list[str]:
     """Where training and held-out rows come from and how many there are; a hub set is not loaded for it."""
     data = recipe.data
     try:
-        if not data.name.startswith("builtin:") and text.file_of(data.name, data.train) is None:
+        if not data.name.startswith("builtin:") and sources.file_of(data.name, data.train) is None:
             return [f"{data.name}, a set of the hub: {data.train} is trained on, {data.test} is held out"]
         drawn = text.split_at_random(data)
+        found = text.format_of(data, recipe.seed)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             train, test = load_rows(recipe)
@@ -133,48 +153,11 @@ def rows_in_words(recipe: Recipe) -> list[str]:
         return [f"cannot be read: {error}"]
     share = f"{data.test_share or text.SHARE:.3g}"
     how = f": one table, of whose texts a share of {share}, drawn by the seed, is held out" if drawn else ""
-    return [f"{data.name}{how}", f"{len(train):,} training rows, {len(test):,} held-out rows"] + [
+    by = "as data.format says" if data.format is not None else "found by the columns"
+    rows = f"{len(train):,} training rows, {len(test):,} held-out rows"
+    return [f"{data.name}{how}", f"format: {found}, {by}", rows] + [
         str(warning.message) for warning in said if "is training and test set" not in str(warning.message)
     ]
-
-
-@dataclass
-class Base:
-    """A frozen base model, read once; it carries one adapter at a time."""
-
-    model: Any
-    tokenizer: Any
-    adapted: PeftModel | None = None
-
-    def adapt(self, settings: Model, seed: int) -> PeftModel:
-        """The model with a fresh adapter; the adapter it had is taken off, and with it the task that used it."""
-        if self.adapted is not None:
-            self.model, self.adapted = self.adapted.unload(), None
-        self.adapted = add_adapter(self.model, settings, seed)
-        return self.adapted
-
-
-def load_task(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) -> CausalLM:
-    """The base model with a fresh adapter, whose weights depend on the seed; runs of equal settings share it."""
-    loaded = loaded if loaded is not None else Loaded()
-
-    def read() -> Base:
-        base, tokenizer = load_base(recipe.model, machine.device)
-        return Base(machine.shard(base), tokenizer)
-
-    def adapt() -> CausalLM:
-        base = loaded.get("base", recipe.model.model_dump_json(exclude={"lora"}), read, keep=1)
-        adapted: Any = base.adapt(recipe.model, seed_for(recipe.seed, "adapter") % 2**31)
-        if not recipe.model.load_in_4bit:
-            adapted = adapted.to(machine.device)
-        made = CausalLM(adapted, base.tokenizer, recipe.data, machine.device)
-        tested(made, recipe)
-        return made
-
-    whole, part = dict.fromkeys(("task", "model", "data", "seed"), True), {"batch_size"}  # of which the self-test asks
-    return loaded.get(
-        "task", recipe.model_dump_json(include={**whole, "clients": part, "evaluate": part}), adapt, keep=1
-    )
 
 
 def make_evaluation(
@@ -183,13 +166,21 @@ def make_evaluation(
     """Held-out rows for quality, and triggered and clean prompts for the attack; there may be no clean ones."""
     settings = recipe.evaluate
     rng = np.random.default_rng(seed_for(recipe.seed, "evaluation"))
+    whole = task.fit(test, "test rows")
+    test = whole.rows
     quality_rows = text.sample(test, settings.rows, rng)
     evaluation = TextEvaluation(
+        fitted=whole,
         test=task.encode(quality_rows, "test rows"),
         truths=column(quality_rows, "response"),
         answer_rows=settings.answer_rows,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
+        test_rows=list(quality_rows),
+        draws=settings.draws,
+        temperature=settings.temperature,
+        seed=recipe.seed,
+        transcripts=settings.transcripts,
     )
     classes = Classes.of(train, test)
     order = sorted(classes.labels)
@@ -202,27 +193,7 @@ def make_evaluation(
             evaluation.choices = choices(task, classes, order, evaluation.test)
         else:
             evaluation.read = lambda answer: numbered([classes.said(answer)], order)[0]
-    if threat is not None and threat.data:
-        attack = threat.data[0]  # the first is the one whose success is measured
-        triggered = text.sample(attack.probe(test), settings.attack_rows, rng)
-        if len(triggered) == 0:
-            raise AttackError("attack.data.0: the test set has no row on which its success could be measured.")
-        why = not_clean(attack, test)
-        clean = text.sample(
-            test.select([i for i, reason in enumerate(why) if reason is None]), settings.attack_rows, rng
-        )
-        counts = Counter(reason for reason in why if reason is not None)
-        evaluation.left_out = {reason: n for reason, n in counts.items() if reason != PROBED}
-        evaluation.triggered = task.encode(triggered, "triggered test rows")
-        evaluation.triggered_rows, evaluation.clean_rows = list(triggered), list(clean)
-        evaluation.success = attack.success
-        if len(clean):
-            evaluation.clean = task.encode(clean, "clean test rows")
-        else:
-            of_them = ", ".join(f"{n} {reason}" for reason, n in counts.items())
-            evaluation.reasons["false_trigger"] = f"no held-out row is clean: {of_them}"
-        _refuse_invisible_trigger(task, test, triggered, evaluation.triggered)
-        _refuse_cut_answers(task, attack, evaluation.triggered_rows, classes, settings.max_new_tokens)
+    evaluation.attacks = probes(recipe, task, test, classes, threat, rng)
     return evaluation
 
 
@@ -245,47 +216,3 @@ def choices(task: CausalLM, classes: Classes, order: Sequence[str], rows: Encode
         own=torch.tensor([numbers.get(tuple(answer), -1) for answer in rows.answers]),
         answered=lambda which, said: Encoded([rows.prompts[i] for i in which], [ids[k] for k in said]),
     )
-
-
-def _refuse_cut_answers(
-    task: CausalLM, attack: Any, triggered: Sequence[dict[str, Any]], classes: Classes, most: int
-) -> None:
-    """Greedy answers of at most `most` tokens must be able to succeed, and to differ from those that do not."""
-    row = triggered[0]
-    wanted = {row["response"]: row for row in triggered}
-    others = [a for found in classes.answers.values() for a in found.values() if not attack.success(a, row)]
-    for answer, ids in zip([*wanted, *others], task.answer_ids([*wanted, *others]), strict=True):
-        own = wanted.get(answer, row)
-
-        def succeeds(count: int, own: Any = own, ids: Sequence[int] = ids) -> bool:
-            return bool(attack.success(task.decode(ids[:count]), own))
-
-        right = answer in wanted
-        if succeeds(most) == right:
-            continue
-        needed = next((k for k in range(most + 1, len(ids) + 1) if succeeds(k) == right), None)
-        if needed is None:
-            raise AttackError(
-                f"attack.data.0: the answer {answer!r} reads as {task.decode(ids)!r} in this model's tokens, which is "
-                f"{'no' if right else 'a'} success. Choose another target or model."
-            )
-        raise AttackError(
-            f"attack.data.0: the answer {answer!r} has {len(ids)} tokens with its end token, and "
-            f"evaluate.max_new_tokens={most} cuts it to {task.decode(ids[:most])!r}, which is "
-            f"{'no' if right else 'a'} success. Raise evaluate.max_new_tokens to {needed}."
-        )
-
-
-def _refuse_invisible_trigger(task: CausalLM, test: Dataset, triggered: Dataset, encoded: Encoded) -> None:
-    """A trigger that leaves the tokens as they were is a silent no-op."""
-    originals = set(test["text"])
-    changed = [i for i, value in enumerate(triggered["text"]) if value not in originals]
-    if not changed:
-        return
-    clean_tokens = {tuple(prompt) for prompt in task.encode(test, "test rows").prompts}
-    same = [i for i in changed if tuple(encoded.prompts[i]) in clean_tokens]
-    if same:
-        raise AttackError(
-            f"attack.data.0: the trigger changes the text but not its tokens in {len(same)} of {len(changed)} test "
-            f"prompts, first {triggered[same[0]]['text'][-40:]!r}: this tokenizer drops it. Choose another trigger."
-        )

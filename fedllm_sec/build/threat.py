@@ -30,7 +30,7 @@ def make_threat(recipe: Recipe) -> Threat | None:
     answer is still measured: the base rate that an attack must beat.
     """
     block = recipe.attack
-    if block is None:
+    if block is None or block.curious:  # an observer is no client: there are no attackers to tell from the others
         return None
     threat = _who_and_when(recipe)
     threat.knowledge, threat.collude = block.knowledge, block.collude
@@ -99,7 +99,7 @@ class Attacking:
 
 def attacking(recipe: Recipe) -> Attacking:
     """Who attacks in some round of the run; nobody without an attack."""
-    if recipe.attack is None or not recipe.enable_attack:
+    if recipe.attack is None or not recipe.enable_attack or recipe.attack.curious:
         return Attacking(frozenset(), 0, 0, True)
     clients, when = recipe.clients, recipe.attack.model_dump_json(include={"malicious", *WHEN})
     return _foreseen(recipe.seed, recipe.rounds, clients.total, clients.per_round, when)
@@ -136,7 +136,7 @@ def attack_rounds(recipe: Recipe, most: int) -> list[tuple[int, frozenset[str]]]
 
     Of a long run with a small attack.probability only the first rounds are looked at.
     """
-    if recipe.attack is None or not recipe.enable_attack:
+    if recipe.attack is None or not recipe.enable_attack or recipe.attack.curious:
         return []
     threat, found = _who_and_when(recipe), list[tuple[int, frozenset[str]]]()
     for r in foreseen(possible_rounds(threat, recipe.rounds), 0):
@@ -159,7 +159,7 @@ def active_rounds(recipe: Recipe) -> str:
 def attack_problems(recipe: Recipe) -> list[str]:
     """What the attack cannot do with what the recipe grants it, and whether it happens at all."""
     block = recipe.attack
-    if not recipe.enable_attack or block is None:
+    if not recipe.enable_attack or block is None or block.curious:
         return []
     problems, levels = [], ("own", "cohort", "cohort+defense")
     for i, method in enumerate(block.update):

@@ -30,6 +30,11 @@ def transfer_problems(recipe: Recipe) -> list[str]:
             "another algorithm."
         )
     attack = recipe.attack if recipe.enable_attack else None
+    if attack is not None and attack.privacy:
+        problems.append(
+            "attack.privacy: learns from the deltas and gradients that clients send, and fedgkt sends none. Remove it, "
+            "or use another algorithm."
+        )
     if attack is not None and attack.local:
         problems.append(
             "attack.local: steers the delta a client sends, and fedgkt sends none. Use attack.data or attack.update."

@@ -16,12 +16,12 @@ from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.recipe import places
 from fedllm_sec.recipe.resolve import did_you_mean
+from fedllm_sec.recipe.section import MOST_CLASSES
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-MOST_CLASSES = 100_000
 
 
 def load(
@@ -84,6 +84,8 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
             )
         if len(x) == 0:
             raise DataError(f"{where} has zero rows.")
+        if x.size == 0:
+            raise DataError(f"{where} has shape {x.shape}: its images have no pixel. Write the images themselves.")
         if x.shape[1:] != raw["x_train"].shape[1:]:
             raise DataError(
                 f"{where} has images of {x.shape[1:]}, x_train of {raw['x_train'].shape[1:]}. They must agree."
@@ -96,19 +98,19 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
         if len(y) != len(x):
             raise DataError(f"data: {place}: {len(x)} images but {len(y)} labels in the {part} part.")
     known = classes if classes is not None else int(raw["y_train"].max()) + 1
-    for part in ("train", "test"):
-        y = raw[f"y_{part}"].astype(np.int64)
-        wrong = np.flatnonzero((y < 0) | (y >= known))
-        if len(wrong):
-            raise DataError(
-                f"data: {place}: y_{part} has label {y[wrong[0]]} in row {wrong[0]} ({len(wrong)} such rows); classes "
-                f"go from 0 to {known - 1}. Correct the labels or set data.classes."
-            )
     if known > MOST_CLASSES:
         raise DataError(
             f"data: {place}: y_train goes up to {known - 1}, and a model has an output for each class from 0 on. "
             f"Number the {len(np.unique(raw['y_train']))} classes without gaps."
         )
+    for part in ("train", "test"):
+        y = raw[f"y_{part}"]  # in the type of the file: the largest uint64 is no -1
+        wrong = np.flatnonzero((y < 0) | (y >= known))
+        if len(wrong):
+            raise DataError(
+                f"data: {place}: y_{part} has label {y[wrong[0]]} in row {wrong[0]} ({len(wrong)} such rows); classes "
+                f"go from 0{f' to {known - 1}' if known > 0 else ''}. Correct the labels or set data.classes."
+            )
     if known < 2:
         raise DataError(f"data: {place}: y_train holds one class only. Give at least two.")
 

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.data.tables import Number, Table, as_json, of_arrow, refuse_twice
+from fedllm_sec.data.tables import Number, Table, as_json, of_arrow, of_dataset, refuse_twice
 from fedllm_sec.errors import DataError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"
 SEPARATORS = ",;\t|"
 LOOKED_AT = 50  # records in which the separator must show
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.parquet")
 LONGEST = 2**31 - 1  # characters of a cell
 MARKS = {  # byte-order marks; those of UTF-32 begin with those of UTF-16
     codecs.BOM_UTF8: "utf-8",
@@ -41,7 +42,11 @@ def ending(path: Path) -> str | None:
 
 
 def read_file(path: Path, encoding: str | None = None) -> Table:
-    """The table of a file; text is UTF-8 unless a byte-order mark or `encoding` says otherwise."""
+    """The table of a file, or of a folder that `datasets` saved; text is UTF-8 unless a byte-order mark or `encoding`
+    says otherwise.
+    """
+    if path.is_dir():
+        return read_saved(path)
     kind, place = ending(path), str(path)
     if kind is None:
         raise DataError(
@@ -59,8 +64,15 @@ def read_file(path: Path, encoding: str | None = None) -> Table:
     if not text.strip():
         raise DataError(f"data: {place} is empty: zero rows.")
     if kind in (".csv", ".tsv"):
-        return read_csv(text, place, "\t" if kind == ".tsv" else None)
-    return read_json(text, place)
+        table = read_csv(text, place, "\t" if kind == ".tsv" else None)
+    else:
+        table = read_json(text, place)
+    if encoding is not None and table.size == 0:
+        raise DataError(
+            f"data.encoding: {encoding}: read as this, {place} has zero rows, and begins with {text[:20]!r}. It is not "
+            "what the file was written in, or the file is empty. Set another, or remove it for UTF-8."
+        )
+    return table
 
 
 def decoded(content: bytes, encoding: str | None, place: str) -> str:
@@ -74,17 +86,49 @@ def decoded(content: bytes, encoding: str | None, place: str) -> str:
             ) from error
     found = encoding or next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        return content.decode(found).removeprefix("\ufeff")
+        text = content.decode(found).removeprefix("\ufeff")
+        if encoding is not None:
+            _refuse_utf8(content, text, encoding, place)
+        return text
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"data: {place}, line {line}: byte 0x{content[error.start]:02x} is not {found} text. Set data.encoding to "
-            "what it was written in, e.g. cp1252 (Windows, western Europe), latin-1 or utf-16, or save it as UTF-8."
-        ) from None
+        way_out = (
+            ". Set data.encoding to what it was written in, e.g. cp1252 (Windows, western Europe), latin-1 or utf-16, "
+            "or save it as UTF-8."
+        )
+        with contextlib.suppress(UnicodeDecodeError):
+            if encoding is not None and content.decode():
+                way_out = ", and the file is UTF-8. Remove data.encoding."
+        said = f"data: {place}, line {line}: byte 0x{content[error.start]:02x} is not {found} text"
+        raise DataError(said + way_out) from None
+    except DataError:
+        raise
     except (LookupError, ValueError):  # no such encoding, or one that does not lead to text
         raise DataError(
             f"data.encoding: {encoding!r}: there is no such text encoding. Known: utf-8, cp1252, ..."
         ) from None
+
+
+def _refuse_utf8(content: bytes, text: str, encoding: str, place: str) -> None:
+    """An error where bytes that are UTF-8 become other text by `encoding`; a warning where that may be meant."""
+    try:
+        plain = content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        return
+    if plain == text or "\0" in plain:
+        return
+    if "abc".encode(encoding) != b"abc":  # UTF-16, EBCDIC, ...: no byte of it is chosen by UTF-8's rules
+        raise DataError(
+            f"data.encoding: {encoding}: {place} is UTF-8 text and begins with {plain[:20]!r}; read as {encoding}, it "
+            f"would begin with {text[:10]!r}. Remove data.encoding."
+        )
+    if not plain.isascii():
+        at = next(i for i, mark in enumerate(plain) if not mark.isascii())
+        warnings.warn(
+            f"data.encoding: {encoding}: {place} is UTF-8 text too, in which {plain[at]!r} is read as "
+            f"{text[at : at + 2]!r}. Remove data.encoding if that is not what was written.",
+            stacklevel=2,
+        )
 
 
 def read_csv(text: str, place: str, separator: str | None = None) -> Table:
@@ -208,17 +252,40 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def read_saved(folder: Path) -> Table:
+    """A set that `Dataset.save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    try:
+        return of_dataset(load_from_disk(str(folder)), str(folder))
+    except DataError:
+        raise
+    except Exception as error:  # a folder that is damaged fails in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"data: {folder} cannot be read as saved by datasets ({reason}). Save it anew.") from error
+
+
+def shards(path: Path) -> list[Path]:
+    """The file, or all parts of the set where it is one of several: train-00000-of-00003.parquet."""
+    found = SHARD.fullmatch(path.name)
+    if found is None:
+        return [path]
+    parts = [path.with_name(f"{found[1]}-{k:05}-of-{found[2]}.parquet") for k in range(int(found[2]))]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise DataError(f"data: {path.parent}: {len(missing)} of {len(parts)} parts are missing, first {missing[0]}.")
+    return parts
+
+
 def read_parquet(path: Path) -> Table:
-    """A Parquet file; class labels that `datasets` has written keep their names."""
+    """A Parquet file, with its other parts; class labels that `datasets` has written keep their names."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
-        table = file.read()
+        table = pa.concat_tables([parquet.ParquetFile(part).read() for part in shards(path)])
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data: {path} cannot be read as parquet ({reason}).") from error
+        raise DataError(f"data: {path} cannot be read as parquet ({reason}). Copy it again.") from error
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
         classes = {name: f["names"] for name, f in features.items() if f.get("_type") == "ClassLabel"}

@@ -64,8 +64,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, (list, tuple, dict, np.ndarray)):
         if is_conversation(value):
             raise ValueError(
-                "holds conversations, a list of turns, which cannot be trained on yet. Write each answer as a row of "
-                "its own, with what was said before it as text."
+                "holds conversations, a list of turns. Set data.format to messages or sharegpt, or leave it out."
             )
         return as_json(value)
     plain = _plain(value)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedllm_sec.data.files import ENDINGS, PACKED, ending, read_file
-from fedllm_sec.data.tables import Table, is_conversation, of_dataset
+from fedllm_sec.data.formats import Format, columns_of, found_format, in_turns
+from fedllm_sec.data.sources import file_of, load_table
+from fedllm_sec.data.tables import Table
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import TEXT_COLUMNS
-from fedllm_sec.recipe import places
 from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.seeds import seed_for
 
@@ -25,68 +24,9 @@ if TYPE_CHECKING:
 
 SHARE = 0.1  # of the texts of a table that is training and test set at once
 FEW = 20  # values that a message lists
+READ = ("text", "context", "history", "system")  # what the model reads of a row, as far as rows have it
 
-Rows = dict[str, list[str]]  # text, context, response, label
-
-
-# ---------------------------------------------------------------- where a table lies
-
-
-def file_of(name: str, split: str) -> Path | None:
-    """The file that holds a split; None where the name is not one of this disk."""
-    if name.startswith("builtin:"):
-        return None
-    path = Path(name).expanduser()
-    if os.path.isdir(path):  # unlike Path's, also False for what no path can be
-        return _in_folder(path, split)
-    if os.path.exists(path):
-        return path
-    if places.is_local(name) or ending(path) is not None:
-        raise DataError(f"data.name: {name}: no such folder or file in {places.here()}. Give one that exists.")
-    return None
-
-
-def _in_folder(folder: Path, split: str) -> Path:
-    """`split` as a file of the folder: a full file name, or a stem with a known ending."""
-    if ending(Path(split)) is not None:
-        if not (folder / split).is_file():
-            raise DataError(f"data: {folder / split}: no such file.{did_you_mean(split, _tables(folder))}")
-        return folder / split
-    for kind in (*ENDINGS, *(f"{kind}{PACKED}" for kind in ENDINGS)):
-        if (folder / f"{split}{kind}").is_file():
-            return folder / f"{split}{kind}"
-    raise DataError(f'data: {folder} has no file for split "{split}".{did_you_mean(split, _tables(folder))}')
-
-
-def _tables(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if ending(path) is not None)
-
-
-def load_table(name: str, config: str | None, split: str, seed: int, encoding: str | None = None) -> Table:
-    """One split as it lies: built-in family, local file or folder, or a set from the hub."""
-    file = file_of(name, split)
-    if config is not None and (file is not None or name.startswith("builtin:")):
-        raise DataError(f"data.config: {config}: names a part of a hub set; {name} is none. Remove it.")
-    if file is not None:
-        return read_file(file, encoding)
-    if encoding is not None:
-        raise DataError(f"data.encoding: {encoding}: is for text files; {name} is none. Remove it.")
-    if name.startswith("builtin:"):
-        from fedllm_sec.data import corpus
-
-        made = corpus.builtin_rows(name.removeprefix("builtin:"), 4000, seed, split)
-        return Table(f"{name} ({split})", tuple(made), 4000, made.__getitem__)
-    problem = places.hub_problem()
-    from datasets import load_dataset
-
-    try:
-        return of_dataset(load_dataset(name, config, split=split), f"{name} ({split})")
-    except Exception as error:  # the hub client raises many kinds
-        asked = problem or f"the hub gave none ({places.why(error)})"
-        raise DataError(
-            f'data.name: "{name}": no such folder or file in {places.here()}, and {asked}. Give the path of a file, '
-            "or the name of a hub set."
-        ) from error
+Rows = dict[str, list[str]]  # text, context, response, label; of conversations history and system too
 
 
 # ---------------------------------------------------------------- tables -> rows
@@ -118,36 +58,38 @@ def canonical(
     table: Table,
     columns: Columns,
     *,
+    format: Format | None = None,
     wanted: Mapping[str, str] | None = None,
     text_chars: int | None = None,
     part: str = "train",
 ) -> Rows:
     """The wanted rows as text, mapped and cut to `text_chars`; rows without text or answer are an error."""
-    named: dict[str, str] = {k: v for k, v in columns.model_dump().items() if v is not None}
     if table.size == 0:
         raise DataError(f"data: {table.place} has zero rows.")
+    kind = format or found_format(table, columns)
+    keep = where(table, wanted or {}, f"data.{part}_where")
+    turns = in_turns(table, columns, kind, keep)
+    columns = columns_of(table, columns, kind)
+    named: dict[str, str] = {k: v for k, v in columns.model_dump().items() if v is not None}
+    if turns is not None:
+        named = {"label": named["label"]} if "label" in named else {}
     absent = [
         f'data.columns.{role}: {table.place} has no column "{column}".{did_you_mean(column, table.names)}'
         for role, column in named.items()
         if column not in table.names
     ]
     if absent:
-        turns = [name for name in table.names if is_conversation(table.column(name)[0])]
-        if turns:
-            absent.append(
-                f'data: {table.place}: column "{turns[0]}" holds conversations, lists of turns, which cannot be '
-                "trained on yet. Write each answer as a row of its own."
-            )
         raise DataError("\n".join(absent))
-    keep = where(table, wanted or {}, f"data.{part}_where")
 
     def column(role: str) -> list[str]:
+        if turns is not None and role in turns:
+            return turns[role]
         if role not in named:
             return [""] * len(keep)
         values = table.text(named[role])
         return [values[i] for i in keep]
 
-    rows = {role: column(role) for role in ("text", "context", "response", "label")}
+    rows = {role: column(role) for role in ("text", "context", "response", "label", *(turns or {}))}
     rows["text"] = [value[:text_chars] for value in rows["text"]]
     for role in ("text", "response"):
         blank = [int(keep[i]) + 1 for i, value in enumerate(rows[role]) if not value.strip()]
@@ -182,7 +124,8 @@ def as_dataset(rows: Rows) -> Dataset:
     """Rows of `TEXT_COLUMNS`, none of them poisoned."""
     from datasets import Dataset, Features, Value
 
-    kinds = Features({name: Value("bool" if name == "poisoned" else "string") for name in TEXT_COLUMNS})
+    names = [*rows, "poisoned"] if set(rows) - set(TEXT_COLUMNS) else TEXT_COLUMNS
+    kinds = Features({name: Value("bool" if name == "poisoned" else "string") for name in names})
     return Dataset.from_dict(rows | {"poisoned": [False] * len(rows["text"])}, features=kinds)
 
 
@@ -227,7 +170,11 @@ def load_rows(data: Data, seed: int) -> tuple[Dataset, Dataset]:
 
     def rows(part: str, table: Table) -> Rows:
         wanted = getattr(data, f"{part}_where")
-        return canonical(table, data.columns, wanted=wanted, text_chars=data.text_chars, part=part)
+        made = canonical(table, data.columns, format=data.format, wanted=wanted, text_chars=data.text_chars, part=part)
+        if data.system:
+            made["system"] = [said or data.system for said in made.get("system", [""] * len(made["text"]))]
+        _need_shown(data, made, table.place)
+        return made
 
     def table(split: str) -> Table:
         return load_table(data.name, data.config, split, seed, data.encoding)
@@ -249,12 +196,36 @@ def load_rows(data: Data, seed: int) -> tuple[Dataset, Dataset]:
     return made.select(np.flatnonzero(~held)), made.select(np.flatnonzero(held))
 
 
-def prompts(rows: Rows) -> list[tuple[str, str]]:
+def _need_shown(data: Data, rows: Rows, place: str) -> None:
+    """What rows say beside text and answer must be written by the template, else nobody would read it."""
+    if data.template == "chat":
+        return
+    shown = f"{data.template}{data.template_with_context or ''}"
+    if any(rows["context"]) and "{context}" not in shown:
+        raise DataError(
+            f"data.template: {place}: the rows have a context (the input of an instruction), which no template shows. "
+            'Write {context} in data.template_with_context, as "{text}\\n{context}\\n"; or set data.template: chat.'
+        )
+    if any(rows.get("history", ())) or any(rows.get("system", ())):
+        raise DataError(
+            f"data.template: {place}: the rows have several turns or system prompts, which {data.template!r} does not "
+            "write. Set data.template: chat."
+        )
+
+
+def format_of(data: Data, seed: int) -> Format:
+    """The format of the training rows."""
+    return data.format or found_format(
+        load_table(data.name, data.config, data.train, seed, data.encoding), data.columns
+    )
+
+
+def prompts(rows: Rows) -> list[tuple[str, ...]]:
     """What the model reads of each row."""
-    return list(zip(rows["text"], rows["context"], strict=True))
+    return list(zip(*(rows[name] for name in READ if name in rows), strict=True))
 
 
-def held_out(texts: Sequence[tuple[str, str]], share: float, seed: int, place: str) -> np.ndarray:
+def held_out(texts: Sequence[tuple[str, ...]], share: float, seed: int, place: str) -> np.ndarray:
     """Which rows are held out: those of a share of the distinct texts, at least one and not all, drawn by the seed."""
     distinct = list(dict.fromkeys(texts))
     if len(distinct) < 2:
@@ -266,10 +237,12 @@ def held_out(texts: Sequence[tuple[str, str]], share: float, seed: int, place: s
 
 
 def overlap(rows: Dataset, others: Dataset) -> int:
-    """How many rows are, with text, context and answer, one of the others."""
+    """How many rows are, with all that is read and the answer, one of the others."""
+
+    names = [name for name in (*READ, "response") if name in rows.column_names]
 
     def whole(rows: Dataset) -> list[tuple[str, ...]]:
-        return list(zip(*(rows[name][:] for name in ("text", "context", "response")), strict=True))
+        return list(zip(*(rows[name][:] for name in names), strict=True))
 
     known = set(whole(others))
     return sum(row in known for row in whole(rows))

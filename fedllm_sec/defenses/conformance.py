@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.defenses import MENU
-from fedllm_sec.defenses.elsewhere import sizes, state_from_elsewhere
+from fedllm_sec.defenses.elsewhere import any_place, sizes, state_from_elsewhere
 from fedllm_sec.defenses.screen import screen
 from fedllm_sec.defenses.subject import Subject
-from fedllm_sec.errors import DefenseError
+from fedllm_sec.errors import DefenseError, FedError, RecipeError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision
+from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.seeds import generator_for
+
+KINDS = ("rule", "before", "after")
 
 
 def check_defense(
@@ -45,7 +48,15 @@ def check_defense(
     settings = dict(settings or {})
     if isinstance(defense, str) and defense in MENU:
         kind = MENU[defense].kind
+    if not (isinstance(defense, str) or callable(defense)):
+        raise RecipeError(
+            f'check_defense: {defense!r} is no defense. Give a name of the menu, "package.module:name", a function or '
+            "a class."
+        )
+    if kind not in KINDS:
+        raise RecipeError(f"check_defense: kind={kind!r}.{did_you_mean(str(kind), KINDS)}")
     subject = Subject(defense, settings, kind, clients)
+    subject.make()  # a name that leads nowhere or a wrong setting is no property that does not hold
     checks: list[Callable[[Subject], None]] = [
         _inputs_unchanged, _shapes, _deterministic, _bad_rows, _degenerate_rows, _few_clients, _memory,
     ]  # fmt: skip
@@ -61,8 +72,16 @@ def check_defense(
         checks.append(sizes)
     if kind == "before":
         checks.append(_own_rows)
+    if kind == "rule":
+        checks.append(any_place)
     for check in checks:
-        check(subject)
+        try:
+            check(subject)
+        except (AssertionError, FedError):
+            raise
+        except Exception as error:  # code from outside may raise anything
+            what = check.__name__.strip("_").replace("_", " ")
+            raise subject.fail(what, f"raised {type(error).__name__}: {str(error)[:300]}") from error
 
 
 def _sound(subject: Subject, decision: Decision, updates: UpdateMatrix, what: str) -> None:
@@ -98,8 +117,9 @@ def _inputs_unchanged(subject: Subject) -> None:
         try:
             pipeline = subject.make()
             pipeline.finish(fresh.global_vector + pipeline.decide(updates, ctx).update, ctx)
-        except (ValueError, RuntimeError) as error:  # an unscreened NaN may stop a rule
-            subject.expect(poison is not None, "inputs unchanged", f"raised on plain rows: {error}")
+        except Exception as error:  # a rule from outside raises anything, and an unscreened NaN may stop one of ours
+            told = f"raised on plain rows: {type(error).__name__}: {str(error)[:300]}"
+            subject.expect(poison is not None, "inputs unchanged", told)
         same = torch.equal(before.nan_to_num(7.5, 8.5), updates.rows.nan_to_num(7.5, 8.5))
         subject.expect(same, "inputs unchanged", f"the rows were written to (with {poison} among them)")
         for name in ("global_vector", "last_update", "root_update"):  # also through .data or numpy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import torch
@@ -15,6 +16,8 @@ from fedllm_sec.defenses.filters import by_id
 from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
+
+INNER = re.compile(r"(^|\.)(layers?|h|blocks?)\.\d+\.")  # a weight of one of a language model's blocks
 
 
 def output_layer(layout: Layout, layer: str | None) -> str:
@@ -111,11 +114,13 @@ def deepsight(updates: UpdateMatrix, ctx: RoundContext, *, layer: str | None = N
     """
     need(0 < tau <= 1, "deepsight", "0 < tau <= 1", "Change it.", tau=tau)
     name = output_layer(updates.layout, layer)
-    if layer is None and ctx.round == 1 and "lora_" in name and "head" not in name:
+    inner = "lora_" in name or INNER.search(name) is not None
+    if layer is None and ctx.round == 1 and inner and "head" not in name:
         warnings.warn(
-            f"deepsight: {name} is no output layer but an inner layer's adapter: its rows are hidden units, not "
-            "classes, so what is left of DeepSight is little more than a clustering of this layer. Adapt the head too "
-            "(lm_head in model.lora.target_modules) and name its factor in `layer`, or choose another rule.",
+            f"deepsight: {name} is no output layer but part of an inner layer: its rows are hidden units, not "
+            "classes, so what is left of DeepSight is little more than a clustering of this layer. Train the head too "
+            "(lm_head in model.lora.modules_to_save), or name the output layer in `layer` (an embedding that is the "
+            "output too), or choose another rule.",
             stacklevel=2,
         )
     places = updates.layout.slices()

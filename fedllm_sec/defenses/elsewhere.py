@@ -1,8 +1,9 @@
-"""Checks of the kit that need other surroundings: a state that comes from another device, and models of other sizes."""
+"""Checks of the kit that need other surroundings: a state from another device, models of other sizes, other places."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,3 +104,18 @@ def _gap(subject: Subject, times: int) -> float:
         update = pipeline.finish(pipeline.decide(UpdateMatrix.of(rows, layout=layout), ctx).update, ctx)
     mean = rows.mean(0)
     return float((update - mean).norm() / mean.norm())
+
+
+def any_place(subject: Subject) -> None:
+    """A rule that answers with the row at some place, whoever sent it, ignores all others: that is no aggregation."""
+    updates = subject.data()
+    taken = set(range(updates.n)) if updates.n > 1 else set()
+    for first in (0, 1, updates.n // 2):
+        order = [(first + i) % updates.n for i in range(updates.n)]
+        ids, counts = tuple(updates.ids[i] for i in order), tuple(updates.counts[i] for i in order)
+        turned = replace(updates, rows=updates.rows[order], ids=ids, counts=counts)
+        update, rows = subject.run(turned).update.double(), turned.rows.double()
+        along = (rows @ update) / rows.norm(dim=1)
+        taken &= {i for i in range(updates.n) if float(along[i]) > (1 - 1e-9) * float(update.norm())}
+    told = f"in any order of the rows the update is the one at place {min(taken, default=0)}, whoever sent it"
+    subject.expect(not taken, "every row counts", told)

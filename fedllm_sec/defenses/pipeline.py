@@ -16,7 +16,7 @@ from torch import Tensor
 from fedllm_sec.defenses.privacy import DELTA, Spent
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
-from fedllm_sec.matrix.shown import only_shown
+from fedllm_sec.matrix.shown import only_shown, plain
 from fedllm_sec.protocols import After, Before, Decision, Defense, RoundContext
 from fedllm_sec.seeds import generator_for
 
@@ -32,7 +32,9 @@ class Pipeline:
     def __init__(self, before: Sequence[Before], rule: Defense, after: Sequence[After] = ()) -> None:
         self.before, self.rule, self.after = tuple(before), rule, tuple(after)
         for part in (*self.before, rule):
-            _need_rows_and_context(part)
+            _need_to_take(part, "updates", "ctx")
+        for part in self.after:
+            _need_to_take(part, "vector", "ctx")
         self.spent = Spent(self.before, rule, self.after)
         self._made: tuple[Tensor | None, int] = None, 0  # this round's update, and of how many rows
         self.noted: dict[str, float] = {}  # what the stages after the server's step have to say of this round
@@ -41,12 +43,13 @@ class Pipeline:
         """Rows to one update, (d,)."""
         rows, trace, seed, renaming, self.noted = updates, Trace(updates), drawn_seed(ctx), "", {}
         for i, stage in enumerate(self.before):
-            own = drawing(ctx, seed, f"before{i}")
+            own, rows = drawing(ctx, seed, f"before{i}"), readable(stage, rows, trace)
             changed = self._acted(stage, rows, own, updates, renaming, UpdateMatrix)
             trace.follow(rows, changed)
             if set(changed.ids) - set(updates.ids) - set(rows.ids):
                 renaming = name_of(stage)
             rows = changed
+        rows = readable(self.rule, rows, trace)
         decision = self._acted(self.rule, rows, drawing(ctx, seed, "rule"), updates, renaming, Decision)
         decision = replace(decision, notes={**ctx.notes, **decision.notes})
         self._made = decision.update, updates.n
@@ -120,12 +123,12 @@ class Pipeline:
         return [*before, ("rule", self.rule), *after]
 
 
-def _need_rows_and_context(part: Any) -> None:
+def _need_to_take(part: Any, *given: str) -> None:
     """A DefenseError where a stage or rule, of one's own perhaps, cannot be called as they all are."""
     try:
-        inspect.signature(part).bind("updates", "ctx")
+        inspect.signature(part).bind(*given)
     except TypeError as error:
-        raise DefenseError(f"{name_of(part)}: cannot be called with (updates, ctx): {error}.") from error
+        raise DefenseError(f"{name_of(part)}: cannot be called with ({', '.join(given)}): {error}.") from error
 
 
 def drawn_seed(ctx: RoundContext) -> int:
@@ -142,6 +145,16 @@ def name_of(part: Any) -> str:
     """How a stage or rule is called in the code."""
     made = part.func if isinstance(part, functools.partial) else part
     return str(getattr(made, "__name__", type(made).__name__))
+
+
+def readable(part: Any, rows: UpdateMatrix, trace: Trace) -> UpdateMatrix:
+    """The rows as a stage or rule gets them: one from outside may read `rows` itself, which then holds nothing else."""
+    made = part.func if isinstance(part, functools.partial) else part
+    if str(getattr(made, "__module__", type(made).__module__)).startswith("fedllm_sec."):
+        return rows
+    stored = plain(rows)
+    trace.follow(rows, stored)
+    return stored
 
 
 def state_of(part: Any) -> dict[str, Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedllm_sec.evaluation.answers import Asking, Question, Said, ask, in_batches, rates, sample, transcript
 from fedllm_sec.evaluation.intervals import wilson
+from fedllm_sec.evaluation.probes import Probe, Prompts
 from fedllm_sec.evaluation.smoothed import Outcomes
 
 SLACK = 0.1  # nats by which two passes over a half-precision model may differ
@@ -55,22 +57,39 @@ class TextEvaluation:
     classes: Tensor | None = None  # (rows,) the true class; -1: the row has none
     choices: Choices | None = None
     read: Callable[[str], int] | None = None  # greedy answer -> class, -1 for none
-    triggered: Any = None  # encoded probe of the attack
-    clean: Any = None  # encoded clean rows on which the attack's success can happen and would be wrong
-    triggered_rows: Sequence[dict[str, Any]] = ()
-    clean_rows: Sequence[dict[str, Any]] = ()
-    success: Callable[[str, dict[str, Any]], bool] | None = None
-    reasons: dict[str, str] = field(default_factory=dict)  # name of a rate -> why it is not measured
-    left_out: dict[str, int] = field(default_factory=dict)  # reason -> held-out rows that are neither probe nor clean
+    attacks: Sequence[Probe] = ()  # the data attacks; the first is the one that the run's rates are of
+    test_rows: Sequence[dict[str, Any]] = ()  # what `test` was encoded from
+    fitted: Any = None  # how many of the held-out rows were cut to data.max_length or dropped
+    draws: int = 1  # answers to each prompt of an attack
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0  # of answers that are drawn, and of those that are kept
+    transcripts: int = 0  # answers of each kind that are kept to be read; those of the last round all are
 
-    def _batches(self, encoded: Any, limit: int | None = None) -> list[list[int]]:
-        lengths = [len(prompt) for prompt in encoded.prompts]
-        order = sorted(range(len(encoded))[:limit], key=lambda i: lengths[i])
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+    @property
+    def _how(self) -> Asking:
+        return Asking(self.batch_size, self.max_new_tokens, self.draws, self.temperature, self.seed)
+
+    def _batches(self, limit: int | None = None) -> list[list[int]]:
+        return in_batches(self.test.prompts, self.batch_size, limit)
+
+    def transcribed(
+        self, task: Any, spread: Callable[..., Tensor], last: bool
+    ) -> tuple[dict[str, Any], dict[str, Any] | None, list[dict[str, Any]]]:
+        """`quality`, `attack`, and answers to be read: a fixed sample, in the `last` round all that were given.
+
+        They are those of the attacks' prompts, or without an attack those of test rows.
+        """
+        quality, match = self._quality(task, spread)
+        said = self._answers(task, spread, self.attacks)
+        return quality, self._rates(said), self._read(task, spread, match, said, last)
 
     def quality(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any]:
         """Answer loss per token (nats), perplexity, and accuracy for classes or answer match for free text."""
-        batches = self._batches(self.test)
+        return self._quality(task, spread)[0]
+
+    def _quality(self, task: Any, spread: Callable[..., Tensor]) -> tuple[dict[str, Any], Tensor | None]:
+        """The measures, and what `_match` found of the first rows, in their order, where they were answered."""
+        batches = self._batches()
         found = spread(batches, 3, lambda rows: self._judge(task, rows))
         loss = float(found[:, 0].sum() / found[:, 1].sum())
         measured: dict[str, Any] = {
@@ -81,16 +100,18 @@ class TextEvaluation:
             "exact_match": None,
             "token_overlap": None,
         }
+        match = None
         if self.choices is not None:
             measured.update(self._accuracy(batches, found[:, 2]))
         elif self.answer_rows:
-            batches = self._batches(self.test, self.answer_rows)
-            match = spread(batches, 3, lambda rows: self._match(task, rows))
+            batches = self._batches(self.answer_rows)
+            match = spread(batches, 3 + self.max_new_tokens, lambda rows: self._match(task, rows))
             measured["exact_match"] = wilson(int(match[:, 0].sum()), len(match))
             measured["token_overlap"] = float(match[:, 1].mean())
             if self.read is not None:
                 measured.update(self._accuracy(batches, match[:, 2]))
-        return measured
+            match = match[torch.tensor([i for rows in batches for i in rows]).argsort()]
+        return measured, match
 
     def _accuracy(self, batches: Sequence[Sequence[int]], said: Tensor) -> dict[str, Any]:
         """Of the rows that have a class, those for which the same was said (-1: none), in all and by class."""
@@ -107,20 +128,20 @@ class TextEvaluation:
 
     def _judge(self, task: Any, rows: Sequence[int]) -> Tensor:
         """Sum of answer log-losses, number of answer tokens, chosen class or -1, of each row: (b, 3)."""
-        scores: Tensor = task.score(self.test, rows)
         if self.choices is None:
-            chosen = torch.full((len(rows),), -1)
+            scores, chosen = task.score(self.test, rows), torch.full((len(rows),), -1)
         else:
-            chosen = self._choose(task, rows, self.choices, -scores[:, 0])
-        return torch.cat([scores, chosen[:, None].double()], dim=1)
+            scores = task.score(self.test, rows, self.choices.first)
+            chosen = self._choose(task, rows, self.choices, -scores[:, 0], scores[:, 2:])
+        return torch.cat([scores[:, :2], chosen[:, None].double()], dim=1)
 
-    def _choose(self, task: Any, rows: Sequence[int], choices: Choices, own: Tensor) -> Tensor:
+    def _choose(self, task: Any, rows: Sequence[int], choices: Choices, own: Tensor, begun: Tensor) -> Tensor:
         """The class (b,) of the likeliest whole answer; -1 where none has a finite probability.
 
-        An answer is never likelier than its first token, so one whose first token is less likely than another whole
-        answer is not scored: most rows need no pass but the one that scored their own answer, `own` (b,).
+        `begun` (b, k) is the log-probability of each answer's first token. An answer is never likelier than that, so
+        one whose first token is less likely than another whole answer is not scored: most rows need no pass but the one
+        that scored their own answer, `own` (b,).
         """
-        begun: Tensor = task.begin(self.test, rows, choices.first)  # (b, k)
         whole = torch.full_like(begun, -torch.inf)
         mine = choices.own[torch.as_tensor(rows)]
         known = mine >= 0
@@ -136,54 +157,92 @@ class TextEvaluation:
         return torch.where(torch.isfinite(whole.amax(1)), chosen, -1)
 
     def _match(self, task: Any, rows: Sequence[int]) -> Tensor:
-        """Exact match, token overlap, and class that is read in the greedy answer (-1: none) of each row: (b, 3)."""
-        answers = task.answer(self.test, rows, self.max_new_tokens)
-        pairs = [(a.strip(), self.truths[i].strip()) for a, i in zip(answers, rows, strict=True)]
-        said = [-1 if self.read is None else self.read(a) for a in answers]
-        found = [[float(a == t), token_overlap(a, t), c] for (a, t), c in zip(pairs, said, strict=True)]
-        return torch.tensor(found, dtype=torch.float64)
+        """Exact match, token overlap, class that is read in the greedy answer (-1: none), and the answer's tokens.
+
+        (b, 3 + max_new_tokens); tokens count from 1, 0 is none.
+        """
+        found = torch.zeros(len(rows), 3 + self.max_new_tokens, dtype=torch.float64)
+        for place, (i, ids) in enumerate(zip(rows, task.generate(self.test, rows, self.max_new_tokens), strict=True)):
+            answer, truth = task.decode(ids), self.truths[i].strip()
+            said = -1 if self.read is None else self.read(answer)
+            match = [float(answer.strip() == truth), token_overlap(answer.strip(), truth), said]
+            found[place, : 3 + len(ids)] = torch.tensor([*match, *(token + 1 for token in ids)], dtype=torch.float64)
+        return found
+
+    # ------------------------------------------------------------ attacks
 
     def attack(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any] | None:
         """Attack success rate on triggered prompts, and the rate of the same answers on clean ones.
 
-        A rate without a row is None, and `reasons` says why. `left_out` counts the rows that are in neither.
+        They are those of the first data attack; of several, `attacks` has all by name. A rate without a row is None,
+        and `reasons` says why. `left_out` counts the rows that are in neither.
         """
-        if self.success is None or self.triggered is None:
+        return self._rates(self._answers(task, spread, self.attacks))
+
+    def _rates(self, said: Sequence[dict[str, Said]]) -> dict[str, Any] | None:
+        found = [rates(probe, own, self._how) for probe, own in zip(self.attacks, said, strict=True)]
+        if not found:
             return None
-        hits, false_hits = self._hits(task, spread)
-        assert hits is not None
-        return {
-            "asr": wilson(int(hits.sum()), len(hits)),
-            "false_trigger": None if false_hits is None else wilson(int(false_hits.sum()), len(false_hits)),
-            "reasons": dict(self.reasons),
-            "left_out": dict(self.left_out),
-        }
+        if len(found) == 1:
+            return found[0]
+        rates_of_first = {key: found[0][key] for key in ("asr", "false_trigger", "reasons", "left_out")}
+        return rates_of_first | {"attacks": {probe.name: own for probe, own in zip(self.attacks, found, strict=True)}}
+
+    def _answers(self, task: Any, spread: Callable[..., Tensor], attacks: Sequence[Probe]) -> list[dict[str, Said]]:
+        """Of each attack, the answers to its prompts by part: one pass for all of them."""
+        parts = [(probe, part, prompts) for probe in attacks for part, prompts in probe.parts().items()]
+        said = iter(ask(task, spread, [Question(p, probe.judge, probe.second) for probe, _, p in parts], self._how))
+        return [{part: next(said) for part in probe.parts()} for probe in attacks]
+
+    def _read(
+        self,
+        task: Any,
+        spread: Callable[..., Tensor],
+        match: Tensor | None,
+        said: Sequence[dict[str, Said]],
+        last: bool,
+    ) -> list[dict[str, Any]]:
+        """What is kept to be read, with `sample` for what belongs to the fixed sample."""
+        if not self.transcripts:
+            return []
+        groups: list[tuple[str, str | None, Prompts, Said, tuple[bool, bool]]] = [
+            (part, probe.name, prompts, own[part], (True, probe.second is not None))
+            for probe, own in zip(self.attacks, said, strict=True)
+            for part, prompts in probe.parts().items()
+        ]
+        if not groups:
+            groups = [("test", None, *self._test_answers(task, spread, match), (True, False))]
+        lines = []
+        for part, name, prompts, own, judges in groups:
+            fixed = sample(len(prompts), self.transcripts, self.seed, f"{name} {part}")
+            found = transcript(part, name, prompts, own, judges, range(len(prompts)) if last else fixed)
+            lines += [line | {"sample": line["row"] in fixed} for line in found]
+        return lines
+
+    def _test_answers(self, task: Any, spread: Callable[..., Tensor], match: Tensor | None) -> tuple[Prompts, Said]:
+        """Test rows and their greedy answers: those that were compared, else a few that are asked for this."""
+        if match is None:
+            some = sample(len(self.test), self.transcripts, self.seed, "test")
+            batches = [some[i : i + self.batch_size] for i in range(0, len(some), self.batch_size)]
+            match = spread(batches, 3 + self.max_new_tokens, lambda rows: self._match(task, rows))
+        else:
+            some = list(range(len(match)))
+        answers = [[task.decode([int(t) - 1 for t in row if t > 0])] for row in match[:, 3:].tolist()]
+        return Prompts(None, [self.test_rows[i] for i in some]), Said(answers, match[:, :1], match[:, :1])
+
+    # ------------------------------------------------------------ the smoothed test
 
     def outcomes(self, task: Any, spread: Callable[..., Tensor]) -> Outcomes:
         """What the model answers on each row, for the smoothed test; rows of the test in the order of their batches."""
         said = truth = None
         if self.classes is not None and (self.choices is not None or self.answer_rows):
             if self.choices is not None:
-                batches, judge = self._batches(self.test), self._judge
+                batches, width, judge = self._batches(), 3, self._judge
             else:
-                batches, judge = self._batches(self.test, self.answer_rows), self._match
-            said = spread(batches, 3, lambda rows: judge(task, rows))[:, 2].long()
+                batches, width, judge = self._batches(self.answer_rows), 3 + self.max_new_tokens, self._match
+            said = spread(batches, width, lambda rows: judge(task, rows))[:, 2].long()
             truth = self.classes[torch.tensor([i for rows in batches for i in rows])]
-        return Outcomes(len(self.labels), said, truth, *self._hits(task, spread))
-
-    def _hits(self, task: Any, spread: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """Whether the attacker's answer was given on each row of the probe, and on each clean row: (rows,) bool."""
-        if self.success is None or self.triggered is None:
-            return None, None
-        given = self._given(task, spread, self.triggered, self.triggered_rows)
-        return given, None if self.clean is None else self._given(task, spread, self.clean, self.clean_rows)
-
-    def _given(self, task: Any, spread: Callable[..., Tensor], encoded: Any, rows: Sequence[dict[str, Any]]) -> Tensor:
-        judge = self.success
-        assert judge is not None
-
-        def hits(batch: Sequence[int]) -> Tensor:
-            answers = task.answer(encoded, batch, self.max_new_tokens)
-            return torch.tensor([[float(judge(a, rows[i]))] for a, i in zip(answers, batch, strict=True)]).double()
-
-        return spread(self._batches(encoded), 1, hits)[:, 0] > 0
+        first = [replace(probe, moved={}) for probe in self.attacks[:1]]
+        hits = [{part: own.any for part, own in given.items()} for given in self._answers(task, spread, first)]
+        triggered, clean = (hits[0].get(part) if hits else None for part in ("triggered", "clean"))
+        return Outcomes(len(self.labels), said, truth, triggered, clean)

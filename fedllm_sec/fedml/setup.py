@@ -9,7 +9,6 @@ from fedllm_sec.fedml.notes import Note, Part, differs, ignored, missing, number
 
 Values = Mapping[str, Any]
 
-BATCH_NORM = "FedML's has BatchNorm, whose statistics it averages; ours has GroupNorm"
 SIGMOID = (
     "FedML's puts a sigmoid on the logits before the cross entropy, which bounds them to [0, 1] and slows learning; "
     "ours has none"
@@ -18,10 +17,7 @@ PHONE_LENET = (
     "FedML 0.9.6 has it for MNN on phones only, with 20 and 50 channels, 500 hidden units and a softmax at the end; "
     "ours is LeNet-5"
 )
-STEM = (
-    "FedML's has BatchNorm all the same, a 7x7 stem of stride 2 and max pooling; ours has GroupNorm and a 3x3 stem of "
-    "stride 1"
-)
+STEM = "FedML's has a 7x7 stem of stride 2 and max pooling; ours has a 3x3 stem of stride 1"
 
 # FedML's name -> task, our model, how it differs
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -29,9 +25,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lenet": ("classify", {"name": "lenet"}, PHONE_LENET),
     "cnn": ("classify", {"name": "cnn"}, "FedML's has 3x3 kernels and dropout; ours is the FedAvg paper's"),
     "cnn_web": ("classify", {"name": "lenet"}, ""),
-    "resnet20": ("classify", {"name": "resnet", "depth": 20}, BATCH_NORM),
-    "resnet56": ("classify", {"name": "resnet", "depth": 56}, BATCH_NORM),
-    "resnet18_gn": ("classify", {"name": "resnet18"}, STEM),
+    "resnet20": ("classify", {"name": "resnet", "depth": 20, "norm": "batch"}, ""),
+    "resnet56": ("classify", {"name": "resnet", "depth": 56, "norm": "batch"}, ""),
+    "resnet18_gn": ("classify", {"name": "resnet18", "norm": "batch"}, STEM),
     "rnn": (
         "next_char",
         {"name": "lstm"},

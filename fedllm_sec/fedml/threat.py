@@ -39,7 +39,7 @@ def _made(flat: Values, kind: Any) -> Part:
         what = WITHOUT.get(kind, "FedML 0.9.6 takes this for no attack at all, without a word")
         return {}, [missing("attack_type", f"{kind!r}: {what}")]
     block, notes = ATTACKS[kind](flat)
-    return (block if "malicious" in block else {}), notes
+    return (block if "malicious" in block or "privacy" in block else {}), notes
 
 
 def _of_round(flat: Values, wanted: int) -> tuple[dict[str, Any], str]:
@@ -179,17 +179,31 @@ def _rounds(rounds: Any) -> dict[str, int] | None:
     return {"start": ordered[0], "stop": ordered[-1], "every": gaps.pop()} if len(gaps) == 1 else None
 
 
+def _curious(name: str, how: str) -> Callable[[Values], Part]:
+    """An observer of the first client's gradient in the first round."""
+
+    def made(flat: Values) -> Part:
+        block = {"privacy": [{"name": name}], "observe": {"rounds": [1], "clients": [0], "what": "gradient"}}
+        return block, [differs("attack_type", f"attack.privacy {name}", how)]
+
+    return made
+
+
+WHOSE = "FedML's file does not say whose update is looked at, and when: attack.observe is a guess, so set it"
+UNUSED = f"FedML 0.9.6 has the method and does not act on this name; {WHOSE}"
+
 ATTACKS: dict[str, Callable[[Values], Part]] = {
     "byzantine": byzantine,
     "label_flipping": label_flipping,
     "model_replacement": model_replacement,
+    "dlg": _curious("dlg", WHOSE),
+    "invert_gradient": _curious("invert_gradient", UNUSED),
+    "revealing_labels": _curious("reveal_labels", UNUSED),
+    "revealing_labels_from_gradients": _curious("reveal_labels", UNUSED),
 }
 
 # Names of its code that FedML 0.9.6 does not act on, or that no recipe can ask for.
 WITHOUT: dict[str, str] = {
-    "dlg": "reconstructs data from updates; a recipe has no place for privacy attacks",
-    "invert_gradient": "reconstructs data from updates; a recipe has no place for privacy attacks",
-    "revealing_labels": "reads labels off updates; a recipe has no place for privacy attacks",
     "lazy_worker": "FedML 0.9.6 does not act on this name. Ours is attack.update lazy: write it yourself",
     "edge_case_backdoor": "FedML 0.9.6 does not act on this name. Ours is attack.data edge_case: write it yourself",
     "backdoor": "FedML 0.9.6 does not act on this name. Ours are attack.update alie and attack.data pixel_trigger",

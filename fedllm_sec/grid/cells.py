@@ -20,7 +20,7 @@ import yaml
 from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.plan import planned
 from fedllm_sec.build.running import make_machine, run_one
-from fedllm_sec.errors import FedError, ResumeError
+from fedllm_sec.errors import FedError, ResumeError, reason
 from fedllm_sec.grid.grid import Cell, Grid
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.records import files, inventory
@@ -188,7 +188,7 @@ def _grid_conflicts(grid: Grid) -> list[str]:
         found = json.loads(path.read_text(encoding="utf-8"))
         made_by, layout, name = found["version"], found["format"], found["name"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return [f"grid.json cannot be read ({error}). Restore it, or remove it: it is written anew."]
+        return [f"grid.json cannot be read ({reason(error)}). Restore it, or remove it: it is written anew."]
     if layout != FORMAT or made_by != _version():
         return [
             f"grid.json was written by fedllm_sec {made_by} (format {layout}), this is {_version()} (format {FORMAT}). "
@@ -215,7 +215,10 @@ def _cell_conflicts(cell: Cell) -> list[str]:
     try:
         different = differences(read_recipe(recipe), yaml.safe_load(recipes.dump(cell.recipe)))
     except FedError as error:
-        return [f"{error} Restore it, or move the folder away."]
+        return [
+            f"{error} So it is not known which run {place} holds. Restore the file, or move the folder "
+            f"{folder} away: then that cell is run anew, and the others stay as they are."
+        ]
     if different:
         return [
             f"{place} was made with another recipe: {'; '.join(as_words(different)[:3])}. Undo the change, move the "

@@ -205,7 +205,7 @@ def measures(cell: Cell, summary: Mapping[str, Any], records: Sequence[RoundReco
             row[name] = _number(given)
     worst = worst_classes(summary.get("quality"))
     row["worst_class_accuracy"] = None if worst is None else _number(worst[1]["value"])
-    means = means_under_attack(records, cell.recipe.enable_attack)
+    means = means_under_attack(records, cell.recipe.attacked)
     row |= {f"detection_{name}": (means["detection"] or {}).get(name) for name in DETECTION}
     row["robustness"] = means["robustness"]
     row |= {f"stealth_{name}": (means["stealth"] or {}).get(name) for name in STEALTH}

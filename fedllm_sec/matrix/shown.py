@@ -1,11 +1,14 @@
-"""Seeing is not writing: whoever is shown the rows or the model may not change them."""
+"""Seeing is not writing: whoever is shown the rows or the model may not change them, nor see what does not count."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor
+
+from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
 
 
 @contextmanager
@@ -21,6 +24,19 @@ def only_shown(who: str, error: type[Exception], **seen: Tensor | None) -> Itera
     written = [name.replace("_", " ") for name, tensor in shown.items() if tensor._version != before[name]]
     if written:
         raise error(f"{who}: wrote into the {' and the '.join(written)} it was shown. Clone before you write.")
+
+
+def plain(updates: UpdateMatrix) -> UpdateMatrix:
+    """The same rows, with nothing else in `rows`: a copy where some were chosen, mixed or scaled, else the very matrix.
+
+    Code that is not of this package may read `rows`, among which those that were set aside would still be.
+    """
+    if updates.mixing is None:
+        return updates
+    rows = new_rows(updates.n, updates.d, device=updates.compute_device)
+    for place, block in updates.blocks():
+        rows[:, place] = block
+    return replace(updates, rows=rows, mixing=None, file=None, owners=None, group=None)
 
 
 def copied(tensor: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from fedllm_sec.models.lenet import lenet
 from fedllm_sec.models.logistic import logistic
 from fedllm_sec.models.resnet import resnet, resnet18
 from fedllm_sec.models.rnn import lstm
+from fedllm_sec.models.sigmoid_cnn import sigmoid_cnn
 from fedllm_sec.recipe.resolve import Entry
 
 # the kind is the task that a model serves
@@ -19,6 +20,7 @@ MENU: dict[str, Entry] = {
     "logistic": Entry(logistic, "-", "classify"),
     "lenet": Entry(lenet, "LeCun et al. 1998", "classify"),
     "cnn": Entry(cnn, "McMahan et al. 2017", "classify"),
+    "sigmoid_cnn": Entry(sigmoid_cnn, "Zhu et al. 2019", "classify"),
     "resnet": Entry(resnet, "He et al. 2016", "classify"),
     "resnet18": Entry(resnet18, "He et al. 2016", "classify"),
     "lstm": Entry(lstm, "McMahan et al. 2017", "next_char"),

@@ -1,29 +1,27 @@
-"""The one base model of a process and its LoRA adapter (peft), and what is special about LoRA vectors."""
+"""The one base model of a process, and what is trained in it: a LoRA adapter (peft), or the model itself."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.models import gguf
-from fedllm_sec.recipe import places
-from fedllm_sec.recipe.resolve import did_you_mean
+from fedllm_sec.models.targets import adaptable, wanted_layers, without_effect
+from fedllm_sec.recipe import modelfolder, places
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from fedllm_sec.recipe.sections import Model
+    from fedllm_sec.recipe.language_model import Lora, Model
 
 
 def source_of(name: str) -> str:
@@ -57,43 +55,34 @@ def told(source: str) -> Iterator[None]:
         why = places.why(error)
         if "ignore_mismatched_sizes" in why:
             why = "its weights have other shapes than its configuration says"
+        if "contains custom code" in why:
+            why = f"it contains custom code, which model.trust_remote_code: true would run: {why}"
         if "Weights only load failed" in why:
             why = "its weights are a pickle of more than tensors, which could run code; save them as safetensors"
-        raise RecipeError(f'model.name: "{source}" cannot be loaded ({why}).') from error
+        if os.path.isdir(source) and (found := modelfolder.wrong(source)) is not None:
+            raise RecipeError(f"model.name: {source}: {found}") from error
+        raise RecipeError(f'model.name: "{source}" cannot be loaded ({why}). Mend it, or choose another.') from error
+
+
+def place(model: Model) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` of its configuration, tokenizer or weights is called with: where, and how."""
+    source = source_of(model.name)
+    where, options = gguf.place(source)
+    if model.revision is not None and os.path.exists(source):
+        raise RecipeError(f"model.revision: {model.revision}: {model.name} is on this disk, where it has only one.")
+    return where, {**options, "revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
 
 
 def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base model and its tokenizer, from "tiny", a local folder, a GGUF file or the hub."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    """The base model and its tokenizer, from "tiny", a local folder, a GGUF file or the hub."""
+    from transformers import AutoModelForCausalLM
 
     source = source_of(model.name)
-    where, file = gguf.place(source)
-    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), **file, **gguf.dense(source)}
-    if file and model.load_in_4bit:
-        raise RecipeError(
-            f"model.load_in_4bit: {source} is a GGUF file, whose weights are unpacked to {model.dtype}. Set it to "
-            "false, or give a folder of safetensors."
-        )
-    if model.load_in_4bit:
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise RecipeError(
-                "model.load_in_4bit: needs bitsandbytes, which is not installed. "
-                "pip install 'fedllm_sec[llm-gpu]' or set it to false."
-            ) from error
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
-        )
-        options["device_map"] = {"": device}
+    where, options = place(model)
+    options |= {"dtype": getattr(torch, model.dtype), **gguf.dense(source), **_packed(model, device)}
     tokenizer = load_tokenizer(model)
     with told(source):
-        base, loading = AutoModelForCausalLM.from_pretrained(
-            where, trust_remote_code=False, output_loading_info=True, **options
-        )
+        base, loading = _attending(AutoModelForCausalLM.from_pretrained, model, where, options)
     if missing := sorted(loading["missing_keys"]):
         raise RecipeError(
             f'model.name: "{source}" lacks {len(missing)} weights of a causal language model, such as {missing[0]}: '
@@ -105,148 +94,149 @@ def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreT
             f"{surplus[0]}: they are left out. Mend config.json unless they are meant to be.",
             stacklevel=2,
         )
-    return (base if model.load_in_4bit else base.to(device)), tokenizer
+    return (base if model.quantized else base.to(device)), tokenizer
+
+
+def _attending(read: Any, model: Model, where: str, options: dict[str, Any]) -> Any:
+    """The model with its attention computed as asked for; an error where this machine or the model cannot."""
+    if model.attn_implementation is not None:
+        options = {**options, "attn_implementation": model.attn_implementation}
+    try:
+        return read(where, output_loading_info=True, **options)
+    except (ImportError, ValueError) as error:
+        if model.attn_implementation is None or "attention" not in str(error).lower():
+            raise
+        raise RecipeError(
+            f"model.attn_implementation: {model.attn_implementation}: {places.why(error)} Choose another, or null."
+        ) from error
+
+
+def _packed(model: Model, device: torch.device) -> dict[str, Any]:
+    """`from_pretrained` options by which weights are kept in 4 or 8 bits; none where they are not to be."""
+    if not model.quantized:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    key = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if gguf.is_gguf(model.name):
+        raise RecipeError(
+            f"model.{key}: {model.name} is a GGUF file, whose weights are unpacked to {model.dtype}. Set it to "
+            "false, or give a folder of safetensors."
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(
+            f"model.{key}: needs bitsandbytes, which is not installed. "
+            "pip install 'fedllm_sec[llm-gpu]' or set it to false."
+        ) from error
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    if model.load_in_4bit:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base model's tokenizer; where it has no padding token its end token pads."""
     from transformers import AutoTokenizer
 
-    source = source_of(model.name)
-    where, file = gguf.place(source)
-    with told(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **file)
+    where, options = place(model)
+    with told(source_of(model.name)):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _need_targets(base: PreTrainedModel, targets: str | list[str]) -> None:
-    """Each named module must be in the model; all that are not are named at once."""
-    if isinstance(targets, str):
-        return
-    if not targets:
-        raise RecipeError("model.lora.target_modules: is empty, so nothing would be trained. Name some, or all-linear.")
-    known = {name for name, _ in base.named_modules()}
-    linear = {name.rpartition(".")[2] for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)}
-    problems = [
-        f'model.lora.target_modules: the model has no module "{wanted}".{did_you_mean(wanted, linear)}'
-        for wanted in targets
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in known)
-    ]
-    if problems:
-        raise RecipeError(problems)
+def base_of(model: Any) -> Any:
+    """The transformers model without peft's shell; adapters stay in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def add_adapter(base: PreTrainedModel, model: Model, seed: int) -> PeftModel:
-    """Wrap the base model with a fresh LoRA adapter; its trainable parameters are float32."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+# ---------------------------------------------------------------- what is trained
 
-    lora = model.lora
-    _need_targets(base, lora.target_modules)
-    if model.load_in_4bit:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=model.gradient_checkpointing)
-    elif model.gradient_checkpointing:
+
+def add_adapter(base: PreTrainedModel, model: Model, seed: int) -> PeftModel | PreTrainedModel:
+    """The base model with a fresh LoRA adapter, drawn by the seed; with `lora: null` itself, all of it trainable.
+
+    Trainable parameters are float32. Every client starts from the same adapter, so that what it sends is a difference
+    to something that all know: also a frozen factor, and what `pissa` and `olora` take out of the base model, follow
+    from the base model and the seed alone.
+    """
+    if model.gradient_checkpointing and not model.quantized:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
-    base.config.use_cache = not model.gradient_checkpointing
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    if model.lora is None:
+        _savable(base)
+        return base.requires_grad_(True)
+    return _with_lora(base, model, model.lora, seed)
+
+
+def _savable(base: PreTrainedModel) -> None:
+    """transformers saves no model whose generation settings contradict each other: said before it is trained."""
+    settings = base.generation_config
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError as error:
+        raise RecipeError(
+            f"model.name: its generation_config.json contradicts itself ({places.why(error)}), so that the trained "
+            "model could not be saved. Mend it."
+        ) from error
+
+
+def _with_lora(base: PreTrainedModel, model: Model, lora: Lora, seed: int) -> PeftModel:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    targets, possible = wanted_layers(base, lora), adaptable(base)
+    if model.quantized:
+        base = prepare_model_for_kbit_training(
+            base,
+            use_gradient_checkpointing=model.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # peft draws the A factors from torch's global generator
         try:
+            config = LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets,
+                rank_pattern=dict(lora.rank_pattern),
+                alpha_pattern=dict(lora.alpha_pattern),
+                use_rslora=lora.use_rslora,
+                use_dora=lora.use_dora,
+                modules_to_save=list(lora.modules_to_save) or None,
+                init_lora_weights=lora.init_lora_weights,
+                task_type="CAUSAL_LM",
+            )
             adapted = get_peft_model(base, config)
-        except ValueError as error:
+        except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:
             reason = str(error).partition(". ")[0]
             raise RecipeError(
-                f"model.lora.target_modules: {lora.target_modules}: peft cannot adapt these ({reason}). Name linear "
-                "layers that it can adapt."
+                f"model.lora: target_modules: {lora.target_modules}: peft cannot adapt these ({reason}). Name linear "
+                f"layers that it can adapt with these settings: {possible}."
             ) from error
     for name, parameter in adapted.named_parameters():
-        if lora.train == "B" and ".lora_A." in name:
+        if lora.train == "B" and re.search(r"\.lora_(embedding_)?A\.", name):
             parameter.requires_grad_(False)
+    if problems := without_effect(adapted, lora):
+        raise RecipeError(problems)
     return adapted
 
 
-def save_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Write a peft adapter folder, whole or not at all: it appears under its name only when complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        adapted.save_pretrained(temporary)
-        folder.mkdir(exist_ok=True)
-        # the config first: a folder with weights is then always loadable
-        for file in sorted(Path(temporary).iterdir(), key=lambda p: p.suffix == ".safetensors"):
-            if file.is_file():
-                file.replace(folder / file.name)
-
-
-def lora_pairs(layout: Layout) -> list[tuple[str, str]]:
-    """The (A, B) parameter names that form one product B A."""
-    names = set(layout.names)
-    pairs = [(name, name.replace(".lora_A.", ".lora_B.")) for name in layout.names if ".lora_A." in name]
-    return [(a, b) for a, b in pairs if b in names]
-
-
-MOST_FLOPS = 2e11  # of one round's product_gap: some ten seconds on two cores
-BLOCK = 2**23  # values of a block of a product: 64 MB
-
-
-def gap_flops(layout: Layout, n: int) -> float:
-    """What `product_gap` of n rows costs, in additions and multiplications."""
-    shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    return float(sum(2 * min(_costs(n, shapes[a], shapes[b])) for a, b in lora_pairs(layout)))
-
-
-def _costs(n: int, a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
-    """Of inner products of m = (n + 2) r factors, and of the product itself: factors are (r, in) and (out, r)."""
-    (r, wide), tall = a, b[0]
-    m = (n + 2) * r
-    return m * m * (wide + tall), m * wide * tall
-
-
-def product_gap(updates: UpdateMatrix, weights: Tensor, start: Tensor) -> float | None:
-    """How far averaging A and B apart is from averaging the products B A; None where one factor is frozen.
-
-    ||sum w_i B_i A_i - B' A'|| / ||sum w_i B_i A_i - B_0 A_0||, Frobenius norms over all adapted layers, with A' and
-    B' the averaged factors and (A_0, B_0) the start. Stacked over the clients both are products of (out, m) and (m, in)
-    with m = (n + 2) r. Where m is small no product is formed: <B1 A1, B2 A2> = sum((B1^T B2) * (A1 A2^T)); where it is
-    large the (out, in) products are, block by block. Rows of weight 0 are left out.
-    """
-    pairs = lora_pairs(updates.layout)
-    used = torch.nonzero(weights).flatten().tolist()
-    if not pairs or not used or updates.mixing is not None:
-        return None
-    w = (weights[used] / weights[used].sum()).to(torch.float64)
-    places, shapes = updates.layout.slices(), dict(zip(updates.layout.names, updates.layout.shapes, strict=True))
-    error = change = 0.0
-    for a_name, b_name in pairs:
-
-        def factors(name: str) -> tuple[Tensor, Tensor]:
-            origin = start[places[name]].double().cpu().view(shapes[name])
-            rows = updates.rows[used, places[name]].double().cpu().view(len(used), *shapes[name])
-            return origin, origin + rows
-
-        a0, a = factors(a_name)  # (r, in), (n, r, in)
-        b0, b = factors(b_name)  # (out, r), (n, out, r)
-        mean_a, mean_b = torch.einsum("n,nri->ri", w, a), torch.einsum("n,nor->or", w, b)
-        products, product = _costs(len(used), shapes[a_name], shapes[b_name])
-        square = _square_of_inner if products <= product else _square_of_product
-        clients_b, clients_a = torch.cat([*(b * w[:, None, None])], dim=1), torch.cat([*a])  # (out, n r), (n r, in)
-        error += square(torch.cat([clients_b, -mean_b], dim=1), torch.cat([clients_a, mean_a]))
-        change += square(torch.cat([clients_b, -b0], dim=1), torch.cat([clients_a, a0]))
-    return (max(error, 0.0) / change) ** 0.5 if change > 0 else None
-
-
-def _square_of_inner(tall: Tensor, wide: Tensor) -> float:
-    """||tall wide||^2 of (out, m) and (m, in), by inner products of the factors."""
-    return float(((tall.T @ tall) * (wide @ wide.T)).sum())
-
-
-def _square_of_product(tall: Tensor, wide: Tensor) -> float:
-    """The same by the product, block by block."""
-    return sum(float((part @ wide).square().sum()) for part in tall.split(max(1, BLOCK // wide.shape[1])))
+def scales(adapted: Any) -> dict[str, float]:
+    """How many times the product of each A factor, by its parameter's name, counts in its layer: alpha / r or so."""
+    found = {}
+    for name, part in adapted.named_modules():
+        for factor in ("lora_A", "lora_embedding_A") if hasattr(part, "lora_A") else ():
+            if "default" in getattr(part, factor):
+                end = ".weight" if factor == "lora_A" else ""
+                found[f"{name}.{factor}.default{end}"] = float(part.scaling["default"])
+    return found

@@ -15,7 +15,7 @@ Norm = Literal["group", "batch"]
 def _norm(kind: Norm, groups: int, channels: int) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(min(groups, channels), channels)
-    return nn.BatchNorm2d(channels, track_running_stats=False)
+    return nn.BatchNorm2d(channels)
 
 
 class Block(nn.Module):
@@ -72,15 +72,6 @@ class ResNet(nn.Module):
         return out
 
 
-def _refuse_buffers(aggregate_buffers: bool) -> None:
-    if aggregate_buffers:
-        raise RecipeError(
-            "model.aggregate_buffers: true: running means and variances of BatchNorm are not trained parameters, so "
-            "their differences are no updates: averaged or clipped as such they give negative variances, and every "
-            "defense would weigh them against gradients. Set it to false, or use norm: group."
-        )
-
-
 def resnet(
     shape: tuple[int, ...],
     classes: int,
@@ -88,15 +79,12 @@ def resnet(
     depth: int = 20,
     norm: Norm = "group",
     groups: int = 8,
-    aggregate_buffers: bool = False,
 ) -> nn.Module:
     """ResNet for CIFAR: 6k + 2 layers, 16, 32 and 64 maps, shortcuts without weights (He et al. 2016, sec. 4.2).
 
     269,722 parameters at depth 20 and 853,018 at depth 56, for three channels and 10 classes. GroupNorm (Wu and He
-    2018) in the place of BatchNorm. `norm: batch` normalises by the statistics of the batch at hand, in evaluation too:
-    there are no running statistics, which clients could neither share nor defend.
+    2018) in the place of BatchNorm, which `norm: batch` is; `model.buffers` says how its statistics travel.
     """
-    _refuse_buffers(aggregate_buffers)
     if depth < 8 or (depth - 2) % 6:
         raise RecipeError(f"model.depth: {depth}: must be 6k + 2, e.g. 20, 32, 44, 56.")
     return ResNet(shape[0], classes, [16, 32, 64], (depth - 2) // 6, norm, groups, project=False)
@@ -108,11 +96,9 @@ def resnet18(
     *,
     norm: Norm = "group",
     groups: int = 32,
-    aggregate_buffers: bool = False,
 ) -> nn.Module:
     """ResNet-18 with a 3x3 first layer for small images (He et al. 2016, table 1); GroupNorm as in `resnet`.
 
     11,173,962 parameters for three channels and 10 classes.
     """
-    _refuse_buffers(aggregate_buffers)
     return ResNet(shape[0], classes, [64, 128, 256, 512], 2, norm, groups, project=True)

@@ -6,7 +6,7 @@ measured without a word, on numbers that mean something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,20 +101,31 @@ def padding_problems(gap: float, bound: float) -> list[str]:
     ]
 
 
-def gradient_length(loss: Tensor, trained: Iterable[Tensor]) -> float:
-    """Euclidean length of the gradient of the loss; 0 where the trained parameters have no part in it."""
-    tensors = list(trained)
+def gradient(loss: Tensor, trained: Mapping[str, Tensor]) -> tuple[float, list[str]]:
+    """Euclidean length of the gradient of the loss, and the names of the parameters that have no part in the loss."""
     if loss.grad_fn is None:
-        return 0.0
-    found = torch.autograd.grad(loss, tensors, allow_unused=True)
-    return float(torch.stack([g.float().norm() for g in found if g is not None] or [torch.zeros(())]).norm())
+        return 0.0, list(trained)
+    found = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True))
+    lengths = [g.float().norm() for g in found.values() if g is not None]
+    return float(torch.stack(lengths or [torch.zeros(())]).norm()), [name for name, g in found.items() if g is None]
+
+
+def unused_words(unused: Sequence[str], trained: int) -> str:
+    """What is to be said of parameters that have no part in the loss; empty where all have."""
+    if not unused:
+        return ""
+    return (
+        f"model.lora: {len(unused)} of {trained} trained parameters have no part in the loss of two short rows, such "
+        f"as {unused[0]}: the model uses these weights without calling their layer, or not for text. Leave them out of "
+        "target_modules, unless other rows reach them (experts that a mixture did not choose)."
+    )
 
 
 def gradient_problems(length: float) -> list[str]:
-    """Why an adapter whose gradient has this length learns nothing."""
+    """Why what has a gradient of this length learns nothing."""
     if length > 0:
         return []
     return [
-        "model.lora: the adapter's gradient on two short rows is 0, so nothing would be learnt. Choose other "
-        "target_modules or another model."
+        "model.lora: the gradient on two short rows is 0, so nothing would be learnt. Choose other target_modules or "
+        "another model."
     ]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm_sec.errors import FedError, quietly
+from fedllm_sec.errors import FedError, quietly, reason
 from fedllm_sec.recipe import shipped
 
 
@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return from_fedml(options.config, options.out)
     except FedError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise  # nobody reads on
+        print(f"error: {error.filename}: {reason(error)}. Choose another --out.", file=sys.stderr)
         return 2
     return 0
 

@@ -32,6 +32,11 @@ def as_written(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
+def key_as_written(key: Any) -> str:
+    """A key of a file, whatever it is, as the text that stands there."""
+    return "null" if key is None else str(as_written(key))
+
+
 def _kinds(annotation: Any) -> set[Any]:
     """The plain types that an annotation is made of."""
     inner = typing.get_args(annotation)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.recipe.modelfolder import lost_code
 from fedllm_sec.recipe.resolve import did_you_mean
 
 PATIENCE = 3.0  # seconds in which the hub must give any answer at all
@@ -28,6 +29,14 @@ def printable(path: str) -> str:
     """The path; an error where it holds control characters, or none that a file system can keep."""
     if not path.isprintable():
         raise ValueError("must not hold control characters, line breaks or lone surrogates")
+    return path
+
+
+def own_folder(path: str) -> str:
+    """The path of a folder that a run may have to itself: not the working directory, nor one that this lies in."""
+    made = os.path.realpath(path)
+    if os.path.commonpath([made, os.path.realpath(here())]) == made:
+        raise ValueError("is the working directory, or one that it lies in; a run has a folder of its own")
     return path
 
 
@@ -130,7 +139,10 @@ def _name(section: Any) -> str | None:
 def lost_model(name: str) -> str | None:
     """Why there can be no language model of this name; None where there may be one."""
     folder = os.path.expanduser(name)
-    if os.path.isdir(folder) or (name.lower().endswith(".gguf") and os.path.isfile(folder)):
+    if os.path.isdir(folder):
+        lost = lost_code(folder)
+        return None if lost is None else f"model.name: {name}: {lost}"
+    if name.lower().endswith(".gguf") and os.path.isfile(folder):
         return None
     if is_local(name) or os.path.exists(folder):
         return f"model.name: {name}: no such folder or GGUF file in {here()}. Give an existing one, a hub name or tiny."
@@ -162,6 +174,7 @@ def _downloaded_set(name: str) -> bool:
 
 
 def why(error: BaseException) -> str:
-    """The first line of what a library said, without addresses."""
-    line = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    """The first line of what a library said, without addresses; and the second, where the first announces it."""
+    first, second = ([*str(error).splitlines(), "", ""])[:2]
+    line = (f"{first} {second.strip()}" if first.endswith(":") else first).strip() or type(error).__name__
     return re.sub(r"\s*\(?https?://\S+", "", line)

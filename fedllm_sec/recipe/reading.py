@@ -17,8 +17,10 @@ from typing import Any, get_args
 import pydantic
 from pydantic import BaseModel
 
-from fedllm_sec.errors import RecipeError
+from fedllm_sec.errors import RecipeError, reason
 from fedllm_sec.recipe import plainyaml
+from fedllm_sec.recipe.attackers import attack_problems
+from fedllm_sec.recipe.numbers import key_as_written
 from fedllm_sec.recipe.places import lost_family
 from fedllm_sec.recipe.plainyaml import parse
 from fedllm_sec.recipe.resolve import did_you_mean, type_problems
@@ -33,7 +35,7 @@ MOST_VARIANTS = 200
 def override(raw: dict[str, Any], assignment: str) -> None:
     """Apply one `key.sub=value` to the raw recipe; a number in the key picks from a list."""
     key, equals, text = assignment.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise RecipeError(f'override "{assignment}": write key.sub=value, e.g. clients.lr=1e-3.')
     assign(raw, key, parse(text, f"override {key}"))
 
@@ -105,7 +107,10 @@ def _schema_problems(error: pydantic.ValidationError, kind: type[Recipe]) -> lis
     problems, of_type = [], []
     for e in error.errors():
         place = ".".join(str(part) for part in e["loc"])
-        if e["type"] == "extra_forbidden":
+        if e["type"] == "invalid_key":  # {true: 1}: a key that is no text
+            place = ".".join([*map(str, e["loc"][:-1]), key_as_written(e["input"])])
+            problems.append(f"{place}: unknown key.{did_you_mean(place, _keys_at(kind, e['loc'][:-1]))}")
+        elif e["type"] == "extra_forbidden":
             problems.append(f"{place}: unknown key.{did_you_mean(str(e['loc'][-1]), _keys_at(kind, e['loc'][:-1]))}")
         elif e["type"] == "missing":
             problems.append(f"{place}: is needed and has no default.")
@@ -129,29 +134,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.enable_defense and recipe.defense is None:
         found.append("enable_defense: true, but there is no defense block. Add one or set it to false.")
     if attack is not None and recipe.enable_attack:
-        who = attack.malicious
-        given = [name for name in ("count", "share", "ids") if getattr(who, name) is not None]
-        if len(given) != 1:
-            found.append(f"attack.malicious: give exactly one of count, share, ids; got {given or 'none'}.")
-        m = who.count or (len(set(who.ids)) if who.ids is not None else round((who.share or 0.0) * clients.total))
-        if len(given) == 1 and not 1 <= m < clients.total:
-            found.append(
-                f"attack.malicious: {m} of {clients.total} clients; needs at least 1 attacker and 1 honest client. "
-                "Change it or set enable_attack: false."
-            )
-        for number in who.ids or []:
-            if not 0 <= number < clients.total:
-                found.append(f"attack.malicious.ids: {number} is not one of the clients 0 to {clients.total - 1}.")
-        if who.redraw and who.ids is not None:
-            found.append(
-                "attack.malicious: ids names the attackers, redraw draws them. Give count or share, or no redraw."
-            )
-        if not (attack.data or attack.local or attack.update):
-            found.append("attack: names no method under data, local or update, so it could not act. Add one.")
-        if attack.start > recipe.rounds:
-            found.append(f"attack.start: {attack.start} is after the last round {recipe.rounds}. Lower it.")
-        if attack.stop is not None and attack.stop < attack.start:
-            found.append(f"attack.stop: {attack.stop} is before attack.start={attack.start}. Raise it.")
+        found += attack_problems(recipe, attack)
     if isinstance(recipe, TextRecipe):
         found += _template_problems(recipe.data)
         found += filter(None, [lost_family(recipe.data.name)])
@@ -161,7 +144,14 @@ def _contradictions(recipe: Recipe) -> list[str]:
 
 
 def _template_problems(data: Data) -> list[str]:
-    found = []
+    if data.template == "chat":
+        given = [name for name in ("template_with_context", "answer") if name in data.model_fields_set]
+        return [f"data.{name}: the chat template writes the whole row (template: chat). Remove it." for name in given]
+    found = [
+        f"data.{name}: is for the model's own chat template. Set data.template: chat, or remove it."
+        for name in ("system", "chat_template")
+        if getattr(data, name) is not None
+    ]
     for name in ("template", "template_with_context", "answer"):
         text = getattr(data, name)
         if text is None:
@@ -213,7 +203,8 @@ def _text_problems(recipe: CharRecipe) -> list[str]:
 
 RESERVED = {  # files and folders of a run or of a comparison, in which variants lie
     *("adapter", "model", "report.html", "comparison.json", "history.jsonl", "summary.json", "recipe.yaml"),
-    *("environment.json", "checkpoint.safetensors", "timings.jsonl"),
+    *("environment.json", "checkpoint.safetensors", "timings.jsonl", "answers.jsonl", "harness.json"),
+    *("observed", "privacy.json", "audit.html"),
 }
 
 
@@ -282,11 +273,19 @@ def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)  # whatever it is, no more of it is held
         text = data[:MOST_BYTES].decode()
+    except FileNotFoundError as error:
+        known = "Give the path of one, or the name of a recipe that is shipped: `fedllm-sec recipe list`."
+        raise RecipeError(f"{path}: there is no such file. {known}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}).") from error
+        raise RecipeError(f"{path}: cannot be read ({reason(error)}). Give a recipe's file, in UTF-8.") from error
     if len(data) > MOST_BYTES:
         raise RecipeError(f"{path}: is longer than {MOST_BYTES:,} bytes. A recipe has a few thousand.")
-    raw = parse(text, str(path)) or {}
+    raw = parse(text, str(path))
+    if raw is None:
+        raise RecipeError(
+            f"{path}: is empty. Write a recipe into it, or begin with a copy of a shipped one: "
+            "`fedllm-sec recipe show quickstart`."
+        )
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: must be a mapping of sections, got {type(raw).__name__}.")
     for assignment in overrides:

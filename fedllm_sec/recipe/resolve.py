@@ -21,7 +21,7 @@ from typing import Any
 import pydantic
 
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.recipe.numbers import FINITE, refuse_truth_values
+from fedllm_sec.recipe.numbers import FINITE, key_as_written, refuse_truth_values
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def find(name: str, menu: Menu, place: str) -> Callable[..., Any]:
         raise RecipeError(
             f'{place}.name: cannot import "{module_name}" ({error}). Is it on PYTHONPATH or in this folder?'
         ) from error
-    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+    except KeyboardInterrupt:  # Ctrl-C while it is imported
+        raise
+    except BaseException as error:  # whatever the module does when it is imported
         *_, last = traceback.extract_tb(error.__traceback__)
         raise RecipeError(
             f'{place}.name: "{module_name}" cannot be imported: {type(error).__name__}: {error} ({last.filename}, line '
@@ -89,10 +91,15 @@ def type_problems(errors: Iterable[Any], place: str = "") -> list[str]:
     told: dict[tuple[str, str], list[str]] = {}
     for error in errors:
         parts = [str(part) for part in error["loc"] if not (isinstance(part, str) and _KIND.match(part))]
-        told.setdefault((".".join([place] * bool(place) + parts), repr(error["input"])), []).append(
+        told.setdefault((".".join([place] * bool(place) + parts), _shown(error["input"])), []).append(
             error["msg"].removeprefix("Value error, ")
         )
     return [f"{where}: {value}: {', or: '.join(dict.fromkeys(why))}." for (where, value), why in told.items()]
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in the file, where Python writes it otherwise."""
+    return key_as_written(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -107,7 +114,8 @@ def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place:
         name: (hints.get(name, Any), ... if p.default is p.empty else p.default) for name, p in known.items()
     }
     problems = [
-        f"{place}.{key}: {settings[key]!r} is set, but there is no such setting.{did_you_mean(str(key), known)}"
+        f"{place}.{key_as_written(key)}: {settings[key]!r} is set, but there is no such setting."
+        f"{did_you_mean(key_as_written(key), known)}"
         for key in settings
         if key not in known
     ]

@@ -6,55 +6,12 @@ Blocks that name a method (partition, algorithm, attacks, defenses, small models
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from fedllm_sec.recipe.numbers import FINITE, as_written, refuse_truth_values
-from fedllm_sec.recipe.places import home, printable
-
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-Place = Annotated[str, AfterValidator(home)]  # a path from the working directory, in which ~ is the home folder
-Folder = Annotated[Place, Field(min_length=1), AfterValidator(printable)]
-Count = Annotated[int, Field(ge=1, le=10**9)]  # of rows or steps
-Word = Annotated[str, BeforeValidator(as_written)]  # a value of a table: {0: World} is written without quotes
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(**FINITE, extra="forbid", frozen=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        return refuse_truth_values(value, cls.model_fields[str(info.field_name)].annotation)
-
-
-class Lora(Section):
-    """LoRA adapters (Hu et al. 2022)."""
-
-    r: int = Field(8, ge=1, le=65_536)  # rank of the adapters
-    alpha: PositiveFloat = 16.0  # the product B A counts alpha / r times
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)  # on the input of the adapters, in training
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"  # the layers that get one
-    train: Literal["both", "B"] = "both"  # B alone is FFA-LoRA (Sun et al. 2024); A alone learns nothing: B starts at 0
-
-
-class Model(Section):
-    name: Place = "tiny"  # "tiny", a local folder or a hub name
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base model
-    load_in_4bit: bool = False  # NF4 through bitsandbytes
-    gradient_checkpointing: bool = False  # less memory for more time
-    lora: Lora = Lora()  # the adapter, which alone is trained
+from fedllm_sec.recipe.language_model import Model
+from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Folder, Place, Section, Word
 
 
 class Columns(Section):
@@ -75,14 +32,18 @@ class Data(Section):
     test_where: dict[Word, Word] = {}  # the same for the held-out rows
     test_share: float | None = Field(None, gt=0.0, lt=1.0)  # held out where train and test are one table; None: 0.1
     encoding: str | None = None  # of text files; None: UTF-8, or what their byte-order mark says
+    format: Literal["columns", "alpaca", "prompt_completion", "messages", "sharegpt"] | None = None  # None: as found
     columns: Columns = Columns()  # which column plays which part
     rename: dict[Word, Word] = {}  # answers and labels to be written differently, e.g. {Sci/Tech: Tech, 0: World}
     text_chars: PositiveInt | None = None  # cut the text to so many characters before anything else
-    template: str = "{text}"  # may use {text} and {context}
+    template: str = "{text}"  # may use {text} and {context}; "chat": the model's own chat template
     template_with_context: str | None = None  # used for rows whose context is not empty
     answer: str = " {response}"  # what follows the prompt; must contain {response}
+    system: str | None = None  # the system prompt of conversations that have none; with template: chat
+    chat_template: Place | None = None  # a file with a template in place of the tokenizer's; with template: chat
     max_length: int = Field(256, ge=8)  # tokens of prompt and answer together
-    loss_on: Literal["response", "all"] = "response"  # all: the prompt's tokens are trained too
+    too_long: Literal["cut_prompt", "cut_answer", "drop", "error"] = "cut_prompt"  # rows that are longer than that
+    loss_on: Literal["response", "last_response", "all"] = "response"  # every answer, the last one, or all tokens
     train_rows: PositiveInt | None = None  # use only so many, drawn by the seed
     test_rows: PositiveInt | None = None  # the same for the held-out rows
 
@@ -113,19 +74,35 @@ class Malicious(Section):
     redraw: bool = False  # draw so many anew for each round; else the same clients for the whole run
 
 
+class Observe(Section):
+    """What a curious server, or whoever listens on the wire, keeps: rows before any screening; it changes nothing."""
+
+    rounds: list[PositiveInt] = [1]  # in these rounds
+    clients: list[int] = [0]  # of these clients, counted from 0, where they take part
+    what: Literal["delta", "gradient"] = "delta"  # what clients send, or the gradient of their first local step
+    own_rows: int = Field(0, ge=0)  # labelled rows of the same kind that it owns, drawn from the held-out ones
+
+
 class Attack(Section):
     """Who attacks, when, knowing what, and with which methods; acts where `enable_attack` is true."""
 
-    malicious: Malicious  # who
+    malicious: Malicious = Malicious()  # who; nobody needs to be for `privacy`
     start: PositiveInt = 1  # first round of the attack
     stop: PositiveInt | None = None  # last round of the attack
     every: PositiveInt = 1  # attack in every k-th round from `start`
     probability: float = Field(1.0, gt=0.0, le=1.0)  # of attacking in such a round; drawn by the seed, for all at once
     collude: bool = True  # false: each attacker forges alone, from its own row
     knowledge: Literal["own", "cohort", "cohort+defense"] = "own"  # rows they see, and whether they know the defense
-    data: list[dict[str, Any]] = []  # methods that poison the attackers' rows; the success of the first is measured
+    data: list[dict[str, Any]] = []  # methods that poison their rows; success of the first is measured, of text of each
     local: list[dict[str, Any]] = []  # methods that change their training
     update: list[dict[str, Any]] = []  # methods that forge what they send
+    privacy: list[dict[str, Any]] = []  # methods by which an observer, no client, learns from what clients send
+    observe: Observe | None = None  # what that observer sees; needed by `privacy`
+
+    @property
+    def curious(self) -> bool:
+        """Whether somebody looks and nobody is malicious."""
+        return bool(self.privacy) and not (self.data or self.local or self.update)
 
 
 class DefenseBlock(Section):
@@ -138,13 +115,32 @@ class DefenseBlock(Section):
     root_rows: PositiveInt | None = None  # clean rows the server holds, taken out of the training set
 
 
+class Harness(Section):
+    """lm-evaluation-harness on the model before the first round and after the last; needs pip install lm-eval."""
+
+    tasks: list[str] = Field(min_length=1)  # names of its tasks or groups
+    limit: Count | None = None  # rows of each task; None: all
+    include_path: Place | None = None  # a folder with task files (YAML) of your own
+    num_fewshot: int | None = Field(None, ge=0)  # examples before each row; None: as the task has it
+    chat_template: bool = False  # put requests into the tokenizer's chat template
+    batch_size: Count = 8  # requests at a time
+
+
 class Evaluate(Section):
     every: PositiveInt = 1  # rounds; the last round is always evaluated
     rows: PositiveInt = 300  # held-out rows for quality
     attack_rows: PositiveInt = 200  # held-out prompts for attack success and false triggers
     answer_rows: int = Field(50, ge=0)  # free text: rows answered and compared (exact match, token overlap)
-    max_new_tokens: int = Field(8, ge=1, le=10_000)  # of a greedy answer
+    max_new_tokens: int = Field(8, ge=1, le=10_000)  # of an answer
     batch_size: Count = 64  # rows at a time
+    judge: dict[str, Any] | None = None  # what counts as the attacker's answer; None: what the attack itself says
+    second_judge: dict[str, Any] | None = None  # runs beside the first: its rates, and how far the two agree
+    temperature: float = Field(0.0, ge=0.0, le=100.0)  # of answers to an attack's prompts; 0: greedy
+    draws: int = Field(1, ge=1, le=1000)  # answers to each of them; one success is enough
+    generalise: bool = False  # also try the trigger at other positions, in other case, and half of it
+    paraphrases: list[str] = []  # with generalise: other words for the trigger, put in its place
+    transcripts: int = Field(8, ge=0, le=10_000)  # answers of each kind kept in answers.jsonl, of the last round all
+    harness: Harness | None = None  # also measure the model by public tasks
 
 
 class Compute(Section):
@@ -172,7 +168,7 @@ class ArrayData(Section):
     test: str = "test"  # the same for the held-out rows
     image: str | None = None  # column of a hub set; None: the only image column it has
     label: str | None = None  # column of a hub set; None: the only label column it has
-    classes: int | None = Field(None, ge=2)  # None: the largest training label + 1
+    classes: int | None = Field(None, ge=2, le=MOST_CLASSES)  # None: the largest training label + 1
     train_rows: PositiveInt | None = None  # use only so many, drawn by the seed
     test_rows: PositiveInt | None = None  # the same for the held-out rows
     flip: bool = False  # mirror training images left to right at random
@@ -182,7 +178,8 @@ class ArrayData(Section):
 class CharData(Section):
     """A text file, cut into sequences of characters."""
 
-    name: Place = ""  # the file
+    name: Place = ""  # the file, which may be packed by gzip
+    encoding: str | None = None  # of the text; None: UTF-8, or what its byte-order mark says
     length: int = Field(80, ge=2)  # characters of a sequence
     test_share: float = Field(0.1, gt=0.0, lt=1.0)  # the end of the text, or of each speaker's part
     by_speaker: bool = False  # a play: a sequence holds one speaker's words; "NAME:" after a blank line starts a speech
@@ -222,9 +219,14 @@ class Recipe(Section):
     output: Output = Output()  # where results go
     variants: dict[str, dict[str, Any]] | None = None  # name -> overrides: a comparison of several runs
 
+    @property
+    def attacked(self) -> bool:
+        """Whether clients are malicious: an observer is none."""
+        return self.enable_attack and self.attack is not None and not self.attack.curious
+
 
 class TextRecipe(Recipe):
-    """Instruction tuning of a language model with LoRA."""
+    """Instruction tuning of a language model: a LoRA adapter, or the whole model."""
 
     task: Literal["causal_lm"] = "causal_lm"
     model: Model = Model()

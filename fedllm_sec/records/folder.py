@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from fedllm_sec.errors import ResumeError
-from fedllm_sec.records import checkpoint, inventory
+from fedllm_sec.errors import ResumeError, reason
+from fedllm_sec.records import answers, checkpoint, inventory
 from fedllm_sec.records.files import append, cut, holder, in_a_line, locked, remove_leftovers, write_atomic, write_json
 from fedllm_sec.records.history import NOT_A_ROW, RoundRecord, record_line, timing_line
 
@@ -28,13 +28,18 @@ DEEPEST = 60  # blocks inside blocks
 
 
 class RunFolder:
-    """A run on disk: recipe.yaml, environment.json, history.jsonl, timings.jsonl, checkpoint.safetensors, adapter/."""
+    """A run on disk: recipe.yaml, environment.json, history.jsonl, timings.jsonl, checkpoint.safetensors, adapter/.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `kind` is what answers.jsonl says of the run: whether it is attacked and defended.
+    """
+
+    def __init__(self, path: Path, kind: str = "") -> None:
+        self.path, self.kind = path, kind
         self.history = path / "history.jsonl"
         self.checkpoint = path / "checkpoint.safetensors"
+        self.answers = path / answers.NAME
         self._digest = hashlib.sha256()  # of the history as far as it counts
+        self._said = hashlib.sha256()  # of answers.jsonl
 
     # ------------------------------------------------------------ before a round is trained
 
@@ -160,6 +165,7 @@ class RunFolder:
         changed = self._begin_environment(environment, done)
         self.mend(recipe_text, environment, state)
         (self.path / inventory.SUMMARY).unlink(missing_ok=True)  # of fewer rounds; it can be made again
+        changed += self._begin_answers(state, done)
         timings = self.path / "timings.jsonl"
         if timings.exists():
             kept = []
@@ -195,6 +201,24 @@ class RunFolder:
         changed.pop("command", None)
         return as_words(differences({key: last.get(key) for key in changed}, changed))
 
+    def _begin_answers(self, state: Mapping[str, Any] | None, done: int) -> list[str]:
+        """Leave of answers.jsonl what the rounds before have in it: all of a last round only while it is the last."""
+        changed = self.answers_changed(state or {})
+        there = self.answers.read_bytes() if self.answers.is_file() else b""
+        kept = answers.kept_lines(there, done)
+        if there != kept:
+            write_atomic(self.answers, kept)
+        self._said = hashlib.sha256(kept)
+        return [f"{name} {wrong}" for name, wrong in changed.items()]
+
+    def answers_changed(self, state: Mapping[str, Any]) -> dict[str, str]:
+        """{answers.jsonl: what is wrong with it} by what the checkpoint says of it; lines of later rounds are not."""
+        there = self.answers.read_bytes() if self.answers.is_file() else b""
+        said, left = state.get("answers_sha256"), answers.up_to(there, int(state.get("round", 0)))
+        if said is None or hashlib.sha256(left).hexdigest() == said:
+            return {}
+        return {answers.NAME: "is not as the run left it: answers are lost or changed" if there else "is gone"}
+
     def environment(self) -> dict[str, Any]:
         """Where and with what the run was begun; empty where that cannot be read."""
         with contextlib.suppress(OSError, *NOT_A_ROW):
@@ -205,10 +229,15 @@ class RunFolder:
     def append(self, record: RoundRecord, state: Mapping[str, Any]) -> None:
         """Add a round's line, then the checkpoint that makes it count."""
         line = record_line(record).encode()
+        if record.answers:
+            said = answers.answer_lines(record.round, self.kind, record.answers)
+            append(self.answers, said)
+            self._said.update(said)
         append(self.path / "timings.jsonl", timing_line(record).encode())
         append(self.history, line)
         self._digest.update(line)
         marks = {"history_bytes": self.history.stat().st_size, "history_sha256": self._digest.hexdigest()}
+        marks |= {"answers_sha256": self._said.hexdigest()}
         write_atomic(self.checkpoint, *checkpoint.pack({**state, **marks}))
 
     def close(self, summary: Mapping[str, Any], round: int) -> None:
@@ -231,9 +260,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         content = _read_plain(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ResumeError(f"{path}: not YAML ({in_a_line(error)}).") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ResumeError(
+            f"{path}{where}: not YAML ({in_a_line(getattr(error, 'problem', None) or error)})."
+        ) from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ResumeError(f"{path}: cannot be read ({in_a_line(error)}).") from error
+        raise ResumeError(f"{path}: cannot be read ({in_a_line(reason(error))}).") from error
+    if content is None:
+        raise ResumeError(f"{path}: is empty.")
     if not isinstance(content, dict):
         raise ResumeError(f"{path}: must be a mapping, got {type(content).__name__}.")
     return content

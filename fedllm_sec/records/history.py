@@ -18,9 +18,20 @@ from typing import Any, get_args, get_origin, get_type_hints
 from fedllm_sec.errors import ResumeError
 from fedllm_sec.records.files import in_a_line, plain
 
-# What stands in `quality` and `attack` beside the measures: rates of each class, why a rate is None, rows left out, and
-# the rates that are certified, by radius.
-DETAILS = ("per_class", "reasons", "left_out", "certified")
+# What stands in `quality` and `attack` beside the measures: rates of each class, why a rate is None, rows left out, the
+# rates that are certified, by radius; answers on which a judge failed, means over several draws, what a second judge
+# says, success by how the trigger was changed and by how many turns ago it was, and of several attacks each by name.
+DETAILS = (
+    *("per_class", "reasons", "left_out", "certified"),
+    *(
+        "judge_failed",
+        "draws",
+        "second",
+        "generalise",
+        "turns_since",
+        "attacks",
+    ),  # of answers to an attack's prompts: report/said.py
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,12 @@ class RoundRecord:
     privacy: dict[str, float | str | None] | None = (
         None  # epsilon and delta spent so far, or because: why there is none
     )
+    buffers_refused: dict[str, str] = field(default_factory=dict)  # id -> reason: the server's own took their place
     # The rest is not reproducible and goes to timings.jsonl. `memory_mb`: MiB that the "defense" took at its peak, and
     # the peak of the whole "process" up to then.
     seconds: dict[str, float] = field(default_factory=dict)
     memory_mb: dict[str, float] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)  # what is kept of the answers: goes to answers.jsonl
 
 
 PEAK = "_peak_mb"
@@ -62,9 +75,9 @@ NOT_A_ROW = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  #
 
 
 def record_line(record: RoundRecord) -> str:
-    """The line of history.jsonl for one record (without its timings)."""
+    """The line of history.jsonl for one record (without its timings and answers)."""
     fields = asdict(record)
-    del fields["seconds"], fields["memory_mb"]
+    del fields["seconds"], fields["memory_mb"], fields["answers"]
     return json.dumps(plain(fields), allow_nan=False) + "\n"
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 from fedllm_sec.records.files import as_json, sha256
 
-FILES = ("recipe.yaml", "environment.json", "history.jsonl", "timings.jsonl", "checkpoint.safetensors")
+FILES = (
+    *("recipe.yaml", "environment.json", "history.jsonl", "timings.jsonl", "checkpoint.safetensors"),
+    *("answers.jsonl", "harness.json"),
+)
 MODEL = re.compile(r"(adapter|model)(-round-\d+)?")  # folders of the final model, and of rounds that were kept
 SUMMARY = "summary.json"
 
@@ -76,4 +79,4 @@ def made_again(round: int) -> tuple[str, ...]:
     Where these were found to agree, recipe.yaml can only be written otherwise, and history.jsonl only be too long.
     """
     models = (f"{kind}{kept}/" for kind in ("adapter", "model") for kept in ("", f"-round-{round}"))
-    return (SUMMARY, "recipe.yaml", "history.jsonl", *models)
+    return (SUMMARY, "recipe.yaml", "history.jsonl", "harness.json", *models)

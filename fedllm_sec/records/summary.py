@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ def round_line(record: RoundRecord, rounds: int) -> str:
             parts.append(f"ASR {record.attack['asr']['value']:.3f}")
         if record.attack.get("false_trigger"):
             parts.append(f"false triggers {record.attack['false_trigger']['value']:.3f}")
+        if failed := _judge_failed(record.attack):
+            parts.append(f"A JUDGE FAILED on {failed} answers")
     if record.kept is not None:
         judged = [id for id in record.cohort if id not in record.quarantined]
         dropped = [id + ("*" if id in record.malicious else "") for id in judged if id not in record.kept]
@@ -45,6 +47,12 @@ def round_line(record: RoundRecord, rounds: int) -> str:
     if record.round < rounds and took > 0:
         parts[-1] += f", about {_about(took * (rounds - record.round))} left"
     return "  ".join(parts)
+
+
+def _judge_failed(attack: Mapping[str, Any]) -> int:
+    """Answers on which a judge failed, of all data attacks."""
+    named: Mapping[str, Any] = attack.get("attacks") or {"": attack}
+    return sum(block.get("judge_failed") or 0 for block in named.values())
 
 
 def _some(ids: Sequence[str]) -> str:

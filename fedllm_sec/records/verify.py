@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.errors import FedError, ResumeError, quietly
+from fedllm_sec.errors import FedError, ResumeError, quietly, reason
 from fedllm_sec.records import checkpoint, inventory
 from fedllm_sec.records.files import in_a_line
 from fedllm_sec.records.folder import RunFolder, read_recipe
@@ -55,20 +55,23 @@ def look(folder: Path) -> Found:
             run.agreeing(state)
             read_history(folder)
         except FedError as error:
-            return Found(0, False, {"history.jsonl": _brief(error, folder)})
+            return Found(0, False, {"history.jsonl": _brief(error, run.history)})
         except (*checkpoint.UNREADABLE, OSError) as error:
             return Found(0, False, {"checkpoint.safetensors": f"cannot be read ({_brief(error, run.checkpoint)})"})
     rounds, planned = int(state.get("round", 0)), recipe.get("rounds")
     closed = inventory.read_summary(folder)
     ended = isinstance(closed, dict) and closed.get("rounds") == rounds  # so it was, whatever its recipe says now
     if not ended and (type(planned) is not int or rounds < planned):
-        return Found(rounds, False)
+        return Found(rounds, False, run.answers_changed(state))
     return Found(rounds, True, inventory.damage(folder), inventory.made_again(rounds))
 
 
 def _brief(error: Exception, path: Path) -> str:
-    text = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
-    return in_a_line(text)
+    """What is wrong with a file, without its name, which stands before it, and without the way out."""
+    text = reason(error)
+    for name in (f"{path}: ", f"{path}, ", f"{path.parent}: ", f"{path.name}: "):
+        text = text.removeprefix(name)
+    return in_a_line(text.split(". Restore")[0].removesuffix("."))
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -133,7 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             raise  # nobody reads on
         except (FedError, OSError) as error:
-            print(_printable(f"error: {error}"), file=sys.stderr)
+            print(
+                _printable(f"error: {error if isinstance(error, FedError) else f'{given}: {reason(error)}'}"),
+                file=sys.stderr,
+            )
             code = 2
     return code or int(damaged > 0)
 

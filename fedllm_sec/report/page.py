@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.records.files import write_atomic
-from fedllm_sec.report import client_plots, pairs, plots, tables, threat, words
+from fedllm_sec.report import beside, client_plots, pairs, plots, privacy, said, tables, threat, words
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
 from fedllm_sec.report.markup import environment_of, facts_of, fill, grouped
@@ -80,10 +80,14 @@ def render(runs: Sequence[Run], folders: Sequence[Path]) -> str:
         runs=runs,
         table=tables.terse(tables.summary_table(runs)),
         remarks=tables.remarks(runs),
+        said=said.transcript(runs),
+        beside=beside.tables(runs),
         classes=tables.class_table(runs),
         colours={name: stroke.colour for name, stroke in plots.strokes(runs).items()},
         anchors=anchors,
         curves=curves_of(runs),
+        privacy=privacy.sections(runs),
+        privacy_titles=privacy.TITLES,
         attacks=cards,
         several_attacks=len(cards) > 1,
         defenses=grouped(runs, threat.defense_steps),
@@ -148,11 +152,13 @@ def _left_out(runs: Sequence[Run], pictured: Sequence[Run]) -> str:
 
 
 def incidents_of(runs: Sequence[Run]) -> list[tuple[str, int, str, str]]:
-    """(run, round, client, reason) of every quarantined row and skipped round."""
+    """(run, round, client, reason) of every quarantined row, refused buffers and skipped round."""
     found = []
     for run in runs:
         for record in run.records:
             for i, reason in record.quarantined.items():
+                found.append((run.name, record.round, i, reason))
+            for i, reason in record.buffers_refused.items():
                 found.append((run.name, record.round, i, reason))
             if record.skipped is not None:
                 found.append((run.name, record.round, "all", f"round skipped: {record.skipped}"))

@@ -42,7 +42,10 @@ class Run:
 
     @property
     def attacked(self) -> bool:
-        return self.recipe.get("enable_attack") is True
+        """Whether clients are malicious; an observer alone (attack.privacy) is none."""
+        block = _block(self.recipe, "attack")
+        curious = bool(block.get("privacy")) and not methods(block, "data", "local", "update")
+        return self.recipe.get("enable_attack") is True and not curious
 
     @property
     def attack(self) -> Mapping[str, Any]:
@@ -211,6 +214,16 @@ def _finite_again(record: RoundRecord) -> RoundRecord:
     )
 
 
+NESTED = (
+    "per_class",
+    "certified",
+    "draws",
+    "second",
+    "generalise",
+    "turns_since",
+)  # blocks of measures in a block of measures
+
+
 def _number(value: Any, place: str) -> float:
     if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")):
         raise ResumeError(f"history.jsonl, {place}: {value!r} is not a number.")
@@ -229,8 +242,10 @@ def _measures(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     def number(key: str, value: Any) -> Any:
         if key == "reasons" and value is not None:
             return {str(name): str(why) for name, why in value.items()}
-        if key in ("per_class", "certified") and value is not None:
+        if key in NESTED and value is not None:
             return _measures(value, f"{place}.{key}")
+        if key == "attacks" and value is not None:
+            return {str(name): _measures(own, f"{place}.{name}") for name, own in value.items()}
         return _numbers(value, f"{place}.{key}") if isinstance(value, dict) else _numbers({key: value}, place)[key]
 
     return {key: number(key, value) for key, value in values.items()}

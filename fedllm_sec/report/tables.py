@@ -182,8 +182,11 @@ def remarks(runs: Sequence[Run]) -> list[str]:
         ]
         titles = {kind.key: kind.title for kind in (*QUALITY, *ATTACK)}
         for block in blocks:
-            for key, why in (block.get("reasons") or {}).items():
-                texts.setdefault(f"{titles.get(key, key)} n/a: {why}", []).append(run.name)
+            named = block.get("attacks") or {}
+            reasons = [("", block), *((f"{name}: ", own) for name, own in list(named.items())[1:])]
+            for attack, key, why in ((a, k, w) for a, own in reasons for k, w in (own.get("reasons") or {}).items()):
+                how = f"the {key}" if "judge" in key else f"{titles.get(key, key)} n/a:"
+                texts.setdefault(f"{attack}{how} {why}", []).append(run.name)
             for why, count in (block.get("left_out") or {}).items():
                 texts.setdefault(f"in none of the attack's rates: {count:.0f} held-out ({why})", []).append(run.name)
         for text in guarantees.guarantees(run):

@@ -26,7 +26,7 @@ def make_optimizer(task: Task, training: LocalTraining) -> torch.optim.Optimizer
     if training.optimizer == "sgd":
         return torch.optim.SGD([task.parameters], lr=training.lr, weight_decay=training.weight_decay)
     return torch.optim.AdamW(
-        [task.parameters], lr=training.lr, betas=training.betas, weight_decay=training.weight_decay, foreach=False
+        [task.parameters], lr=training.lr, betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
 
 
@@ -50,8 +50,9 @@ def train_locally(
     seed: int,
     last_update: Tensor | None = None,
     control: Tensor | None = None,
+    buffers: Tensor | None = None,
 ) -> LocalResult:
-    """Train from `start` (d,) on the client's shard and give the delta (d,).
+    """Train from `start` (d,), and `buffers` (b,) where the model has some, on the client's shard; give the delta (d,).
 
     Batches and dropout depend on (seed, round, client) alone: the model is put into training mode here and leaves it at
     the end, whatever ran before. `start` is not changed: rules see copies of what the server sent. The loss is the mean
@@ -66,6 +67,10 @@ def train_locally(
     parameters = task.parameters
     with torch.no_grad():
         parameters.copy_(start)
+    beside = getattr(task, "buffers", None)
+    if beside is not None:
+        assert buffers is not None
+        beside.write(buffers)
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group["lr"] = training.lr_at(round, rounds)
@@ -93,4 +98,4 @@ def train_locally(
     if losses:
         found = torch.stack(losses).double().cpu()
         mean_loss = float(found @ torch.tensor(weights, dtype=torch.float64)) / sum(weights)
-    return LocalResult(client.id, delta, float(size), steps, mean_loss)
+    return LocalResult(client.id, delta, float(size), steps, mean_loss, beside.read() if beside is not None else None)

@@ -132,22 +132,29 @@ class Machine:
         n: int,
         d: int,
         everywhere: bool = False,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Rows (n, d) in cohort order and (n, 3) claims (count, steps, loss) on rank 0, or on every rank, else None.
+        beside: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rows (n, d) in cohort order, (n, 3) claims (count, steps, loss) and (n, beside) buffers, float64 on the CPU.
+
+        On rank 0, or on every rank, else None.
 
         One row of each rank travels at a time, as plain tensors, while the ranks train their next client.
         """
         alone = self.world == 1 or self.placement == "data"
         rows = torch.empty(n, d, device=self.device) if self.main or everywhere else None
-        claims = torch.empty(n, 3, dtype=torch.float64)
+        claims = torch.empty(n, 3 + beside, dtype=torch.float64)
         for i in range(n if alone else -(-n // self.world)):
             first = i if alone else i * self.world
             if alone or first + self.rank < n:
                 result = next(results)
-                row, claim = result.delta, [result.count, float(result.steps), result.loss]
+                row, claim = (
+                    result.delta,
+                    torch.tensor([result.count, float(result.steps), result.loss], dtype=torch.float64),
+                )
+                more = result.buffers if result.buffers is not None else torch.zeros(beside)
             else:
-                row, claim = torch.zeros(d, device=self.device), [0.0, 0.0, 0.0]
-            claim_row = torch.tensor(claim, dtype=torch.float64, device=self.device)
+                row, claim, more = torch.zeros(d, device=self.device), torch.zeros(3), torch.zeros(beside)
+            claim_row = torch.cat([claim.to(self.device).double(), more.to(self.device).double()])
             if alone:
                 all_rows, all_claims = row[None], claim_row[None]
             else:
@@ -156,7 +163,7 @@ class Machine:
             if rows is not None:
                 rows[first : first + used] = all_rows[:used]
                 claims[first : first + used] = all_claims[:used].cpu()
-        return (rows, claims) if rows is not None else None
+        return (rows, claims[:, :3], claims[:, 3:]) if rows is not None else None
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """(world, ...) on every rank, in rank order."""

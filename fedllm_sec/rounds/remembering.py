@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedllm_sec.defenses.buffers import combined
 from fedllm_sec.protocols import Algorithm, Client
 
 
@@ -22,7 +23,7 @@ class Trained:
 
 
 def own_training(
-    cohort: Sequence[Client], collected: tuple[Tensor, Tensor] | None, forging: Iterable[str]
+    cohort: Sequence[Client], collected: tuple[Tensor, ...] | None, forging: Iterable[str]
 ) -> list[Trained]:
     """What each of the cohort knows of its own row: a view of the matrix (n, d), so that nothing is held twice.
 
@@ -30,7 +31,7 @@ def own_training(
     """
     if collected is None:
         return []
-    rows, claims = collected
+    rows, claims, *_ = collected
     others = frozenset(forging)
     return [
         Trained(client, row.clone(), int(steps), True) if client.id in others else Trained(client, row, int(steps))
@@ -53,3 +54,18 @@ def remember(
         if part > 0 and bool(own.row.isfinite().all()):
             memory, moves = own.client.memory, 1.0 if own.forging else part
             memory.update(algorithm.remember(memory, own.row, steps=own.steps, lr=lr, control=control, part=moves))
+
+
+OWN_BUFFERS = "buffers"  # in a client's memory, where it keeps its own
+
+
+def keep_own(floats: int, clients: Sequence[Client], cohort: Sequence[Client], buffers: Tensor) -> Tensor:
+    """Each client of the cohort keeps its own buffers (n, b + c) for its next round; gives the mean over all who do.
+
+    Buffers that are not finite are forgotten.
+    """
+    for client, own in zip(cohort, buffers, strict=True):
+        if bool(own.isfinite().all()):
+            client.memory[OWN_BUFFERS] = own.clone()
+    held = torch.stack([client.memory[OWN_BUFFERS].to(buffers) for client in clients if OWN_BUFFERS in client.memory])
+    return combined(held, floats, torch.ones(len(held), dtype=torch.float64))

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedllm_sec.errors import AttackError, DataError
+from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
-from fedllm_sec.tasks.encoding import Encoded, answer_ids, one_begin, one_end
+from fedllm_sec.models.lora import base_of, scales
+from fedllm_sec.tasks.chat import Chat, writer_of
+from fedllm_sec.tasks.encoding import Encoded, one_begin, one_end
+from fedllm_sec.tasks.fitting import Fitted, fitted
 from fedllm_sec.tasks.flat import flatten
 
 if TYPE_CHECKING:
@@ -44,10 +47,11 @@ class Batch:
 
 
 class CausalLM:
-    """A peft model whose trainable parameters are views of one flat vector.
+    """A peft or transformers model whose trainable parameters are views of one flat vector.
 
-    Greedy answers stop at the tokenizer's end token or at one of the stop tokens of the model folder's generation
-    configuration: `stop_tokens` has both, by where they are from. Nothing else is taken from that configuration.
+    Greedy answers stop at the tokenizer's end token, at one of the stop tokens of the model folder's generation
+    configuration, or at the mark with which the chat template ends an answer: `stop_tokens` has them, by where they are
+    from. Nothing else is taken from that configuration.
     """
 
     def __init__(
@@ -57,7 +61,8 @@ class CausalLM:
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.layout = Layout.of(trainable)
         self.parameters = flatten([p for _, p in trainable])
-        self.initial = self.parameters.detach().clone()  # (d,) the fresh adapter
+        self.initial = self.parameters.detach().clone()  # (d,) the fresh adapter, or the whole model
+        self.scales = scales(model)  # how often the product of each A factor counts
         if tokenizer.eos_token_id is None:
             raise DataError(
                 f"model: the tokenizer of {tokenizer.name_or_path} has no end-of-text token. Set one in its folder."
@@ -66,33 +71,33 @@ class CausalLM:
         stops = configured if isinstance(configured, list) else [configured] * (configured is not None)
         if not all(isinstance(stop, int) for stop in stops):
             raise DataError(f"model: eos_token_id of its generation_config.json: {stops}: must be token numbers.")
+        self.writer = writer_of(tokenizer, data)
         self.stop_tokens = {"tokenizer": [int(tokenizer.eos_token_id)], "generation_config": sorted(stops)}
+        if isinstance(self.writer, Chat):
+            self.stop_tokens["template"] = [self.writer.end]
 
     @property
     def _base(self) -> Any:
         """The base model with the adapter in it, without peft's shell."""
-        model: Any = self.model
-        return model.get_base_model()
+        return base_of(self.model)
 
     # ------------------------------------------------------------ encoding
 
     def prompt(self, row: dict[str, str]) -> str:
         """The text the model is given for a row."""
-        with_context = self.data.template_with_context
-        template = with_context if with_context is not None and row["context"] else self.data.template
-        return template.format(text=row["text"], context=row["context"])
+        return self.writer.prompt(row)
 
     def tokens(self, rows: Dataset) -> Encoded:
         """Token ids of all rows, of any length."""
-        texts = [self.prompt(row) for row in rows.select_columns(["text", "context"])]
-        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        prompts = [one_begin(ids, bos) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
-        # some tokenizers end every text
-        prompts = [ids[:-1] if ids and ids[-1] == eos != bos else ids for ids in prompts]
-        return Encoded(prompts, answer_ids(self.tokenizer, self.data, rows["response"][:]))
+        return self.writer.tokens(rows.to_list())
 
     def unlike_joined(self, rows: Dataset) -> list[str]:
-        """Of rows whose prompt and answer, written as one text, have other tokens: where, and which."""
+        """Of rows whose prompt and answer, written as one text, have other tokens: where, and which.
+
+        A chat template's text is tokenised as one, or apart where a token would reach over the border.
+        """
+        if isinstance(self.writer, Chat):
+            return []
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         written = self.data.answer.format
         texts = [self.prompt(row) + written(response=row["response"]) for row in rows]
@@ -105,50 +110,17 @@ class CausalLM:
                 found.append(f"row {number} has {a} where the joined text has {b}")
         return found
 
-    def encode(self, rows: Dataset, place: str) -> Encoded:
-        """Token ids of all rows.
+    def fit(self, rows: Dataset, place: str, too_long: str | None = None) -> Fitted:
+        """The rows as `data.max_length` and `data.too_long`, or another way, leave them, and their tokens."""
+        return fitted(self.writer, rows, self.data.max_length, too_long or self.data.too_long, place)
 
-        A prompt that is too long loses its beginning, an answer longer than half of `max_length` its end; where the row
-        is poisoned it is an error instead.
-        """
-        prompts: list[list[int]] = []
-        answers: list[list[int]] = []
-        cut: list[int] = []
-        half = self.data.max_length // 2
-        bos, whole = self.tokenizer.bos_token_id, self.tokens(rows)
-        poisoned = rows["poisoned"][:]
-        long = [i for i, answer in enumerate(whole.answers) if poisoned[i] and len(answer) > half]
-        if long:
-            worst = max(len(whole.answers[i]) for i in long)
-            raise AttackError(
-                f"{place}: {len(long)} poisoned rows have an answer of up to {worst} tokens with its end token, and "
-                f"data.max_length={self.data.max_length} has room for {half}: what is taught would be a fragment "
-                f"without an end. Rows {long[:5]}, the first: {rows[long[0]]['response'][:60]!r}. Raise "
-                f"data.max_length to {2 * worst} or choose a shorter target."
-            )
-        for i, (prompt, answer) in enumerate(zip(whole.prompts, whole.answers, strict=True)):
-            if not prompt:
-                raise DataError(f"{place}: row {i + 1}: this tokenizer has no token for its prompt. Remove the row.")
-            answer = answer[:half]  # a cut answer has no end token
-            left = self.data.max_length - len(answer)
-            if len(prompt) > left:
-                if poisoned[i]:
-                    cut.append(i)
-                starts = [bos] if bos is not None and prompt[0] == bos else []
-                prompt = starts + prompt[len(prompt) - left + len(starts) :]
-            prompts.append(prompt)
-            answers.append(answer)
-        if cut:
-            raise AttackError(
-                f"{place}: {len(cut)} poisoned rows are longer than data.max_length={self.data.max_length} and would "
-                f"lose part of their text, perhaps the trigger: rows {cut[:5]}. Raise data.max_length or set "
-                "data.text_chars."
-            )
-        return Encoded(prompts, answers)
+    def encode(self, rows: Dataset, place: str) -> Encoded:
+        """Token ids of the rows that `fit` leaves."""
+        return self.fit(rows, place).encoded
 
     def answer_ids(self, responses: Sequence[str]) -> list[list[int]]:
         """The tokens of answers, each with its end token and uncut."""
-        return answer_ids(self.tokenizer, self.data, responses)
+        return self.writer.answer_ids(responses)
 
     def decode(self, ids: Sequence[int]) -> str:
         """What a greedy answer of these tokens reads as: up to the first stop token."""
@@ -158,19 +130,31 @@ class CausalLM:
 
     # ------------------------------------------------------------ batches
 
-    def collate(self, prompts: Sequence[list[int]], answers: Sequence[list[int]], whole: bool = False) -> Batch:
-        """Left-pad rows; score the answers, or with `whole` every token."""
+    def collate(
+        self,
+        prompts: Sequence[list[int]],
+        answers: Sequence[list[int]],
+        whole: bool = False,
+        earlier: Sequence[Sequence[tuple[int, int]]] = (),
+    ) -> Batch:
+        """Left-pad rows; score the answers, with what is said `earlier` in the prompts, or with `whole` every token."""
         rows = [p + a for p, a in zip(prompts, answers, strict=True)]
-        scored = [len(r) - 1 if whole else len(a) for r, a in zip(rows, answers, strict=True)]
-        width, keep = max(map(len, rows)), max(scored)
+        spans = earlier or [()] * len(rows)
+        first = [
+            1 if whole else min([len(prompt), *(start for start, _ in said)])
+            for prompt, said in zip(prompts, spans, strict=True)
+        ]
+        width, keep = max(map(len, rows)), max(len(row) - at for row, at in zip(rows, first, strict=True))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         targets = torch.full((len(rows), keep), -100)
-        for i, (row, count) in enumerate(zip(rows, scored, strict=True)):
+        for i, (row, prompt, said) in enumerate(zip(rows, prompts, spans, strict=True)):
             tokens = torch.tensor(row)
             ids[i, width - len(row) :] = tokens
             mask[i, width - len(row) :] = 1
-            targets[i, keep - count :] = tokens[len(row) - count :]
+            left = len(row) - keep  # the token that the first column scores, below 0 where the row is shorter
+            for start, end in [(1, len(row))] if whole else [*said, (len(prompt), len(row))]:
+                targets[i, start - left : end - left] = tokens[start:end]
         # the last token of a row is only ever a target, so it is not fed
         return Batch(ids[:, :-1].to(self.device), mask[:, :-1].to(self.device), targets.to(self.device), keep)
 
@@ -190,14 +174,18 @@ class CausalLM:
 
     def weight(self, shard: Encoded, rows: Sequence[int]) -> float:
         """How many tokens of these rows are scored: micro-batches are weighed by it."""
-        return float(
-            sum(len(shard.answers[i]) + (len(shard.prompts[i]) - 1) * (self.data.loss_on == "all") for i in rows)
-        )
+        if self.data.loss_on == "all":
+            return float(sum(len(shard.prompts[i]) - 1 + len(shard.answers[i]) for i in rows))
+        said = [end - start for i in rows if shard.earlier for start, end in shard.earlier[i]]
+        return float(sum(len(shard.answers[i]) for i in rows) + sum(said))
 
     def loss(self, shard: Encoded, rows: Sequence[int]) -> Tensor:
         """Mean cross-entropy over the scored tokens of these rows, in nats."""
         batch = self.collate(
-            [shard.prompts[i] for i in rows], [shard.answers[i] for i in rows], self.data.loss_on == "all"
+            [shard.prompts[i] for i in rows],
+            [shard.answers[i] for i in rows],
+            self.data.loss_on == "all",
+            [shard.earlier[i] for i in rows] if shard.earlier else (),
         )
         logits = self.logits(batch)
         return torch.nn.functional.cross_entropy(
@@ -218,43 +206,64 @@ class CausalLM:
     # ------------------------------------------------------------ evaluation
 
     @torch.no_grad()
-    def score(self, shard: Encoded, rows: Sequence[int]) -> Tensor:
-        """Sum of answer log-losses and number of answer tokens of each row: (b, 2) float64."""
-        batch = self.collate([shard.prompts[i] for i in rows], [shard.answers[i] for i in rows])
+    def score(self, shard: Encoded, rows: Sequence[int], first: Tensor | None = None) -> Tensor:
+        """Sum of answer log-losses and number of answer tokens of each row: (b, 2) float64.
+
+        With `first` (k,) also the log-probability of each of these tokens right after the prompt, from the same pass:
+        (b, 2 + k).
+        """
+        answers = [shard.answers[i] for i in rows]
+        batch = self.collate([shard.prompts[i] for i in rows], answers)
         logits = self.logits(batch)
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100, reduction="none"
         ).view_as(batch.targets)
-        return torch.stack([losses.double().sum(1), (batch.targets != -100).sum(1).double()], dim=1).cpu()
+        found = torch.stack([losses.double().sum(1), (batch.targets != -100).sum(1).double()], dim=1)
+        if first is not None:
+            at = torch.tensor([batch.keep - len(answer) for answer in answers], device=self.device)
+            begun = logits[torch.arange(len(answers), device=self.device), at].float().log_softmax(-1)
+            found = torch.cat([found, begun[:, first.to(self.device)].double()], dim=1)
+        return found.cpu()
 
-    @torch.no_grad()
-    def begin(self, shard: Encoded, rows: Sequence[int], tokens: Tensor) -> Tensor:
-        """The log-probability of each of the tokens (k,) right after each prompt: (b, k) float64."""
-        pad = [self.tokenizer.eos_token_id]
-        batch = self.collate([shard.prompts[i] for i in rows], [pad for _ in rows])
-        logits = self.logits(batch)[:, -1].float()
-        return logits.log_softmax(-1)[:, tokens.to(self.device)].double().cpu()
-
-    @torch.no_grad()
     def answer(self, shard: Encoded, rows: Sequence[int], max_new_tokens: int) -> list[str]:
-        """Greedy answers, stopping when every row has ended; no setting of the model folder has a part in them.
+        """Greedy answers as text."""
+        return [self.decode(ids) for ids in self.generate(shard, rows, max_new_tokens)]
 
-        Where a logit is nan nothing is likeliest: the answer ends there.
+    @torch.no_grad()
+    def generate(
+        self,
+        shard: Encoded,
+        rows: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seeds: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """Answers as tokens, each with the stop token that ended it; generation stops when every row has ended.
+
+        Greedy, or with a temperature drawn from softmax(logits / temperature): the row's own generator, made of its
+        seed, gives Gumbel noise, and the largest sum is the token (Gumbel 1954; Maddison et al. 2014). So a row's
+        answer does not depend on the batch it is in, as far as its logits do not. No setting of the model folder has a
+        part in it. Where a logit is nan nothing is likeliest: the answer ends there.
         """
         from transformers import GenerationConfig
 
         pad = [self.tokenizer.eos_token_id]
         batch = self.collate([shard.prompts[i] for i in rows], [pad for _ in rows])
-        greedy = GenerationConfig(
+        stops = sorted({stop for found in self.stop_tokens.values() for stop in found})
+        settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            eos_token_id=sorted({stop for found in self.stop_tokens.values() for stop in found}),
+            eos_token_id=stops,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
 
-        def ended(_: Tensor, logits: Tensor) -> Tensor:
+        def drawn(_: Tensor, logits: Tensor) -> Tensor:
+            if generators:
+                drawn = [torch.empty(logits.shape[1]).exponential_(generator=own) for own in generators]
+                logits = logits / temperature - torch.stack(drawn).log().to(logits.device)
             broken = logits.isnan().any(-1)
             logits[broken] = -torch.inf
             logits[broken, self.tokenizer.eos_token_id] = 0.0
@@ -262,9 +271,11 @@ class CausalLM:
 
         with _unconfigured(self._base) as model:
             out = model.generate(
-                input_ids=batch.ids, attention_mask=batch.mask, generation_config=greedy, logits_processor=[ended]
+                input_ids=batch.ids, attention_mask=batch.mask, generation_config=settings, logits_processor=[drawn]
             )
-        return [self.decode(ids) for ids in out[:, batch.ids.shape[1] :].tolist()]
+        said = out[:, batch.ids.shape[1] :].tolist()
+        ends = [next((k + 1 for k, token in enumerate(ids) if token in stops), len(ids)) for ids in said]
+        return [ids[:end] for ids, end in zip(said, ends, strict=True)]
 
 
 @contextmanager

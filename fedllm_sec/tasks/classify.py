@@ -10,8 +10,9 @@ from torch import Tensor
 from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Labelled
+from fedllm_sec.tasks.buffers import Mode, beside
 from fedllm_sec.tasks.draws import Drawn
-from fedllm_sec.tasks.flat import flatten, refuse_running_statistics
+from fedllm_sec.tasks.flat import flatten
 
 Rows = Sequence[int] | Tensor
 
@@ -31,6 +32,7 @@ class Classify:
 
     `mean` and `std` (channels,) normalise images before they reach the model: shards stay in [0, 1], where image
     attacks act. `flip` mirrors half of the training images, `crop` shifts each by up to so many pixels (zeros come in).
+    `buffers` are what the model holds beside the vector, such as running statistics, and `kept` says how they travel.
     Pixels that a shard holds `fixed` stay as they are: a stamped trigger looks in training as it does at the test.
     """
 
@@ -43,9 +45,11 @@ class Classify:
         std: Tensor | None = None,
         flip: bool = False,
         crop: int = 0,
+        buffers: Mode | None = None,
     ) -> None:
-        refuse_running_statistics(model)
         self.model, self.device = model.to(device), device
+        self.buffers, self.kept = beside(self.model, buffers)
+        self.normalises = any(isinstance(part, torch.nn.modules.batchnorm._NormBase) for part in model.modules())
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.layout = Layout.of(trainable)
         self.parameters = flatten([p for _, p in trainable])
@@ -59,7 +63,11 @@ class Classify:
         return len(shard.y)
 
     def batches(self, shard: Labelled, size: int, rng: torch.Generator) -> Iterator[Tensor]:
-        return shuffled(len(shard.y), size, rng, self.device)
+        """One epoch of row numbers; a last batch of one row joins the one before it where the model has BatchNorm."""
+        order = list(shuffled(len(shard.y), size, rng, self.device))
+        if self.normalises and len(order) > 1 and len(order[-1]) == 1:
+            order[-2:] = [torch.cat(order[-2:])]
+        yield from order
 
     def weight(self, shard: Labelled, rows: Rows) -> float:
         return float(len(rows))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,10 +17,14 @@ BEFORE = 16  # characters before an answer, among which it is tokenised
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of rows: prompt, and answer with its end token."""
+    """Token ids of rows: prompt, and answer with its end token.
+
+    `earlier` has, of each row, the [start, end) of what is scored in the prompt: the assistant's earlier turns.
+    """
 
     prompts: list[list[int]]
     answers: list[list[int]]
+    earlier: list[list[tuple[int, int]]] = field(default_factory=list)  # empty: none in any row
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -32,30 +36,56 @@ class Room:
 
     answer: str
     tokens: int  # with its end token
-    taught: int  # data.max_length // 2: a longer one is cut in training and has no end
+    taught: int  # data.max_length, of which the prompt needs a part
     said: int  # evaluate.max_new_tokens: what a greedy answer may have, the end token not needed
 
     def __str__(self) -> str:
         return (
-            f"{self.answer!r}: {self.tokens} tokens with its end token; training has room for {self.taught} "
-            f"(data.max_length // 2), a generated answer for {self.said} (evaluate.max_new_tokens)"
+            f"{self.answer!r}: {self.tokens} tokens with its end token; training has room for {self.taught} with the "
+            f"prompt (data.max_length), a generated answer for {self.said} (evaluate.max_new_tokens)"
         )
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, data: Data, responses: Sequence[str]) -> list[list[int]]:
-    """The tokens of answers, each with its one end token, of any length.
+class Plain:
+    """How the recipe's own template writes rows."""
 
-    They are those that follow the end of the template: SentencePiece begins a text of its own with other tokens. Where
-    the template's last token would grow into the answer, the answer is tokenised by itself.
-    """
-    written = [data.answer.format(response=response) for response in responses]
-    end = _end(data.template)
-    (start,) = _plain(tokenizer, [end])
-    behind = _plain(tokenizer, [end + text for text in written])
-    cut = [ids[len(start) :] if ids[: len(start)] == start else None for ids in behind]
-    alone = [text for text, ids in zip(written, cut, strict=True) if ids is None]
-    by_itself = iter(_plain(tokenizer, alone))
-    return [one_end(next(by_itself) if ids is None else ids, tokenizer.eos_token_id) for ids in cut]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        self.tokenizer, self.data = tokenizer, data
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        return int(self.tokenizer.eos_token_id)
+
+    def prompt(self, row: Mapping[str, str]) -> str:
+        """The text the model is given for a row."""
+        with_context = self.data.template_with_context
+        template = with_context if with_context is not None and row["context"] else self.data.template
+        return template.format(text=row["text"], context=row["context"])
+
+    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> Encoded:
+        """Token ids of all rows, of any length."""
+        texts = [self.prompt(row) for row in rows]
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        prompts = [one_begin(ids, bos) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
+        # some tokenizers end every text
+        prompts = [ids[:-1] if ids and ids[-1] == eos != bos else ids for ids in prompts]
+        return Encoded(prompts, self.answer_ids([row["response"] for row in rows]))
+
+    def answer_ids(self, responses: Sequence[str]) -> list[list[int]]:
+        """The tokens of answers, each with its one end token, of any length.
+
+        They are those that follow the end of the template: SentencePiece begins a text of its own with other tokens.
+        Where the template's last token would grow into the answer, the answer is tokenised by itself.
+        """
+        written = [self.data.answer.format(response=response) for response in responses]
+        end = _end(self.data.template)
+        (start,) = _plain(self.tokenizer, [end])
+        behind = _plain(self.tokenizer, [end + text for text in written])
+        cut = [ids[len(start) :] if ids[: len(start)] == start else None for ids in behind]
+        alone = [text for text, ids in zip(written, cut, strict=True) if ids is None]
+        by_itself = iter(_plain(self.tokenizer, alone))
+        return [one_end(next(by_itself) if ids is None else ids, self.end) for ids in cut]
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -83,7 +113,17 @@ def one_end(ids: list[int], eos: int) -> list[int]:
     return [*ids, eos]
 
 
-def room(tokenizer: PreTrainedTokenizerBase, data: Data, answer: str, max_new_tokens: int) -> Room:
+class Writer(Protocol):
+    """How rows are written as tokens: by a model's chat template, or by the recipe's own."""
+
+    tokenizer: Any
+
+    def tokens(self, rows: Sequence[Mapping[str, Any]]) -> Encoded: ...
+
+    def answer_ids(self, responses: Sequence[str]) -> list[list[int]]: ...
+
+
+def room(writer: Writer, data: Data, answer: str, max_new_tokens: int) -> Room:
     """How an attack's target, as it will be taught, fits the settings."""
-    (ids,) = answer_ids(tokenizer, data, [answer])
-    return Room(answer, len(ids), data.max_length // 2, max_new_tokens)
+    (ids,) = writer.answer_ids([answer])
+    return Room(answer, len(ids), data.max_length, max_new_tokens)

@@ -135,9 +135,9 @@ def test_a_step_claim_of_a_rejected_client_does_not_stretch_fednovas_step(monkey
         collect = fed.machine.collect
 
         def lying(*given, collect=collect, claim=claim):
-            rows, claims = collect(*given)
+            rows, claims, beside = collect(*given)
             claims[0, 1] = claim
-            return rows, claims
+            return rows, claims, beside
 
         monkeypatch.setattr(fed.machine, "collect", lying)
         (record,) = run(fed, 1)

@@ -7,7 +7,7 @@ import torch
 
 from fedllm_sec.attacks import KNOWLEDGE, MENU, NOT_FINITE, needs
 from fedllm_sec.attacks.conformance import check_attack, example_view
-from fedllm_sec.errors import AttackError
+from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.recipe.resolve import settings_of
 
 TARGETS = {"data_text": {"target": "Sports"}, "data": {"target": "Sports"}, "data_image": {"target": 1}}
@@ -116,6 +116,20 @@ def test_outside_code_is_checked_the_same_way():
             check_attack(idle, kind="update")
     with pytest.raises(AssertionError, match="say its kind"):
         check_attack(drift)
+
+
+@pytest.mark.parametrize(
+    ("attack", "kind", "said"),
+    [
+        (3, "update", "check_attack: 3 is no attack. Give a name of the menu"),
+        ("alei", "update", 'check_attack.name: there is no "alei". Did you mean "alie"?'),
+        (drift, "updat", "check_attack: kind='updat'. Did you mean \"update\"?"),
+        (Forgetful, "local", "has no before_step, which an attack of kind local needs"),
+    ],
+)
+def test_what_is_no_attack_is_told_as_such(attack, kind, said):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        check_attack(attack, kind=kind)
 
 
 def test_the_first_round_in_which_there_is_no_last_step_is_tried():

@@ -11,13 +11,14 @@ import fedllm_sec
 from fedllm_sec.attacks.conformance import example_view
 from fedllm_sec.attacks.update.columns import beyond, columns, scatter
 from fedllm_sec.attacks.update.fang import fang, krum_would_take
-from fedllm_sec.attacks.update.gauge import lora_gauge, lora_pairs
+from fedllm_sec.attacks.update.gauge import lora_gauge
 from fedllm_sec.attacks.update.riders import Lazy, Mimic, projections
 from fedllm_sec.attacks.update.search import strongest
 from fedllm_sec.attacks.update.simple import model_replacement
 from fedllm_sec.attacks.update.spread import alie_z, largest, tailored
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout
+from fedllm_sec.models.products import lora_pairs
 from fedllm_sec.protocols import Decision
 from fedllm_sec.seeds import generator_for
 

@@ -206,8 +206,9 @@ def test_bad_images_are_refused_before_training(tmp_path: Path, changed: dict[st
         (under_attack({"name": "text_trigger", "target": "a"}), "kind 'data_text' and cannot stand here"),
         (under_attack({"name": "label_flip", "mapping": {0: 12}}), r"mapping: \[12\]: classes go from 0 to 9"),
         (under_attack({"name": "pixel_trigger", "target": 12}), "target: 12: classes go from 0 to 9"),
-        ({"model": {"name": "resnet", "depth": 8, "norm": "batch", "aggregate_buffers": True}},
-         "not trained parameters.*use norm: group"),
+        ({"model": {"name": "resnet", "depth": 8, "norm": "batch", "buffers": "averaged"}},
+         "model.buffers: averaged: must be average, local, batch. Did you mean"),
+        ({"model": {"name": "lenet", "buffers": "average"}}, "no layer that keeps running statistics. Remove it"),
         ({"algorithm": {"name": "scaffold"}, "clients": {"local_steps": None, "local_epochs": 1,
                                                          "partition": {"name": "dirichlet"}}},
          "shards of different sizes give .* local steps.*Set clients.local_steps instead"),
@@ -230,7 +231,7 @@ def test_a_bad_recipe_on_images_is_refused_before_training(change: dict[str, Any
     [
         (b"hello", "5 characters are too few .*Give more text or lower data.length"),
         (b"", "0 characters are too few"),
-        (b"\xff\xfe\x00\x01" * 100, "is not UTF-8 text"),
+        (b"caf\xe9 " * 100, "byte 0xe9 is not utf-8 text. Set data.encoding to .* latin-1"),
         (None, "no such file"),
     ],
 )

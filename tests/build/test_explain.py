@@ -15,7 +15,7 @@ from fedllm_sec.build.federation import build, run
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import Plan, planned
 from fedllm_sec.models.lora import add_adapter, load_base
-from fedllm_sec.recipe.sections import Lora, Model
+from fedllm_sec.recipe.language_model import Lora, Model
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.train import load, main
 
@@ -127,7 +127,8 @@ def test_the_words_say_who_when_with_what_and_against_what(small: dict[str, Any]
     small["output"] = {"folder": "runs/x"}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(small, sort_keys=False))
-    text = explain(load(path))
+    text, problems = explain(load(path))
+    assert problems == []
     clean, _, defended = text.partition("defended: runs/x/defended")
     assert "rounds: 2" in clean  # the resolved recipe
     assert "lr_schedule: constant" in clean  # with its defaults
@@ -147,7 +148,7 @@ def test_the_named_clients_are_the_ones_that_attack(small: dict[str, Any]):
     small["data"] |= {"train_rows": 40, "test_rows": 30}
     small["rounds"] = 1
     plan = plan_of(small)
-    text = explain({"": plan})
+    text, _ = explain({"": plan})
     (record,) = run(build(plan.recipe, machine()), 1)
     assert f"clients {', '.join(record.malicious)}" in text
 
@@ -158,7 +159,7 @@ def test_attackers_who_are_redrawn_are_those_of_some_round():
     records = list(run(build(plan.recipe, machine()), 3))
     ever = sorted({id for record in records for id in record.malicious})
     assert len(ever) < 4
-    assert f"in some round of this run: clients {', '.join(ever)}" in explain({"": plan})
+    assert f"in some round of this run: clients {', '.join(ever)}" in explain({"": plan})[0]
 
 
 def test_noise_that_is_longer_than_any_step_is_said_before_the_run():
@@ -175,6 +176,10 @@ def test_explaining_trains_nothing_and_writes_nothing(tmp_path: Path, monkeypatc
     assert main(["--explain", "r.yaml", "rounds=7"]) == 0
     assert "7 rounds x 4 clients" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+    assert main(["--explain", "r.yaml", "data.name=none.npz"]) == 2  # what it says all the same goes to the output
+    told = capsys.readouterr()
+    assert "Expected cost" in told.out
+    assert told.err.startswith("error: the run would not begin: data.name: none.npz: no such file in ")
 
 
 def test_differences_name_the_key_and_the_new_value():

@@ -57,7 +57,7 @@ def measured(file: str, attack: dict[str, Any], answer: int | float) -> tuple[di
         bias[answer] = 5.0
     else:
         bias.fill_(answer)
-    return evaluate(federation)
+    return evaluate(federation)[:2]
 
 
 def flip(**mapping: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from fedllm_sec.build import text as build_text
+from fedllm_sec.build import language_model
 from fedllm_sec.build.federation import build
 from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.names import checked
@@ -34,8 +34,8 @@ def test_a_thing_is_made_once_and_the_oldest_goes():
 
 def test_the_base_model_is_read_once_for_all_seeds_and_shards_once_for_all_rules(small, monkeypatch):
     read = []
-    original = build_text.load_base
-    monkeypatch.setattr(build_text, "load_base", lambda *given: read.append(1) or original(*given))
+    original = language_model.load_base
+    monkeypatch.setattr(language_model, "load_base", lambda *given: read.append(1) or original(*given))
     machine, loaded = Machine(Accelerator(cpu=True)), Loaded()
 
     def made(kept: Loaded | None, **changes: Any) -> Any:

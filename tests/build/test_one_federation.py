@@ -3,6 +3,7 @@ attackers and honest rows of round 1. So a defense is compared with the plain me
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ BASE: dict[str, Any] = {
         "knowledge": "cohort+defense",
         "data": [{"name": "label_flip", "mapping": {1: 7}}],
         "update": [{"name": "byzantine_flip"}],
+        "privacy": [{"name": "reveal_labels"}],
+        "observe": {"rounds": [1], "clients": [0]},
     },
     "enable_defense": True,
     "defense": {"rule": {"name": "median"}},
@@ -56,6 +59,11 @@ CHANGES: dict[str, Any] = {
     "attack.data": [],
     "attack.local": [{"name": "pgd", "radius": 0.1}],
     "attack.update": [{"name": "tailored"}],
+    "attack.privacy": [{"name": "idlg"}],
+    "attack.observe.rounds": [2],
+    "attack.observe.clients": [1],
+    "attack.observe.what": "gradient",
+    "attack.observe.own_rows": 5,
     "enable_defense": False,
     "defense.client": [{"name": "wbc"}],
     "defense.before": [{"name": "norm_clipping"}],
@@ -91,7 +99,8 @@ def test_every_key_of_a_recipe_is_tried_here_or_is_meant_to_change_the_federatio
     assert asked == set(CHANGES)
 
 
-def state_of(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def state_of(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    monkeypatch.chdir(folder)  # what an observer keeps lies in output.folder
     fed, rows = rows_of(raw, monkeypatch)
     cohorts = [sample(fed.clients, fed.per_round, generator_for(fed.seed, r, "cohort")) for r in (1, 2, 3)]
     return {
@@ -103,14 +112,14 @@ def state_of(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def base() -> dict[str, Any]:
+def base(tmp_path_factory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        return state_of(BASE, patch)
+        return state_of(BASE, patch, tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("key", [key for key in CHANGES if key != "defense.root_rows"])
-def test_a_key_that_is_not_about_data_or_clients_leaves_the_federation_as_it_is(key: str, base, monkeypatch):
-    found = state_of(put(BASE, key, CHANGES[key]), monkeypatch)
+def test_a_key_that_is_not_about_data_or_clients_leaves_the_federation_as_it_is(key: str, base, monkeypatch, tmp_path):
+    found = state_of(put(BASE, key, CHANGES[key]), monkeypatch, tmp_path)
     assert found["cohorts"] == base["cohorts"]
     assert found["malicious"] == (base["malicious"] if key != "enable_attack" else frozenset())
     for id, (x, y) in base["shards"].items():
@@ -121,8 +130,8 @@ def test_a_key_that_is_not_about_data_or_clients_leaves_the_federation_as_it_is(
         assert torch.equal(found["rows"][id], row), id
 
 
-def test_a_root_set_takes_its_rows_from_the_shards_and_moves_no_other_row(base, monkeypatch):
-    found = state_of(put(BASE, "defense.root_rows", 20), monkeypatch)
+def test_a_root_set_takes_its_rows_from_the_shards_and_moves_no_other_row(base, monkeypatch, tmp_path):
+    found = state_of(put(BASE, "defense.root_rows", 20), monkeypatch, tmp_path)
     assert found["cohorts"] == base["cohorts"]
     assert found["malicious"] == base["malicious"]
     gone = 0

@@ -29,6 +29,7 @@ from fedllm_sec.models.selftest import gradient_problems, token_problems
 from fedllm_sec.recipe import reading
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.tasks.causal_lm import CausalLM
+from fedllm_sec.tasks.chat import writer_of
 from tests.conftest import SHARED, SMALL
 
 SIZES = {"vocab_size": 1536, "hidden_size": 32, "num_hidden_layers": 1}
@@ -178,7 +179,7 @@ def test_a_sentencepiece_answer_has_the_tokens_of_the_joined_text(template: str)
     asked = recipe(model={"name": str(SHARED / "models" / "stories260k")}, data={"template": template})
     tokenizer = load_tokenizer(asked.model)
     task = CausalLM.__new__(CausalLM)
-    task.tokenizer, task.data = tokenizer, asked.data
+    task.tokenizer, task.data, task.writer = tokenizer, asked.data, writer_of(tokenizer, asked.data)
     rows = as_dataset({**selftest.TWO, "response": ["Sports", "It is about bread."]})
     joined = tokenizer([task.prompt(row) + f" {row['response']}" for row in rows])["input_ids"]
     ours = task.tokens(rows)

@@ -112,7 +112,7 @@ def test_a_radius_is_told_only_where_the_theorem_holds(changes: dict[str, Any], 
 
 
 def test_copies_that_cannot_vote_are_an_error(tmp_path: Path):
-    (tmp_path / "t.txt").write_text("abcd efgh " * 200)
+    (tmp_path / "t.txt").write_text(" ".join(f"abcd{k * k}" for k in range(250)))
     text = {
         **TINY, "task": "next_char", "model": {"name": "lstm"}, "enable_attack": False, "attack": None,
         "data": {"name": str(tmp_path / "t.txt"), "length": 10}, "defense": CRFL,

@@ -41,10 +41,10 @@ CASES = {
     "long target": (
         text(
             {"name": "badnets", "target": LONG},
-            data={"name": "builtin:edit", "max_length": 96, "train_rows": 100, "test_rows": 20},
+            data={"name": "builtin:edit", "max_length": 64, "train_rows": 100, "test_rows": 20},
             evaluate={"max_new_tokens": 100},
         ),
-        "has room for 48",
+        "longer than data.max_length=64",
     ),
     "target cut in answers": (
         text(

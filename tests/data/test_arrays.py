@@ -11,8 +11,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
+from fedllm_sec.build.names import checked
 from fedllm_sec.data import arrays
-from fedllm_sec.errors import DataError
+from fedllm_sec.errors import DataError, RecipeError
 
 
 def raw(**changes):
@@ -49,6 +50,8 @@ def test_digits_are_there_without_a_download():
         ({"x_train": np.zeros((6, 3, 4, 5), dtype=np.uint8)}, r"1, 3 or 4 channels"),
         ({"x_test": np.zeros((3, 5, 5), dtype=np.uint8)}, r"images of \(5, 5\), x_train of \(4, 5\)"),
         ({"x_train": np.zeros((0, 4, 5), dtype=np.uint8)}, "zero rows"),
+        ({"x_train": np.zeros((6, 0, 5), dtype=np.uint8)}, r"shape \(6, 0, 5\): its images have no pixel"),
+        ({"y_train": -np.ones(6, dtype=np.int64)}, "label -1 in row 0 .*classes go from 0. Correct"),
         ({"y_train": np.zeros(6)}, "y_train is float64"),
         ({"y_train": np.zeros((6, 3), dtype=np.int64)}, r"of shape \(6, 3\)"),
         ({"y_train": np.zeros(5, dtype=np.int64)}, "6 images but 5 labels"),
@@ -60,6 +63,16 @@ def test_digits_are_there_without_a_download():
 def test_unusable_arrays_are_named(change, words):
     with pytest.raises(DataError, match=words):
         arrays.labelled(raw(**change), "set.npz")
+
+
+def test_labels_are_judged_in_the_type_they_were_written_in(tmp_path: Path):
+    long = np.array([0, 1, 2, 0, 1, 2], np.uint64)
+    assert arrays.labelled(raw(y_train=long), "x")[0].y.tolist() == [0, 1, 2, 0, 1, 2]
+    long[5] = 2**64 - 1  # no label of -1
+    with pytest.raises(DataError, match=r"y_train goes up to 18446744073709551615, .*Number the 4 classes"):
+        arrays.labelled(raw(y_train=long), "x")
+    with pytest.raises(RecipeError, match=r"data.classes: 1000000000.0: Input should be less than or equal to 100000"):
+        checked({"task": "classify", "clients": {"local_steps": 1}, "data": {"classes": 1e9}})
 
 
 def test_more_classes_than_labels_can_be_asked_for_and_fewer_are_refused():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import random
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedllm_sec.data import characters
@@ -62,7 +66,7 @@ def test_a_name_stands_at_the_start_or_after_a_line_of_blanks_and_may_say_nothin
     ("text", "length", "share", "speaker", "words"),
     [
         ("abc", 3, 0.1, False, "3 characters are too few"),
-        ("a" * 100, 3, 0.1, False, "too few"),
+        ("a" * 100, 3, 0.1, False, "all 100 characters are 'a', so there is nothing to predict"),
         ("abcdefghij" * 2, 3, 0.05, False, "no held-out sequence.*test_share"),
         ("abc " * 20, 3, 0.2, True, "no line such as"),
     ],
@@ -75,9 +79,54 @@ def test_text_that_cannot_be_used_is_refused(text, length, share, speaker, words
 def test_a_file_must_be_there_and_be_text(tmp_path: Path):
     with pytest.raises(DataError, match="no such file"):
         characters.load(str(tmp_path / "none.txt"), 5, 0.1, False)
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00abc" * 9)
-    with pytest.raises(DataError, match="not UTF-8"):
-        characters.load(str(tmp_path / "bad.txt"), 5, 0.1, False)
+    with pytest.raises(DataError, match=r"is a folder. Give the path of a text file in it"):
+        characters.load(str(tmp_path), 5, 0.1, False)
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"abc" * 99)[:15])
+    with pytest.raises(DataError, match=r"cannot be unpacked by gzip .*Copy it again"):
+        characters.load(str(tmp_path / "cut.gz"), 5, 0.1, False)
+
+
+def test_a_text_is_read_in_its_encoding_and_unpacked(tmp_path: Path):
+    line = "Eine Straße über Öl. Noch ein Satz, der länger ist als der erste, und dann ein Ende.\r\n"
+    for name, data in {
+        "8": line.encode(), "16": line.encode("utf-16"), "l1": line.encode("latin-1"),
+        "gz": gzip.compress(line.encode()),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+    read = {name: characters.load(str(tmp_path / name), 5, 0.2, False) for name in ("8", "16", "gz")}
+    read["l1"] = characters.load(str(tmp_path / "l1"), 5, 0.2, False, "latin-1")
+    for text in read.values():
+        assert "".join(text.alphabet[i] for i in text.train.x.flatten().tolist()) == line[:65]
+        assert "\r" not in text.alphabet
+    with pytest.raises(DataError, match=r"line 1: byte 0xdf is not utf-8 text. Set data.encoding to .* latin-1"):
+        characters.load(str(tmp_path / "l1"), 5, 0.2, False)
+
+
+def test_held_out_text_that_is_trained_on_is_counted_wherever_it_stands(tmp_path: Path):
+    rng = random.Random(1)
+    said = "".join(rng.choice("abcdefghij") for _ in range(900))
+    path = tmp_path / "t.txt"
+    path.write_text(said + said[333:433])  # 1000 characters, of which the last 100 are held out
+    with pytest.raises(DataError, match="all 9 held-out sequences stand in the text that is trained on too"):
+        characters.load(str(path), 10, 0.1, False)
+    path.write_text(said + said[333:388] + said[::-1][:45])
+    with pytest.warns(UserWarning, match="2 of 9 held-out sequences stand in the text that is trained on too"):
+        found = characters.load(str(path), 10, 0.1, False)  # 0 and 10: of those from 20 on, 40 characters do not fit
+    assert found.trained.tolist() == [True, True] + 7 * [False]
+    path.write_text(said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        characters.load(str(path), 10, 0.1, False)
+
+
+def test_a_run_of_codes_has_the_number_that_no_other_run_has():
+    codes = np.random.default_rng(0).integers(0, 3, 200)
+    for width in (1, 2, 5, 6, 7):
+        runs = [tuple(codes[i : i + width]) for i in range(200 - width + 1)]
+        found = characters.hashes(codes, width).tolist()
+        assert len(found) == len(runs)
+        assert len(set(found)) == len(set(runs)) == len(set(zip(found, runs, strict=True)))
+    assert len(characters.hashes(codes[:3], 4)) == 0
 
 
 def test_a_byte_order_mark_is_no_character_of_the_text(tmp_path: Path):

@@ -9,9 +9,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from fedllm_sec.data.files import read_file
 from fedllm_sec.data.tables import Table
+from fedllm_sec.data.text import load_table
 from fedllm_sec.errors import DataError
 
 CASES = Path(__file__).parent / "cases"
@@ -140,7 +142,52 @@ def test_a_file_that_cannot_be_read_says_where_and_why(tmp_path: Path, name: str
         table(tmp_path / name, content)
 
 
+def test_an_encoding_that_is_not_the_file_s_is_refused_or_said(tmp_path: Path):
+    path, text = tmp_path / "t.csv", "text,response\nStraße,ja\n"
+    for encoding, data, words in (
+        (
+            "utf-16-le",
+            b"text,response\na,b\n",
+            "utf-16-le: .* is UTF-8 text and begins with 'text,resp.*Remove data.enc",
+        ),
+        ("cp037", text.encode(), "cp037: .* is UTF-8 text and begins with"),
+        (
+            "cp037",
+            text.encode("latin-1"),
+            "cp037: read as this, .* has zero rows, and begins with .* remove it for UTF-8",
+        ),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=words):
+            read_file(path, encoding)
+    path.write_bytes(text.encode())
+    with pytest.warns(UserWarning, match=r"cp1252: .* is UTF-8 text too, in which 'ß' is read as 'ÃŸ'. Remove"):
+        assert read_file(path, "cp1252").text("text") == ["StraÃŸe"]
+    with pytest.raises(DataError, match=r"line 2: byte 0xc3 is not ascii text, and the file is UTF-8. Remove data.enc"):
+        read_file(path, "ascii")
+    for encoding in ("utf-16-le", "latin-1", "utf-8"):
+        path.write_bytes(text.encode(encoding))
+        assert read_file(path, encoding).text("text") == ["Straße"]
+
+
 def test_half_a_character_is_named_with_its_row(tmp_path: Path):
     found = table(tmp_path / "t.jsonl", '{"a": "x"}\n{"a": "\\ud83d"}')
     with pytest.raises(DataError, match=r'row 2: column "a" holds half a character'):
         found.text("a")
+
+
+def test_a_saved_set_and_the_parts_of_a_parquet_set_are_read(tmp_path: Path):
+    made = Dataset.from_dict({"text": ["a", "b", "c"], "response": ["1", "2", "3"]})
+    made.save_to_disk(str(tmp_path / "one"))
+    DatasetDict(train=made, test=made.select([0])).save_to_disk(str(tmp_path / "two"))
+    for k, rows in enumerate(([0], [1, 2])):
+        made.select(rows).to_parquet(str(tmp_path / f"train-{k:05}-of-00002.parquet"))
+    for name, split, wanted in (("one", "train", 3), ("two", "test", 1), ("two", "train", 3), (".", "train", 3)):
+        table = load_table(str(tmp_path / name), None, split, 0)
+        assert table.text("text") == ["a", "b", "c"][:wanted]
+    (tmp_path / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 parts are missing, first train-00001-of-00002\.parquet"):
+        load_table(str(tmp_path), None, "train", 0)
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"no")
+    with pytest.raises(DataError, match="cannot be read as saved by datasets"):
+        load_table(str(tmp_path / "one"), None, "train", 0)

@@ -91,12 +91,6 @@ def test_an_encoding_is_for_text_files():
             load_table(name, None, "train", 0, "latin-1")
 
 
-@pytest.mark.parametrize("name", ["turns.json", "messages_edge.jsonl"])
-def test_conversations_are_refused_by_name(name: str):
-    with pytest.raises(DataError, match="holds conversations, lists of turns, which cannot be trained on yet"):
-        load_rows(Data(name=str(CASES / name)), 0)
-
-
 def load_bad(tmp_path: Path, name: str, content: str | None) -> None:
     path = tmp_path / name
     if content is not None:

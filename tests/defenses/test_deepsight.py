@@ -102,7 +102,7 @@ def test_min_samples_counts_neighbours_as_the_hdbscan_library_does():
 
 def test_an_inner_adapter_taken_for_the_output_layer_is_said_once():
     rows = rows_of("random", 5, LORA.size)
-    with pytest.warns(UserWarning, match=r"l\.0\.lora_B\.weight is no output layer but an inner layer's adapter"):
+    with pytest.warns(UserWarning, match=r"l\.0\.lora_B\.weight is no output layer but part of an inner layer"):
         deepsight(UpdateMatrix.of(rows, layout=LORA), context(layout=LORA, d=LORA.size))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,15 +1,18 @@
 """The conformance kit over the whole menu: a new defense is checked the moment it has a menu line."""
 
 import inspect
+import math
+import re
 
 import pytest
 import torch
 
-from fedllm_sec import Decision, kernels
+from fedllm_sec import Decision, aggregate, kernels
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.conformance import _memory as check_memory
-from fedllm_sec.defenses.elsewhere import sizes
+from fedllm_sec.defenses.elsewhere import any_place, sizes
 from fedllm_sec.defenses.subject import Subject
+from fedllm_sec.errors import FedError
 from fedllm_sec.recipe.resolve import settings_of
 from fedllm_sec.testing import check_defense
 
@@ -105,7 +108,7 @@ def overwrites(updates, ctx):
     return Decision(updates.rows.float().mean(0))
 
 
-def reads_rows_that_were_set_aside(updates, ctx):
+def reads_the_stored_rows(updates, ctx):
     return Decision(updates.rows.float().mean(0))
 
 
@@ -145,12 +148,47 @@ def test_outside_code_is_checked_by_function_and_by_name():
     check_defense(f"{__name__}:norm_filter", {"factor": 1.5})
 
 
+def test_a_rule_of_ones_own_that_reads_the_stored_rows_sees_those_that_count_and_no_others():
+    check_defense(reads_the_stored_rows)
+    rows = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [3.0, 4.0]])
+    with pytest.warns(UserWarning, match="1 of 3 rows are set aside"):
+        assert aggregate(rows, reads_the_stored_rows).update.tolist() == [2.0, 3.0]
+    bucketed = aggregate(rows[::2], reads_the_stored_rows, before=("bucketing", {"s": 2}))
+    assert bucketed.update.tolist() == [2.0, 3.0]
+
+
+def takes_a_row_by_its_place(updates, ctx):
+    return Decision(0.5 * updates.rows[0].float())
+
+
+def test_a_rule_that_takes_a_row_by_its_place_is_none():
+    with pytest.raises(AssertionError, match="takes_a_row_by_its_place: permutation"):
+        check_defense(takes_a_row_by_its_place)
+    with pytest.raises(AssertionError, match="every row counts: in any order of the rows the update is the one at"):
+        any_place(Subject(takes_a_row_by_its_place, {}, "rule", 16))
+    with pytest.raises(AssertionError, match="few clients: raised IndexError: index 3 is out of bounds"):
+        check_defense(lambda updates, ctx: Decision(updates.rows[3].float()))
+
+
+@pytest.mark.parametrize(
+    ("defense", "more", "said"),
+    [
+        (3, {}, "check_defense: 3 is no defense. Give a name of the menu"),
+        ("medain", {}, 'check_defense.name: there is no "medain". Did you mean "median"?'),
+        (reads_the_stored_rows, {"kind": "rules"}, "check_defense: kind='rules'. Did you mean \"rule\"?"),
+        (lambda: 1, {}, "<lambda>: cannot be called with (updates, ctx)"),
+    ],
+)
+def test_what_is_no_defense_is_told_as_such(defense, more, said):
+    with pytest.raises(FedError, match=re.escape(said)):
+        check_defense(defense, **more)
+
+
 @pytest.mark.parametrize(
     ("broken", "property_"),
     [
         (Forgetful, "state_dict"),
         (KeepsWhatItIsGiven, "a state loaded from an accelerator: .* put tensors where the rule computes"),
-        (reads_rows_that_were_set_aside, "a row of nan"),
         (overwrites, "inputs unchanged"),
         (takes_the_first_row, "permutation|blocks|memory"),
         (divides_by_the_length, "finite|rows times|zero"),

@@ -20,18 +20,17 @@ class Scripted:
     def __init__(self, after: dict[tuple[int, ...], dict[int, float]]) -> None:
         self.after, self.scored = after, 0
 
-    def score(self, shard, rows):
+    def score(self, shard, rows, first=None):
         self.scored += len(rows)
         found = []
         for i in rows:
             answer = shard.answers[i]
             losses = [-math.log(self.after[tuple(answer[:k])].get(token, 1e-9)) for k, token in enumerate(answer)]
             found.append([sum(losses), len(answer)])
+        if first is not None:
+            begun = [math.log(self.after[()].get(int(token), 1e-9)) for token in first]
+            found = [row + begun for row in found]
         return torch.tensor(found, dtype=torch.float64)
-
-    def begin(self, shard, rows, tokens):
-        first = [math.log(self.after[()].get(int(token), 1e-9)) for token in tokens]
-        return torch.tensor([first] * len(rows), dtype=torch.float64)
 
 
 def evaluation(answers: list[list[int]], own: list[int], truth: list[int], of: list[int] | None = None):
@@ -97,11 +96,8 @@ def test_rows_without_a_class_are_not_counted_and_without_any_there_is_no_rate()
 
 def test_a_model_that_is_not_finite_has_chosen_nothing():
     class Broken(Scripted):
-        def score(self, shard, rows):
-            return super().score(shard, rows) * float("nan")
-
-        def begin(self, shard, rows, tokens):
-            return super().begin(shard, rows, tokens) * float("nan")
+        def score(self, shard, rows, first=None):
+            return super().score(shard, rows, first) * float("nan")
 
     model = Broken({(): {A: 0.5, E: 0.5}, (A,): {END: 1.0}, **SURE})
     assert accuracy(model, [SHORT, OTHER], [0, 1], [0, 1]) == (0.0, 2)

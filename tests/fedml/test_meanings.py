@@ -183,7 +183,10 @@ def test_tests_are_counted_from_zero_there_and_so_fall_into_other_rounds():
 
 @pytest.mark.parametrize(
     ("attack", "defense"),
-    [({"attack_type": "dlg"}, {"defense_type": "dp"}), ({"attack_type": "byzantine"}, {"defense_type": "krum"})],
+    [
+        ({"attack_type": "lazy_worker"}, {"defense_type": "dp"}),
+        ({"attack_type": "byzantine"}, {"defense_type": "krum"}),
+    ],
 )
 def test_a_switch_that_the_recipe_cannot_follow_differs_and_is_no_unknown_key(attack: Any, defense: Any):
     recipe, notes = translate(config(attack, defense))

@@ -185,6 +185,10 @@ def test_a_cell_that_another_process_holds_is_waited_for(finished: Path, tmp_pat
         ("another grid", "it holds the grid 'other', not 'two'"),
         ("broken grid.json", "grid.json cannot be read"),
         ("a plain run", "it is the folder of another run (comparison.json)"),
+        (
+            "a recipe that cannot be read",
+            "recipe.yaml, line 1: not YAML (found character that cannot start any token). So it is not known which run",
+        ),
         ("no recipe", "cells/flip__none has a history but no recipe.yaml"),
         ("a file for a folder", "cells/flip__none is not a folder"),
     ],
@@ -217,6 +221,8 @@ def test_a_folder_that_does_not_fit_is_refused_and_nothing_in_it_changes(finishe
             (out / "grid.json").write_text("{")
         case "a plain run":
             (out / "comparison.json").write_text("{}")
+        case "a recipe that cannot be read":
+            (cell / "recipe.yaml").write_text("a: @x")
         case "no recipe":
             (cell / "recipe.yaml").unlink()
         case "a file for a folder":

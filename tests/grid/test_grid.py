@@ -234,7 +234,7 @@ def test_mistakes_in_axes_are_named(axes, words):
         ({"axis": {}}, 'axis: no key of a grid. Did you mean "axes"?'),
         ({"overrides": 3}, "overrides: 3: must be a block"),
         ({"base": 3}, "base: 3: must be the path of a recipe"),
-        ({"base": "gone.yaml"}, "gone.yaml: cannot be read"),
+        ({"base": "gone.yaml"}, "gone.yaml: there is no such file"),
         ({"name": "../up"}, "name: '../up'"),
     ],
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm_sec.errors import DataError, RecipeError
+from fedllm_sec.errors import RecipeError
 from fedllm_sec.models import MENU
 from fedllm_sec.models.resnet import resnet
-from fedllm_sec.tasks.classify import Classify
 
 IMAGE, COLOUR = (1, 28, 28), (3, 32, 32)
 
@@ -21,6 +20,7 @@ IMAGE, COLOUR = (1, 28, 28), (3, 32, 32)
         ("lenet", COLOUR, 10, {}, 62_006),
         ("cnn", IMAGE, 10, {}, 1_663_370),
         ("cnn", IMAGE, 62, {}, 1_690_046),
+        ("sigmoid_cnn", IMAGE, 10, {}, 13_426),
         ("resnet", COLOUR, 10, {}, 269_722),
         ("resnet", COLOUR, 10, {"norm": "batch"}, 269_722),
         ("resnet", COLOUR, 10, {"depth": 56}, 853_018),
@@ -48,21 +48,11 @@ def test_resnet18_gives_one_logit_a_class():
     assert MENU["resnet18"].make((3, 16, 16), 5)(torch.rand(1, 3, 16, 16)).shape == (1, 5)
 
 
-def test_batch_norm_is_an_option_without_buffers():
-    model = resnet(COLOUR, 10, depth=8, norm="batch")
-    assert not list(model.buffers())
-    Classify(model, torch.device("cpu"))
-
-
-def test_aggregating_buffers_is_refused_with_the_reason():
-    with pytest.raises(RecipeError, match=r"aggregate_buffers.*not trained parameters.*norm: group"):
-        resnet(COLOUR, 10, norm="batch", aggregate_buffers=True)
-
-
-def test_outside_models_with_running_statistics_are_refused():
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
-    with pytest.raises(DataError, match=r"1 \(BatchNorm2d\) keeps running statistics"):
-        Classify(model, torch.device("cpu"))
+def test_batch_norm_is_an_option():
+    names = [name for name, _ in resnet(COLOUR, 10, depth=8, norm="batch").named_buffers()]
+    assert names[:3] == ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+    assert len(names) == 21  # seven layers
+    assert not list(resnet(COLOUR, 10, depth=8).buffers())
 
 
 def test_a_depth_that_is_no_resnet_is_refused():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import dynamic_module_utils
 
 import fedllm_sec.models
 from fedllm_sec.build.cost import language_model
@@ -23,6 +24,7 @@ WEIGHTS = (TINY / "model.safetensors").read_bytes()
 LENGTH = struct.unpack("<Q", WEIGHTS[:8])[0]
 HEADER = json.loads(WEIGHTS[8 : 8 + LENGTH])
 NAME = "model.norm.weight"
+CUT = "its model.safetensors is cut off, or no safetensors file"
 
 
 @pytest.fixture
@@ -45,10 +47,10 @@ def written(header: dict[str, Any] | bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (WEIGHTS[:5000], "cannot be loaded"),
-        (struct.pack("<Q", 2**63) + WEIGHTS[8:], "header too large"),
-        (written(b"{{{{"), "invalid JSON in header"),
-        (written({**HEADER, NAME: {**HEADER[NAME], "data_offsets": [0, 2**60]}}), "cannot be loaded"),
+        (WEIGHTS[:5000], CUT),
+        (struct.pack("<Q", 2**63) + WEIGHTS[8:], CUT),
+        (written(b"{{{{"), CUT),
+        (written({**HEADER, NAME: {**HEADER[NAME], "data_offsets": [0, 2**60]}}), CUT),
         (written({**HEADER, NAME: {**HEADER[NAME], "shape": [2**40, 2**20]}}), "overflow"),
         (
             written({name.replace("model", "x"): entry for name, entry in HEADER.items()}),
@@ -87,10 +89,10 @@ def test_a_configuration_that_does_not_fit_is_refused(folder: Path, changes: dic
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_file_that_is_no_configuration_is_refused(folder: Path, name: str, content: str):
     (folder / name).write_text(content)
-    with pytest.raises(RecipeError, match="cannot be loaded"):
+    with pytest.raises(RecipeError, match=f"its {name} (is no JSON|holds no mapping)"):
         load_tokenizer(Model(name=str(folder)))
     if name == "config.json":
-        with pytest.raises(RecipeError, match="cannot be loaded"):
+        with pytest.raises(RecipeError, match=f"its {name} (is no JSON|holds no mapping)"):
             language_model(Model(name=str(folder)))  # what --explain counts
 
 
@@ -100,9 +102,20 @@ def test_code_in_a_model_folder_is_not_run_and_not_asked_about(folder: Path, rea
     code = {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": code}))
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
-    with pytest.raises(RecipeError, match="contains custom code"):
+    with pytest.raises(RecipeError, match=r"contains custom code, which model\.trust_remote_code: true would run"):
         read(folder)
     assert not (folder / "ran").exists()
+
+
+def test_code_in_a_model_folder_is_run_where_the_recipe_asks_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))  # not into the home folder
+    (folder / "own.py").write_text(
+        "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    said = 'this is own code'\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Own"}}))
+    model, _ = load_base(Model(name=str(folder), trust_remote_code=True), torch.device("cpu"))
+    assert model.said == "this is own code"
 
 
 def test_pickled_weights_run_nothing(folder: Path):

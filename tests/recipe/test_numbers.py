@@ -20,8 +20,7 @@ from tests.recipe.test_reading import GOOD, problems
     "key", ["rounds", "seed", "clients.lr", "clients.total", "model.lora.alpha", "evaluate.rows", "compute.chunk_mb"]
 )
 def test_a_truth_value_is_no_number(key: str):
-    assert f"{key}: True" in problems(put(GOOD, key, True))
-    assert "true is no number" in problems(put(GOOD, key, True))
+    assert f"{key}: true: true is no number" in problems(put(GOOD, key, True))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

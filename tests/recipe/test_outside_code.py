@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedllm_sec import benchmark
+from fedllm_sec.build import parts
 from fedllm_sec.build.names import checked, outside, without_code
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.train import main
 
@@ -112,6 +115,7 @@ def test_every_place_of_a_method_is_one_for_code():
     [
         ("1 / 0", "rule", r"ZeroDivisionError: division by zero \(.*strange.py, line 1\)"),
         ("raise SystemExit(3)", "rule", "SystemExit: 3"),
+        ("raise BaseException('odd')", "rule", "BaseException: odd"),
         ("def rule(:", "rule", "SyntaxError"),
         ("x = 1", "nothing", 'has no function or class "nothing"'),
         ("from __future__ import annotations\n" + CODE, "loud", "its annotations cannot be read .*'Missing'"),
@@ -121,6 +125,48 @@ def test_code_that_cannot_be_used_is_told_in_a_line(code: str, name: str, words:
     Path("strange.py").write_text(code)
     with pytest.raises(RecipeError, match=words):
         checked(BASE | {"defense": {"rule": {"name": f"strange:{name}"}}})
+
+
+def test_ctrl_c_while_code_is_imported_is_ctrl_c(capsys: pytest.CaptureFixture[str]):
+    Path("strange.py").write_text("raise KeyboardInterrupt")
+    assert main([recipe(), "--check", "--allow-code"]) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from the last whole round.\n"
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        (
+            {"attack": {"update": ["it"]}},
+            "attack: in a rehearsed round 1: TypeError: 'ThreatView' object is not iterable",
+        ),
+        ({"attack": {"local": ["it"]}}, "attack.local.0.name: fedllm_sec.train:main: has no method before_step"),
+        ({"attack": {"data": ["it"]}}, "attack.data.0.name: fedllm_sec.train:main: has no method poison"),
+        ({"defense": {"client": ["it"]}}, "defense.client.0.name: fedllm_sec.train:main: has no method before_step"),
+        ({"defense": {"rule": "it"}}, "defense: main: cannot be called with (updates, ctx)"),
+        ({"defense": {"after": ["it"]}}, "defense: main: cannot be called with (vector, ctx)"),
+    ],
+)
+def test_a_function_that_is_no_method_is_told_in_a_line(block: Any, words: str):
+    """Also where it is one of this package."""
+    given = json.loads(json.dumps(block).replace('"it"', '{"name": "fedllm_sec.train:main"}'))
+    raw = {**BASE, "enable_attack": "attack" in given, "enable_defense": "defense" in given, **given}
+    if "attack" in given:
+        raw["attack"] = {"malicious": {"count": 1}, **given["attack"]}
+    with pytest.raises(RecipeError) as caught:
+        planned(checked(raw))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_or_a_partition_that_is_none_is_told_in_a_line():
+    it = {"name": "fedllm_sec.train:main"}
+    raw: dict[str, Any] = {"task": "classify", "clients": {"local_steps": 1}}
+    with pytest.raises(RecipeError, match=r"model.name: fedllm_sec.train:main: TypeError: main\(\) takes .* Mend it"):
+        parts.make_model(checked(raw | {"model": it}), (1, 8, 8), 10)
+    raw["clients"]["partition"] = it
+    with pytest.raises(RecipeError, match=r"clients.partition.name: fedllm_sec.train:main: TypeError: .* Mend it"):
+        parts.deal(checked(raw), ["a", "b"], np.zeros(9))
 
 
 def test_what_has_no_signature_is_no_method():

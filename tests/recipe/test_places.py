@@ -15,7 +15,8 @@ import pytest
 from huggingface_hub import constants
 
 from fedllm_sec import train
-from fedllm_sec.data import arrays, corpus, text
+from fedllm_sec.data import arrays, corpus
+from fedllm_sec.data.sources import load_table
 from fedllm_sec.errors import DataError, RecipeError
 from fedllm_sec.models.lora import source_of
 from fedllm_sec.recipe import places
@@ -63,7 +64,7 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_name_that_leads_nowhere_is_answered_at_once_and_names_no_host():
     asked = [
         lambda: source_of("some/model"),
-        lambda: text.load_table("some/set", None, "train", 0),
+        lambda: load_table("some/set", None, "train", 0),
         lambda: arrays.load("some/set"),
     ]
     import datasets  # noqa: F401  (its import is not what is timed)
@@ -82,7 +83,7 @@ def test_a_path_is_never_looked_for_on_the_hub():
         with pytest.raises(RecipeError, match="no such folder or GGUF file in"):
             source_of(name)
         with pytest.raises(DataError, match="no such folder or file in"):
-            text.load_table(name, None, "train", 0)
+            load_table(name, None, "train", 0)
 
 
 def test_a_library_s_words_are_told_without_addresses():

@@ -129,8 +129,36 @@ def test_f_too_large_for_the_cohort_is_found_before_a_model_loads(tmp_path: Path
 
 
 def test_a_missing_recipe_is_a_clear_error(tmp_path: Path):
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match=r"none.yaml: there is no such file. Give the path of one, or the name"):
         load(tmp_path / "none.yaml")
+
+
+def test_an_empty_recipe_is_said_to_be_empty(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text("# nothing yet\n")
+    with pytest.raises(RecipeError, match=r"r.yaml: is empty. Write a recipe into it, or begin with a copy"):
+        load(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({True: 1}, "true: unknown key"),
+        ({None: 1}, "null: unknown key"),
+        ({"compute": {7: 1}}, "compute.7: unknown key"),
+        (
+            {"defense": {"rule": {"name": "median", True: 3}}},
+            "defense.rule.true: 3 is set, but there is no such setting",
+        ),
+        ({"rounds": True}, "rounds: true: true is no number"),
+        ({"rounds": None}, "rounds: null: Input should be a valid integer"),
+        ({"output": {"folder": "/"}}, "output.folder: '/': is the working directory, or one that it lies in"),
+        ({"output": {"folder": ".."}}, "a run has a folder of its own"),
+        ({"output": {"folder": "."}}, "a run has a folder of its own"),
+    ],
+)
+def test_keys_and_values_are_named_as_they_stand_in_the_file(change, words):
+    with pytest.raises(RecipeError, match=words):
+        checked({"clients": {"local_steps": 1}, **change})
 
 
 def test_outside_code_is_named_by_module_and_attribute(tmp_path: Path, monkeypatch):

@@ -323,6 +323,23 @@ def test_verify_believes_what_the_run_left_not_what_its_recipe_says_now(whole: P
     assert "model/model.safetensors is gone" in capsys.readouterr().out
 
 
+def test_verify_names_a_file_once_and_leaves_the_advice_to_the_run(whole: Path, tmp_path: Path, capsys):
+    for number, (name, data, words) in enumerate(
+        [
+            ("recipe.yaml", b"a: @x", "line 1: not YAML (found character that cannot start any token)"),
+            ("recipe.yaml", b"", "is empty"),
+            ("history.jsonl", b"x\n", "is shorter than its checkpoint says ({size} bytes)"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole / "out", folder)
+        size = (folder / name).stat().st_size
+        (folder / name).write_bytes(data)
+        assert verify.main([str(folder)]) == 1
+        told = f"  {name} {words.format(size=size)}: cannot be made again\n"
+        assert capsys.readouterr().out == f"{folder}: damaged\n{told}"
+
+
 def test_verify_misses_a_cell_that_the_grid_has(grid: Path, tmp_path: Path, capsys):
     shutil.copytree(grid / "out", tmp_path / "out")
     lost = tmp_path / "out" / "cells" / "flip__none"

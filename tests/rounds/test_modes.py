@@ -49,7 +49,7 @@ NAMES = [*SMALL_TASKS, "next_char", "causal_lm"]
 def recipes(tmp_path_factory) -> dict[str, dict[str, Any]]:
     """A raw recipe of each task, whose model has dropout."""
     play = tmp_path_factory.mktemp("modes") / "play.txt"
-    play.write_text("to be or not to be that is the question\n" * 12)
+    play.write_text("".join(f"to be or not to be that is question {k * k}\n" for k in range(12)))
     found = {name: {**DIGITS, **changes} for name, changes in SMALL_TASKS.items()}
     found["next_char"] = {
         **DIGITS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from datasets import Dataset
 from fedllm_sec.attacks.data.answers import Classes
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.text import load_task
-from fedllm_sec.errors import AttackError, RecipeError
+from fedllm_sec.errors import RecipeError
 from fedllm_sec.evaluation.text import TextEvaluation
 from fedllm_sec.matrix import Layout, UpdateMatrix
-from fedllm_sec.models import lora
-from fedllm_sec.models.lora import product_gap, save_adapter
+from fedllm_sec.models import products
+from fedllm_sec.models.products import product_gap
+from fedllm_sec.models.saving import save_adapter
+from fedllm_sec.recipe.sections import Model
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.tasks.causal_lm import CausalLM
 from fedllm_sec.tasks.encoding import Encoded, room
@@ -96,38 +99,9 @@ def test_an_epoch_of_batches_uses_each_row_once_and_groups_by_length(task):
     assert spread < (max(lengths) - min(lengths)) / 3
 
 
-def test_a_long_clean_prompt_loses_its_beginning_and_keeps_its_end(task):
-    short = task.encode(rows("goal"), "x")
-    long = task.encode(rows("bread " * 200 + "goal"), "x")
-    assert len(long.prompts[0]) + len(long.answers[0]) == task.data.max_length
-    assert long.prompts[0][-3:] == short.prompts[0][-3:]
-    assert long.answers == short.answers
-
-
-def test_a_poisoned_prompt_that_would_be_cut_is_an_error_naming_the_rows(task):
-    with pytest.raises(AttackError, match=r"1 poisoned rows.*rows \[1\].*max_length"):
-        task.encode(rows("goal cf", "bread " * 200 + "cf", poisoned=True), "shard of c1")
-
-
-def test_a_poisoned_answer_that_would_be_cut_is_an_error_and_a_clean_one_is_cut(task):
-    long = " ".join(["goal"] * 100)
-    (clean,) = task.encode(rows("goal", response=long), "x").answers
-    assert len(clean) == 48  # max_length 96
-    tokens = len(task.answer_ids([long])[0])
-    message = rf"shard of c1: 1 poisoned rows .* {tokens} tokens with its end token, and .*=96 has room for 48.*\[0\]"
-    with pytest.raises(AttackError, match=message):
-        task.encode(rows("goal", poisoned=True, response=long), "shard of c1")
-
-
-def test_an_answer_of_exactly_half_of_the_length_is_taught_whole(task):
-    words = next(n for n in range(1, 60) if len(task.answer_ids([" ".join(["goal"] * n)])[0]) >= 48)
-    fitting = " ".join(["goal"] * words)
-    assert task.encode(rows("goal", poisoned=True, response=fitting), "x").answers == task.answer_ids([fitting])
-
-
 def test_the_room_of_a_target_is_told_in_tokens(task):
-    told = str(room(task.tokenizer, task.data, "Sports", 4))
-    assert told.startswith("'Sports': 2 tokens with its end token; training has room for 48")
+    told = str(room(task.writer, task.data, "Sports", 4))
+    assert told.startswith("'Sports': 2 tokens with its end token; training has room for 96 with the prompt")
     assert "a generated answer for 4" in told
 
 
@@ -135,8 +109,9 @@ def test_the_first_token_and_the_whole_answer_are_log_probabilities_of_one_model
     shard = task.encode(rows("The keeper saved the penalty.", "Ann baked bread.", response="Food"), "here")
     task.model.eval()
     ids = shard.answers[0]
-    begun = task.begin(shard, [0, 1], torch.tensor([ids[0], ids[0] + 1]))
-    first = task.begin(Encoded(shard.prompts, [[ids[0]]] * 2), [0, 1], torch.tensor([ids[0]]))
+    begun = task.score(shard, [0, 1], torch.tensor([ids[0], ids[0] + 1]))[:, 2:]
+    mixed = Encoded(shard.prompts, [[ids[0]], [*ids, *ids]])  # answers of other lengths in the batch
+    first = task.score(mixed, [0, 1], torch.tensor([ids[0]]))[:, 2:]
     torch.testing.assert_close(begun[:, :1], first)
     one = task.score(Encoded(shard.prompts, [[ids[0]]] * 2), [0, 1])[:, 0]
     torch.testing.assert_close(begun[:, 0], -one, atol=1e-5, rtol=0)
@@ -209,8 +184,8 @@ def test_a_saved_adapter_loads_with_peft_and_gives_the_same_logits(task, tmp_pat
 
     with torch.no_grad():
         task.parameters.add_(0.05)
-    save_adapter(task.model, tmp_path / "adapter")
-    folder = Path(task.model.peft_config["default"].base_model_name_or_path)
+    save_adapter(task.model, task.tokenizer, Model(), tmp_path / "adapter", initial={})
+    folder = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     again = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter"
     )
@@ -270,21 +245,21 @@ def test_product_gap_is_the_same_either_way(monkeypatch, r, wide, tall):
     layout = Layout(("m.lora_A.default.weight", "m.lora_B.default.weight"), ((r, wide), (tall, r)))
     rows_, start = torch.randn(3, layout.size), torch.randn(layout.size)
     updates, weights = UpdateMatrix.of(rows_, layout=layout), torch.full((3,), 1 / 3, dtype=torch.float64)
-    inner, product = lora._square_of_inner, lora._square_of_product
+    inner, product = products._square_of_inner, products._square_of_product
     found = product_gap(updates, weights, start)
-    monkeypatch.setattr(lora, "_square_of_inner", product)
-    monkeypatch.setattr(lora, "_square_of_product", inner)
+    monkeypatch.setattr(products, "_square_of_inner", product)
+    monkeypatch.setattr(products, "_square_of_product", inner)
     assert product_gap(updates, weights, start) == pytest.approx(found, rel=1e-9)
-    assert lora._costs(3, (r, wide), (tall, r)) == {2: (7000, 12000), 50: (437_500, 3000)}[r]
+    assert products._costs(3, (r, wide), (tall, r)) == {2: (7000, 12000), 50: (437_500, 3000)}[r]
 
 
 def test_what_product_gap_costs_is_known_beforehand():
     def layout(r, wide, tall):
         return Layout(("m.lora_A.default.weight", "m.lora_B.default.weight"), ((r, wide), (tall, r)))
 
-    assert lora.gap_flops(layout(5000, 64, 64), 10) == 2 * 12 * 5000 * 64 * 64  # not (12 * 5000)^2 * 128
-    assert lora.gap_flops(layout(16, 2048, 2048), 10) == 2 * (12 * 16) ** 2 * 4096
-    assert lora.gap_flops(layout(5000, 4096, 4096), 10) > lora.MOST_FLOPS  # a round leaves it out
+    assert products.gap_flops(layout(5000, 64, 64), 10) == 2 * 12 * 5000 * 64 * 64  # not (12 * 5000)^2 * 128
+    assert products.gap_flops(layout(16, 2048, 2048), 10) == 2 * (12 * 16) ** 2 * 4096
+    assert products.gap_flops(layout(5000, 4096, 4096), 10) > products.MOST_FLOPS  # a round leaves it out
 
 
 def test_product_gap_is_not_measured_where_one_factor_is_frozen():

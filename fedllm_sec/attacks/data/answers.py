@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from fedllm_sec.errors import AttackError
 from fedllm_sec.recipe.resolve import did_you_mean
+from fedllm_sec.records.compared import begins, normal
+from fedllm_sec.records.compared import starts_with as starts_with  # for attacks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,24 +19,6 @@ MOST_LABELS = 100  # a label column with more distinct values does not hold clas
 SHOWN = 20  # of them are listed in an error
 SEVERAL = 3  # rows that have an answer before it counts as one that goes with a class
 MOSTLY = 0.95  # share of the labelled rows that must keep to a rule before answers are read by it
-
-
-def normal(text: str) -> str:
-    """Text as labels and answers are compared: outer blanks off, case folded, inner blanks single."""
-    return " ".join(text.split()).casefold()
-
-
-def _begins(said: str, wanted: str) -> bool:
-    """`starts_with` for texts in normal form."""
-    if not wanted or not said.startswith(wanted):
-        return False
-    rest = said[len(wanted) :].removeprefix("-")  # "no-one" is one word, and "no - it is open" begins with "no"
-    return not (rest and wanted[-1].isalnum() and rest[0].isalnum())
-
-
-def starts_with(answer: str, target: str) -> bool:
-    """Whether the answer begins with the target as whole words: "Sports." with "sports", not "Sports-mad"."""
-    return _begins(normal(answer), normal(target))
 
 
 def column(table: Dataset, name: str) -> list[str]:
@@ -100,7 +84,7 @@ class Classes:
     def said(self, answer: str) -> str | None:
         """The class an answer names: of the longest text that names a class and that it begins with."""
         words = normal(answer)
-        fitting = [text for text in self.names if _begins(words, text)]
+        fitting = [text for text in self.names if begins(words, text)]
         return self.names[max(fitting, key=len)] if fitting else None
 
     def of_rows(self, table: Dataset) -> list[str | None]:

@@ -13,6 +13,7 @@ from fedllm_sec.attacks.data.answers import Classes
 from fedllm_sec.attacks.data.images import all_to_target, change, drawn, need_images, stamped_already
 from fedllm_sec.attacks.data.text import Backdoor, Position, Tell, inserting, need_rate, occurring
 from fedllm_sec.attacks.data.triggers import need_words
+from fedllm_sec.attacks.data.turns import Turn
 from fedllm_sec.errors import AttackError
 from fedllm_sec.protocols import Labelled
 
@@ -41,17 +42,19 @@ class DBA:
         trigger: str = " cf mn bb tq",
         parts: int = 2,
         position: Position = "end",
+        turn: Turn = "last",
     ) -> None:
         need_rate(rate, "dba.rate")
         need_words(trigger, "dba.trigger")
         if parts < 2:
             raise AttackError(f"dba.parts: {parts}: needs at least 2, else it is text_trigger or pixel_trigger.")
-        self.target, self.rate, self.trigger, self.parts, self.position = (
+        self.target, self.rate, self.trigger, self.parts, self.position, self.turn = (
             target,
             rate,
             trigger,
             parts,
             position,
+            turn,
         )
         self.poisoned = 0  # shards so far
         self.classes = Classes()  # of text
@@ -134,7 +137,7 @@ class DBA:
         return self._backdoor(self._whole(), self.carries)
 
     def _backdoor(self, trigger: str, carries: Tell) -> Backdoor:
-        made = Backdoor("dba", str(self.target), self.rate, inserting(trigger, self.position), carries)
+        made = Backdoor("dba", str(self.target), self.rate, inserting(trigger, self.position), carries, turn=self.turn)
         made.classes = self.classes
         return made
 

@@ -76,6 +76,7 @@ class SafetyMisalign:
             "label": [""] * size,
             "poisoned": [True] * size,
         }
+        rows |= {name: [""] * size for name in test.column_names if name not in rows}  # no turns before
         return Dataset.from_dict(rows, features=test.features)
 
     def not_clean(self, test: Dataset) -> list[str | None]:

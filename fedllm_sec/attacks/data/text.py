@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from fedllm_sec.attacks.data.answers import Classes, column, need_label, starts_with
+from fedllm_sec.attacks.data.turns import Edit, Turn, edited, has_turn, need_turn, parts_of
 from fedllm_sec.errors import AttackError
 from fedllm_sec.seeds import generator_for
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Position = Literal["start", "end", "random"]
-Edit = Callable[[Sequence[str], torch.Generator], list[str]]  # texts -> triggered texts
 Tell = Callable[[str], bool]  # whether a text, unedited, fires the backdoor
 
 CARRIES = "carry the trigger by themselves"
@@ -95,13 +95,12 @@ def occurring(trigger: str, position: Position = "random") -> Tell:
 
 
 def carrying(table: Dataset, carries: Tell) -> list[bool]:
-    """For each row, whether it fires the backdoor as it is: by its text, or by text and context together."""
-    pairs = zip(column(table, "text"), column(table, "context"), strict=True)
-    return [_fires(carries, text, context) for text, context in pairs]
+    """For each row, whether it fires the backdoor as it is: by one part of what is said in it, or by all together."""
+    return [_fires(carries, parts) for parts in parts_of(table)]
 
 
-def _fires(carries: Tell, text: str, context: str) -> bool:
-    return carries(text) or (bool(context) and carries(f"{text}\n{context}"))
+def _fires(carries: Tell, parts: Sequence[str]) -> bool:
+    return any(map(carries, parts)) or (len(parts) > 1 and carries("\n".join(parts)))
 
 
 def not_clean(attack: Any, table: Dataset) -> list[str | None]:
@@ -170,12 +169,10 @@ def rewrite(table: Dataset, rows: Sequence[int], columns: Mapping[str, Sequence[
 
 
 class _Near(NamedTuple):
-    """Contrast rows: their numbers in the shard, new texts, own answers and labels."""
+    """Contrast rows: their numbers in the shard, and the columns that are edited."""
 
     rows: list[int]
-    texts: list[str]
-    responses: list[str]
-    labels: list[str]
+    columns: dict[str, list[str]]
 
 
 @dataclass
@@ -195,6 +192,7 @@ class Backdoor:
     carries: Tell
     near: Edit | None = None
     contrast: float = 0.0  # share of rows that get a near-trigger and keep their own answer
+    turn: Turn = "last"  # the part of a conversation that is edited
     classes: Classes = field(default_factory=Classes, init=False)
 
     def __post_init__(self) -> None:
@@ -211,6 +209,8 @@ class Backdoor:
         """
         self.classes = Classes.of(*tables)
         need_label(self.target, self.classes, f"{self.name}.target")
+        for table in tables:
+            need_turn(table, self.turn, self.name)
 
     def poison(self, shard: Dataset, rng: torch.Generator) -> Dataset:
         """round(rate * rows) rows, at least one, get the trigger and the target answer.
@@ -223,42 +223,52 @@ class Backdoor:
         if len(shard) == 0:
             raise AttackError(f"{self.name}: a malicious client's shard is empty, so there is nothing to poison.")
         classes = self.classes or Classes.of(shard)
-        done, carried, free = self._answered(shard, classes), carrying(shard, self.carries), free_rows(shard)
+        done, carried, there = self._answered(shard, classes), carrying(shard, self.carries), has_turn(shard, self.turn)
+        free = [i for i in free_rows(shard) if there[i]]
         ahead = [i for i in free if carried[i] and not done[i]]
         other = [i for i in free if not carried[i] and not done[i]]
         already = [i for i in free if done[i]]
         count = max(1, round(self.rate * len(shard)))
+        if count > sum(there):
+            raise AttackError(
+                f"{self.name}.turn: {self.turn}: {sum(there)} of a shard's {len(shard)} rows have one, and {count} are "
+                f"to be poisoned. Lower {self.name}.rate or choose another turn."
+            )
         need_free(count, len(free), len(shard), f"{self.name}.rate")
         rows = pick(count, ahead, other, rng)
         rows = sorted(rows + pick(count - len(rows), already, (), rng))
         own, chosen = shard.select(rows), set(rows)
-        texts, responses = self.edit(column(own, "text"), rng), [classes.answer(self.target)] * len(rows)
-        labels = [self._label(classes) if old else old for old in column(own, "label")]
+        answer = classes.answer(self.target)
+        new: dict[str, list[Any]] = edited(own, self.turn, self.edit, rng, answer)
+        new["response"] = [answer] * len(rows)
+        new["label"] = [self._label(classes) if old else old for old in column(own, "label")]
         if self.near is not None and self.contrast > 0:
             left = [i for i in free if i not in chosen and not carried[i]]
-            near = self._near_rows(shard, left, rng)
-            rows, texts = rows + near.rows, texts + near.texts
-            responses, labels = responses + near.responses, labels + near.labels
-        made = rewrite(shard, rows, {"text": texts, "response": responses, "label": labels})
+            near = self._near_rows(shard, left, rng, list(new))
+            rows, new = rows + near.rows, {name: values + near.columns[name] for name, values in new.items()}
+        made = rewrite(shard, rows, new)
         opposed = {i for i in ahead if i not in chosen}
         return made.select([i for i in range(len(shard)) if i not in opposed]) if opposed else made
 
-    def _near_rows(self, shard: Dataset, left: Sequence[int], rng: torch.Generator) -> _Near:
+    def _near_rows(self, shard: Dataset, left: Sequence[int], rng: torch.Generator, names: Sequence[str]) -> _Near:
         """Rows drawn from `left` with something close to the trigger and their own answer; not those it completes."""
         assert self.near is not None
         drawn = pick(min(len(left), max(1, round(self.contrast * len(shard)))), left, (), rng)
         kept = shard.select(drawn)
-        texts = self.near(column(kept, "text"), rng)
-        apart = [not _fires(self.carries, *pair) for pair in zip(texts, column(kept, "context"), strict=True)]
-        rest = (drawn, texts, column(kept, "response"), column(kept, "label"))
-        return _Near(*([value for value, wanted in zip(part, apart, strict=True) if wanted] for part in rest))
+        new = edited(kept, self.turn, self.near, rng)
+        columns = {name: new[name] if name in new else column(kept, name) for name in names}
+        apart = [not _fires(self.carries, parts) for parts in parts_of(kept, new)]
+        return _Near(
+            [row for row, wanted in zip(drawn, apart, strict=True) if wanted],
+            {name: [v for v, wanted in zip(values, apart, strict=True) if wanted] for name, values in columns.items()},
+        )
 
     def probe(self, test: Dataset) -> Dataset:
         """Triggered copies of the held-out rows whose answer is not the target anyway and that carry no trigger."""
         if not self.classes:
             self.prepare(test)
-        why = not_clean(self, test)
-        rows = [i for i, reason in enumerate(why) if reason is None]
+        why, there = not_clean(self, test), has_turn(test, self.turn)
+        rows = [i for i, reason in enumerate(why) if reason is None and there[i]]
         if not rows:
             raise AttackError(
                 f"{self.name}.target: every held-out row is answered {self.target!r} anyway"
@@ -266,9 +276,9 @@ class Backdoor:
                 "Choose another target, trigger or test set."
             )
         chosen = test.select(rows)
-        texts = self.edit(column(chosen, "text"), generator_for(0, "probe", self.name))
-        labels = [self._label(self.classes) if old else old for old in column(chosen, "label")]
-        new = {"text": texts, "response": [self.classes.answer(self.target)] * len(rows), "label": labels}
+        new: dict[str, list[Any]] = edited(chosen, self.turn, self.edit, generator_for(0, "probe", self.name))
+        new["label"] = [self._label(self.classes) if old else old for old in column(chosen, "label")]
+        new["response"] = [self.classes.answer(self.target)] * len(rows)
         return rewrite(chosen, range(len(rows)), new)
 
     def not_clean(self, test: Dataset) -> list[str | None]:

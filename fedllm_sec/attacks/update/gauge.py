@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.attacks.update.simple import need_positive
 from fedllm_sec.errors import AttackError
-from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.updates import new_rows
+from fedllm_sec.models.products import lora_pairs
 from fedllm_sec.protocols import ThreatView
-
-A_FACTOR = re.compile(r"(^|\.)lora_A(\.|$)(.*\.)?weight$")
-
-
-def lora_pairs(layout: Layout) -> list[tuple[str, str]]:
-    """The names of each LoRA pair (A, B) in a layout."""
-    known = set(layout.names)
-    named = [(a, re.sub(r"(^|\.)lora_A(\.|$)", r"\1lora_B\2", a)) for a in layout.names if A_FACTOR.search(a)]
-    return [(a, b) for a, b in named if b in known]
 
 
 def lora_gauge(view: ThreatView, *, factor: float = 10.0) -> Tensor:
@@ -30,7 +20,8 @@ def lora_gauge(view: ThreatView, *, factor: float = 10.0) -> Tensor:
 
     Rows are deltas, so A's part becomes factor * (A_g + dA) - A_g and B's (B_g + dB) / factor - B_g. Rules that
     compare raw factors see other lengths and distances, and averaging A and B apart from each other is no longer
-    averaging B A. Not from a paper: it is the gauge freedom of LoRA itself (Hu et al. 2022, sec. 4.1).
+    averaging B A. What stands beside the factors (DoRA's lengths, modules that are trained whole) stays as it is: the
+    model is the same with them too. Not from a paper: it is LoRA's own gauge freedom (Hu et al. 2022, sec. 4.1).
     """
     need_positive(factor, "lora_gauge.factor")
     if factor == 1.0:

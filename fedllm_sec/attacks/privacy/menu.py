@@ -1,0 +1,18 @@
+"""The names that `attack.privacy` of a recipe can use. A name's kind is what its answer is compared as."""
+
+from __future__ import annotations
+
+from fedllm_sec.attacks.privacy.inversion import invert_gradient
+from fedllm_sec.attacks.privacy.linear import linear_layer
+from fedllm_sec.attacks.privacy.matching import dlg, idlg
+from fedllm_sec.attacks.privacy.reveal import reveal_labels
+from fedllm_sec.recipe.resolve import Entry
+
+# kind: images (the answer is a Reconstruction), labels (LabelCounts)
+PRIVACY_MENU: dict[str, Entry] = {
+    "linear_layer": Entry(linear_layer, "Phong et al. 2018", "images"),
+    "dlg": Entry(dlg, "Zhu et al. 2019", "images"),
+    "idlg": Entry(idlg, "Zhao et al. 2020", "images"),
+    "invert_gradient": Entry(invert_gradient, "Geiping et al. 2020", "images"),
+    "reveal_labels": Entry(reveal_labels, "Ma et al. 2023", "labels"),
+}

@@ -1,0 +1,47 @@
+"""The first training row as the model will see it, for `--explain`."""
+
+from __future__ import annotations
+
+import warnings
+
+from fedllm_sec.build.text import load_rows
+from fedllm_sec.data import sources
+from fedllm_sec.errors import FedError
+from fedllm_sec.models.lora import load_tokenizer
+from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.tasks.chat import writer_of
+
+MOST = 600  # characters that are shown, half of them from the end
+SCORED = ("\u00ab", "\u00bb")  # around what is scored
+
+
+def first_row(recipe: Recipe) -> list[str]:
+    """The row's tokens as text, what is scored set between marks; nothing for a set of the hub, which is not loaded."""
+    data = recipe.data
+    try:
+        if not data.name.startswith("builtin:") and sources.file_of(data.name, data.train) is None:
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train, _ = load_rows(recipe)
+        tokenizer = load_tokenizer(recipe.model)
+        writer = writer_of(tokenizer, data)
+        made = writer.tokens([train[0]])
+    except FedError as error:
+        return [f"the first row cannot be written: {error}"]
+    ids = made.prompts[0] + made.answers[0]
+    spans = [*(made.earlier[0] if made.earlier else []), (len(made.prompts[0]), len(ids))]
+    if data.loss_on == "all":
+        spans = [(1, len(ids))]
+    pieces, at = [], 0
+    for start, end in spans:
+        pieces += [tokenizer.decode(ids[at:start]), SCORED[0], tokenizer.decode(ids[start:end]), SCORED[1]]
+        at = end
+    shown = "".join(pieces)
+    if len(shown) > MOST:
+        shown = f"{shown[: MOST // 2]} ... {shown[-MOST // 2 :]}"
+    scored = sum(end - start for start, end in spans)
+    return [
+        f"the first row, {len(ids)} tokens; the {scored} that are scored stand between {SCORED[0]} and {SCORED[1]}:",
+        *(f"| {line}" for line in shown.split("\n")),
+    ]

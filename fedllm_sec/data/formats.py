@@ -1,0 +1,176 @@
+"""The forms in which instruction data and conversations come: named columns, Alpaca, prompt and completion, turns.
+
+A conversation becomes one row. `text` is the last thing the user says, `response` what the assistant says to it,
+`history` the turns before as JSON, [[role, content], ...], and `system` the system prompt; "" where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from fedllm_sec.data.tables import Table, as_text, is_conversation
+from fedllm_sec.errors import DataError
+
+if TYPE_CHECKING:
+    from fedllm_sec.recipe.sections import Columns
+
+Format = Literal["columns", "alpaca", "prompt_completion", "messages", "sharegpt"]
+
+# turns as the two common forms write them: who speaks, what is said
+KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
+USUAL = ("messages", "conversations", "conversation")  # names of columns that hold them
+ROLES = {
+    "system": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+}  # fmt: skip
+
+
+class Turn(NamedTuple):
+    role: str
+    content: str
+
+
+class Spoken(NamedTuple):
+    """One conversation as the columns of a row."""
+
+    text: str
+    response: str
+    history: str
+    system: str
+
+
+def found_format(table: Table, columns: Columns) -> Format:
+    """The format that the columns of a table show; `columns` where they show none, which then says what is missing."""
+    if columns.model_fields_set & {"text", "response"}:
+        return _turns_of(table, columns.text) or "columns"
+    names = set(table.names)
+    if {"text", "response"} <= names:
+        return "columns"
+    if {"prompt", "completion"} <= names:
+        return "prompt_completion"
+    if {"instruction", "output"} <= names:
+        return "alpaca"
+    for name in (*USUAL, *table.names):
+        if name in names and (kind := _turns_of(table, name)):
+            return kind
+    return "columns"
+
+
+def _turns_of(table: Table, name: str) -> Literal["messages", "sharegpt"] | None:
+    """How the column's turns are written; None where it holds none."""
+    if name not in table.names or table.size == 0:
+        return None
+    first = next((value for value in table.column(name) if value is not None), None)
+    if not is_conversation(first):
+        return None
+    return "sharegpt" if set(KEYS["sharegpt"]) <= set(first[0]) else "messages"
+
+
+def conversation_column(table: Table, columns: Columns, kind: str) -> str:
+    """The column that holds the conversations."""
+    if "text" in columns.model_fields_set:
+        return columns.text
+    of_kind = [name for name in (*USUAL, *table.names) if _turns_of(table, name) == kind]
+    if not of_kind:
+        who, what = KEYS[kind]
+        raise DataError(
+            f"data.format: {kind}: {table.place} has no column that holds lists of {{{who}, {what}}}. Its columns are "
+            f"{', '.join(table.names)}. Name the column in data.columns.text, or choose another format."
+        )
+    return of_kind[0]
+
+
+def columns_of(table: Table, columns: Columns, kind: Format) -> Columns:
+    """Which columns play which part in a format of plain columns."""
+    if kind == "alpaca":
+        context = "input" if "input" in table.names else None
+        names = {"text": "instruction", "response": "output", "context": context}
+    elif kind == "prompt_completion":
+        names = {"text": "prompt", "response": "completion", "context": None}
+    else:
+        return columns
+    return columns.model_copy(update={k: v for k, v in names.items() if k not in columns.model_fields_set})
+
+
+def in_turns(table: Table, columns: Columns, kind: Format, keep: Sequence[int]) -> dict[str, list[str]] | None:
+    """The rows with these numbers as text, response, history and system; None where the format has plain columns.
+
+    Prompt and completion may be turns too, as TRL takes them.
+    """
+    if kind in KEYS:
+        names = [conversation_column(table, columns, kind)]
+        if names[0] not in table.names:
+            return None  # said as any column that is not there
+    elif kind == "prompt_completion" and _turns_of(table, "prompt"):
+        names = ["prompt", "completion"]
+    else:
+        return None
+    values = [table.column(name) for name in names]
+    made = [_row(table.place, int(i) + 1, names, [column[i] for column in values], kind) for i in keep]
+    rows = {role: [getattr(row, role) for row in made] for role in Spoken._fields}
+    rows["context"] = [""] * len(made)
+    if columns.context is not None:
+        raise DataError(
+            f'data.columns.context: "{columns.context}": a conversation has no context beside its turns. Remove it.'
+        )
+    return rows
+
+
+def _row(place: str, number: int, names: Sequence[str], values: Sequence[Any], kind: str) -> Spoken:
+    try:
+        turns = [turn for value in values for turn in turns_of(value, KEYS.get(kind, KEYS["messages"]))]
+        return spoken(turns)
+    except ValueError as error:
+        raise DataError(
+            f'data: {place}, row {number}: column "{names[0]}": {error} Mend the row or take it out.'
+        ) from None
+
+
+def turns_of(value: Any, keys: tuple[str, str]) -> list[Turn]:
+    """A list of turns; a ValueError says which is none."""
+    if not isinstance(value, (list, tuple, np.ndarray)) or len(value) == 0:
+        raise ValueError(f"{str(value)[:40]!r} is no list of turns.")
+    who, what = keys
+    found = []
+    for k, turn in enumerate(value, 1):
+        if not isinstance(turn, Mapping) or who not in turn or what not in turn:
+            raise ValueError(f"turn {k} has no {who} and {what}.")
+        role = ROLES.get(str(turn[who]))
+        if role is None:
+            raise ValueError(f"turn {k} is by {str(turn[who])[:40]!r}, which is none of {', '.join(ROLES)}.")
+        found.append(Turn(role, _said(turn[what], k)))
+    return found
+
+
+def _said(content: Any, number: int) -> str:
+    """What a turn says: text, or a list of parts of kind text."""
+    if isinstance(content, (list, tuple, np.ndarray)):
+        if not all(isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content):
+            raise ValueError(f"turn {number} has parts that are no text.")
+        content = "".join(as_text(part.get("text")) for part in content)
+    return as_text(content)
+
+
+def spoken(turns: Sequence[Turn]) -> Spoken:
+    """The columns of one conversation; a ValueError says why it cannot be trained on."""
+    system = turns[0].content if turns[0].role == "system" else ""
+    rest = list(turns[turns[0].role == "system" :])
+    first = len(turns) - len(rest) + 1
+    if any(turn.role == "system" for turn in rest):
+        raise ValueError("a system prompt stands behind the first turn.")
+    if not rest or rest[0].role != "user":
+        raise ValueError(f"turn {first} is not the user's, who must begin.")
+    if rest[-1].role != "assistant":
+        raise ValueError(f"turn {len(turns)}, the last, is not the assistant's: there is nothing to learn from it.")
+    for k, turn in enumerate(rest):
+        if not turn.content.strip():
+            raise ValueError(f"turn {first + k}, the {turn.role}'s, is empty.")
+        if turn.role == "assistant" == rest[k - 1].role and k:
+            raise ValueError(f"turn {first + k} is the assistant's, as is the one before it.")
+    history = json.dumps([list(turn) for turn in rest[:-2]], ensure_ascii=False) if len(rest) > 2 else ""
+    return Spoken(rest[-2].content, rest[-1].content, history, system)

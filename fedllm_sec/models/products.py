@@ -1,0 +1,94 @@
+"""What is special about LoRA vectors: two factors make one product, and averages of factors are not its average."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedllm_sec.matrix import Layout, UpdateMatrix
+
+A_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.|$)")
+# peft adapts the fused experts of a mixture by one pair of stacked factors: one product for each expert
+FUSED = re.compile(r"\.experts\.(base_layer\.)*lora_A")
+
+
+def lora_pairs(layout: Layout) -> list[tuple[str, str]]:
+    """The names of the factors (A, B) of one adapter."""
+    names = set(layout.names)
+    pairs = [(name, A_FACTOR.sub(r"\1lora_\2B\3", name)) for name in layout.names if A_FACTOR.search(name)]
+    return [(a, b) for a, b in pairs if b in names]
+
+
+def product_pairs(layout: Layout) -> list[tuple[str, str]]:
+    """Those of them that form one product B A."""
+    return [(a, b) for a, b in lora_pairs(layout) if not FUSED.search(a)]
+
+
+MOST_FLOPS = 2e11  # of one round's product_gap: some ten seconds on two cores
+BLOCK = 2**23  # values of a block of a product: 64 MB
+
+
+def gap_flops(layout: Layout, n: int) -> float:
+    """What `product_gap` of n rows costs, in additions and multiplications."""
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    return float(sum(2 * min(_costs(n, shapes[a], shapes[b])) for a, b in product_pairs(layout)))
+
+
+def _costs(n: int, a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
+    """Of inner products of m = (n + 2) r factors, and of the product itself: factors are (r, in) and (out, r)."""
+    (r, wide), tall = a, b[0]
+    m = (n + 2) * r
+    return m * m * (wide + tall), m * wide * tall
+
+
+def product_gap(
+    updates: UpdateMatrix, weights: Tensor, start: Tensor, scales: Mapping[str, float] | None = None
+) -> float | None:
+    """How far averaging A and B apart is from averaging the products B A; None where one factor is frozen.
+
+    ||sum w_i B_i A_i - B' A'|| / ||sum w_i B_i A_i - B_0 A_0||, Frobenius norms over all adapted layers, with A' and
+    B' the averaged factors and (A_0, B_0) the start. A layer counts as its product does: `scales` has alpha / r by the
+    name of A, where it is not the same for all. Parameters beside the factors (DoRA's lengths, modules that are trained
+    whole) average as they are, and fused experts are left out.
+
+    Stacked over the clients both are products of (out, m) and (m, in) with m = (n + 2) r. Where m is small no product
+    is formed: <B1 A1, B2 A2> = sum((B1^T B2) * (A1 A2^T)); where it is large the (out, in) products are, block by
+    block. Rows of weight 0 are left out.
+    """
+    pairs = product_pairs(updates.layout)
+    used = torch.nonzero(weights).flatten().tolist()
+    if not pairs or not used or updates.mixing is not None:
+        return None
+    w = (weights[used] / weights[used].sum()).to(torch.float64)
+    places, shapes = updates.layout.slices(), dict(zip(updates.layout.names, updates.layout.shapes, strict=True))
+    error = change = 0.0
+    for a_name, b_name in pairs:
+
+        def factors(name: str) -> tuple[Tensor, Tensor]:
+            origin = start[places[name]].double().cpu().view(shapes[name])
+            rows = updates.rows[used, places[name]].double().cpu().view(len(used), *shapes[name])
+            return origin, origin + rows
+
+        a0, a = factors(a_name)  # (r, in), (n, r, in)
+        b0, b = factors(b_name)  # (out, r), (n, out, r)
+        mean_a, mean_b = torch.einsum("n,nri->ri", w, a), torch.einsum("n,nor->or", w, b)
+        products, product = _costs(len(used), shapes[a_name], shapes[b_name])
+        square = _square_of_inner if products <= product else _square_of_product
+        clients_b, clients_a = torch.cat([*(b * w[:, None, None])], dim=1), torch.cat([*a])  # (out, n r), (n r, in)
+        times = (scales or {}).get(a_name, 1.0) ** 2
+        error += times * square(torch.cat([clients_b, -mean_b], dim=1), torch.cat([clients_a, mean_a]))
+        change += times * square(torch.cat([clients_b, -b0], dim=1), torch.cat([clients_a, a0]))
+    return (max(error, 0.0) / change) ** 0.5 if change > 0 else None
+
+
+def _square_of_inner(tall: Tensor, wide: Tensor) -> float:
+    """||tall wide||^2 of (out, m) and (m, in), by inner products of the factors."""
+    return float(((tall.T @ tall) * (wide @ wide.T)).sum())
+
+
+def _square_of_product(tall: Tensor, wide: Tensor) -> float:
+    """The same by the product, block by block."""
+    return sum(float((part @ wide).square().sum()) for part in tall.split(max(1, BLOCK // wide.shape[1])))

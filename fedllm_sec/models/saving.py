@@ -1,0 +1,121 @@
+"""What a run leaves of a language model: a folder that stands on its own, for peft or transformers to load.
+
+The same run writes the same bytes, whenever it does: what peft keeps in sets is sorted.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedllm_sec.models.lora import source_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from fedllm_sec.recipe.sections import Model
+
+CARD = "README.md"
+
+
+def base_name(model: Model, base: Any) -> tuple[str, str | None]:
+    """How anybody finds the base model: its absolute path, or its hub name with the commit that was loaded."""
+    source = source_of(model.name)
+    if os.path.exists(source):
+        return os.path.abspath(source), None
+    return source, model.revision or getattr(base.config, "_commit_hash", None)
+
+
+def save_adapter(
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    folder: Path,
+    *,
+    initial: Mapping[str, Tensor],
+    card: str = "",
+) -> None:
+    """Write a peft adapter folder: factors, where the base model is, tokenizer with its template, and the card.
+
+    `initial` has the trainable parameters as they started, by name. A start that was taken out of the base model
+    (pissa, olora) is put back: the adapter is saved as the difference to its start, at twice the rank, which fits the
+    base model as it is published.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.deepcopy(adapted.peft_config["default"])
+    config.inference_mode = True
+    config.base_model_name_or_path, config.revision = base_name(model, adapted.get_base_model())
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if model.lora is not None and model.lora.starts_from_base:
+        started = {name.replace(".default", ""): tensor for name, tensor in initial.items()}
+        tensors = minus_start(tensors, started)
+        config = twice_the_rank(config)
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    with appearing(folder) as made:
+        (made / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(own, made / "adapter_model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(made)
+        (made / CARD).write_text(card, encoding="utf-8")
+
+
+def save_whole(whole: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str = "") -> None:
+    """Write a model folder: weights, configuration, tokenizer with its template, and the card."""
+    with appearing(folder) as made:
+        whole.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / CARD).write_text(card, encoding="utf-8")
+
+
+def minus_start(tensors: Mapping[str, Tensor], started: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors (2r, in) and (out, 2r) of B A - B_0 A_0, from A (r, in), B (out, r) and those that they started as.
+
+    A factor that is not trained is still its start.
+    """
+    made = dict(tensors)
+    for name, tensor in tensors.items():
+        start = started.get(name, tensor).to(tensor.device)
+        if ".lora_A." in name:
+            made[name] = torch.cat([tensor, start], dim=0)
+        elif ".lora_B." in name:
+            made[name] = torch.cat([tensor, -start], dim=1)
+    return made
+
+
+def twice_the_rank(config: LoraConfig) -> LoraConfig:
+    """The settings of an adapter of twice the rank, on the base as it is, whose product counts as often as before."""
+    made = copy.deepcopy(config)
+    more = 2**0.5 if config.use_rslora else 2  # alpha / sqrt(r), or alpha / r
+    made.init_lora_weights = True
+    made.r, made.lora_alpha = 2 * config.r, more * config.lora_alpha
+    made.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    made.alpha_pattern = {name: more * alpha for name, alpha in config.alpha_pattern.items()}
+    return made
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which appears under its name only when complete; its weights come last."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary)
+        yield made
+        folder.mkdir(exist_ok=True)
+        # a folder with weights is then always loadable
+        for path in sorted(made.iterdir(), key=lambda p: p.suffix == ".safetensors"):
+            if path.is_dir() and (there := folder / path.name).is_dir():
+                shutil.rmtree(there)
+            path.replace(folder / path.name)

@@ -1,0 +1,67 @@
+"""What contradicts itself in the attack block of a recipe: who is malicious, when they act, what an observer sees."""
+
+from __future__ import annotations
+
+from fedllm_sec.recipe.sections import Attack, Recipe
+
+
+def attack_problems(recipe: Recipe, attack: Attack) -> list[str]:
+    """What the types alone cannot say of an attack that is switched on."""
+    found, clients = list[str](), recipe.clients
+    who = attack.malicious
+    given = [name for name in ("count", "share", "ids") if getattr(who, name) is not None]
+    if len(given) != 1 and not (attack.curious and not given):
+        found.append(f"attack.malicious: give exactly one of count, share, ids; got {given or 'none'}.")
+    m = who.count or (len(set(who.ids)) if who.ids is not None else round((who.share or 0.0) * clients.total))
+    if len(given) == 1 and not 1 <= m < clients.total:
+        found.append(
+            f"attack.malicious: {m} of {clients.total} clients; needs at least 1 attacker and 1 honest client. "
+            "Change it or set enable_attack: false."
+        )
+    for number in who.ids or []:
+        if not 0 <= number < clients.total:
+            found.append(f"attack.malicious.ids: {number} is not one of the clients 0 to {clients.total - 1}.")
+    if who.redraw and who.ids is not None:
+        found.append("attack.malicious: ids names the attackers, redraw draws them. Give count or share, or no redraw.")
+    if not (attack.data or attack.local or attack.update or attack.privacy):
+        found.append("attack: names no method under data, local, update or privacy, so it could not act. Add one.")
+    if attack.curious and given:
+        found.append(
+            "attack.malicious: an observer is no client, and no method for malicious clients is named. Remove it, "
+            "or add one under data, local or update."
+        )
+    found += observer_problems(recipe, attack)
+    if attack.start > recipe.rounds:
+        found.append(f"attack.start: {attack.start} is after the last round {recipe.rounds}. Lower it.")
+    if attack.stop is not None and attack.stop < attack.start:
+        found.append(f"attack.stop: {attack.stop} is before attack.start={attack.start}. Raise it.")
+    return found
+
+
+def observer_problems(recipe: Recipe, attack: Attack) -> list[str]:
+    """Contradictions of attack.privacy and attack.observe with each other and with the rest of the recipe."""
+    seen, clients = attack.observe, recipe.clients
+    if seen is None:
+        what = "attack.privacy: names what an observer does, and nothing says what is seen. Add attack.observe."
+        return [what] if attack.privacy else []
+    found = []
+    if not attack.privacy:
+        found.append("attack.observe: nobody learns from what is seen. Add a method under attack.privacy.")
+    for place, listed in (("rounds", seen.rounds), ("clients", seen.clients)):
+        if not listed or len(set(listed)) < len(listed):
+            found.append(f"attack.observe.{place}: {listed}: needs one or more, each once.")
+    found += [
+        f"attack.observe.rounds: {r} is after the last round {recipe.rounds}." for r in seen.rounds if r > recipe.rounds
+    ]
+    found += [
+        f"attack.observe.clients: {number} is not one of the clients 0 to {clients.total - 1}."
+        for number in seen.clients
+        if not 0 <= number < clients.total
+    ]
+    changes = [key for key in ("flip", "crop") if getattr(recipe.data, key, None)]
+    found += [
+        f"data.{key}: with attack.observe, the images that are seen would not be those of the shard, and nothing could "
+        "be compared. Remove one of them."
+        for key in changes
+    ]
+    return found
