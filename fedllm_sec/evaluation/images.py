@@ -32,8 +32,8 @@ def ssim(made: Tensor, true: Tensor) -> Tensor:
 
     Wang et al. 2004: local means, variances and covariance under a Gaussian window of deviation 1.5 and width 11 (less
     where the image is smaller), K1 = 0.01, K2 = 0.03, population moments; the mean over the places where the window
-    lies inside the image, and over channels. scikit-image's `structural_similarity(gaussian_weights=True,
-    use_sample_covariance=False, data_range=1)` is the same to 1e-6 where it crops by the same half width.
+    lies inside the image, and over channels. Written out here, so that scores do not
+    hang on another package's defaults.
     """
     if made.ndim != 4 or made.shape != true.shape:
         raise DataError(f"ssim: needs two sets of images (n, channels, height, width), got {tuple(made.shape)}.")

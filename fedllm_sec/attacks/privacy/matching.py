@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -61,21 +62,21 @@ def dlg(
     return Reconstruction(best[1].clamp(0, 1).float(), best[2], best[0])
 
 
-def _minimised(distance: object, searched: list[Tensor], iterations: int, enough: float) -> float:
+def _minimised(distance: Callable[[], Tensor], searched: list[Tensor], iterations: int, enough: float) -> float:
     """L-BFGS in stretches of 100 iterations, until the distance is small enough; gives the last one."""
     optimizer = torch.optim.LBFGS(
         searched, max_iter=100, history_size=100, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
-        value: Tensor = distance()  # type: ignore[operator]
+        value = distance()
         for tensor, slope in zip(searched, torch.autograd.grad(value, searched), strict=True):
             tensor.grad = slope
         return value
 
     value = math.inf
     for _ in range(0, iterations, 100):
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
         value = float(closure().detach())
         if not math.isfinite(value) or value <= enough:
             break
