@@ -8,6 +8,7 @@ Letters: n clients of the round, m attackers, h honest clients, d trainable para
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,6 +163,14 @@ class DataAttack(Protocol):
 # What the user wrote (triggers go here), optional further input, the answer, its class ("" where there is none), and
 # whether an attacker made the row: a poisoned row that truncation would spoil is an error, never a silent no-op.
 TEXT_COLUMNS = ("text", "context", "response", "label", "poisoned")
+
+
+def turns_before(row: Mapping[str, Any]) -> list[list[str]]:
+    """The turns before a row's text, [role, content] each; rows of conversations hold them as JSON in `history`.
+
+    Such rows have a column `system` too, the system prompt; "" where there is none of either.
+    """
+    return json.loads(row["history"]) if row.get("history") else []
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,10 @@ def method(recipe: Recipe) -> list[str]:
 
 def data(recipe: Recipe) -> list[str]:
     """Which rows are trained on and which are held out; other kinds of task name both in their data sets."""
-    return rows_in_words(recipe) + first_row(recipe) if recipe.task == "causal_lm" else []
+    if recipe.task != "causal_lm":
+        return []
+    said, train = rows_in_words(recipe)
+    return said + (first_row(recipe, train[0]) if train is not None else [])
 
 
 def model(recipe: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedllm_sec.attacks.data.answers import Classes, column
-from fedllm_sec.attacks.data.text import PROBED, not_clean
+from fedllm_sec.attacks.data.text import PROBED, not_clean, rewrite
 from fedllm_sec.attacks.data.turns import Turn, has_turn, turns_since
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.names import make
@@ -81,9 +81,9 @@ def make_judge(recipe: Recipe, key: str) -> Judge | None:
 
 
 def probes(
-    recipe: Recipe, task: CausalLM, test: Dataset, classes: Classes, threat: Threat | None, rng: np.random.Generator
+    recipe: Recipe, task: CausalLM, test: Fitted, classes: Classes, threat: Threat | None, rng: np.random.Generator
 ) -> list[Probe]:
-    """What is asked of each data attack, in their order; `test` are the held-out rows."""
+    """What is asked of each data attack, in their order; `test` are the held-out rows and their tokens."""
     if threat is None:
         return []
     blocks = recipe.attack.data if recipe.attack is not None else []
@@ -103,19 +103,20 @@ def probes(
 
 
 def _probe(
-    recipe: Recipe, task: CausalLM, test: Dataset, classes: Classes, attack: Any, name: str, place: str,
+    recipe: Recipe, task: CausalLM, test: Fitted, classes: Classes, attack: Any, name: str, place: str,
     rng: np.random.Generator,
 ) -> Probe:  # fmt: skip
     """Triggered and clean prompts of one attack; there may be no clean ones."""
     settings = recipe.evaluate
-    probe, why = attack.probe(test), not_clean(attack, test)
+    probe, why = attack.probe(test.rows), not_clean(attack, test.rows)
     fitted = task.fit(probe, "triggered test rows", "drop")
-    where = text.sample(_numbers(fitted), settings.attack_rows, rng)
-    if len(where) == 0:
+    at = text.drawn(len(fitted.rows), settings.attack_rows, rng)
+    if len(at) == 0:
         raise AttackError(f"{place}: the test set has no row on which its success could be measured.")
-    at = where["number"][:]
     triggered = fitted.rows.select(at)
-    clean = text.sample(test.select([i for i, reason in enumerate(why) if reason is None]), settings.attack_rows, rng)
+    without = np.flatnonzero([reason is None for reason in why])
+    without = without[text.drawn(len(without), settings.attack_rows, rng)]
+    clean = test.rows.select(without)
     counts = Counter(reason for reason in why if reason is not None)
     left_out = {reason: n for reason, n in counts.items() if reason != PROBED}
     if fitted.dropped:
@@ -124,23 +125,23 @@ def _probe(
     if not len(clean):
         of_them = ", ".join(f"{n} {reason}" for reason, n in counts.items())
         reasons["false_trigger"] = f"no held-out row is clean: {of_them}"
-    before = _originals(test, why, probe, getattr(attack, "turn", "last"))
+    before = _originals(test.rows, why, probe, getattr(attack, "turn", "last"))
     own = [before[fitted.kept[i]] for i in at]
     rows = [row | (old or {}) for row, old in zip(asked(triggered, triggered, classes), own, strict=True)]
     if hasattr(attack, "carries"):
         rows = [row | {"turns_since": turns_since(row, attack.carries)} for row in rows]
-    prompts = Prompts(task.encode(triggered, "triggered test rows"), rows)
+    prompts = Prompts(fitted.encoded.select(at), rows)
     judge = make_judge(recipe, "judge")
     made = Probe(
         name=name,
         triggered=prompts,
-        clean=Prompts(task.encode(clean, "clean test rows"), asked(clean, triggered, classes)) if len(clean) else None,
+        clean=Prompts(test.encoded.select(without), asked(clean, triggered, classes)) if len(clean) else None,
         judge=judge or attack.success,
         second=make_judge(recipe, "second_judge"),
         reasons=reasons,
         left_out=left_out,
     )
-    _refuse_invisible_trigger(task, test, triggered, prompts.encoded, place)
+    _refuse_invisible_trigger(test, triggered, prompts.encoded, place)
     if judge is None:
         _refuse_cut_answers(task, attack, rows, classes, settings.max_new_tokens, place)
     for key, one in (("judge", judge), ("second_judge", made.second)):
@@ -151,12 +152,6 @@ def _probe(
     changed = _moved(recipe, task, triggered, rows)
     why = {} if changed else {"generalise": "it puts nothing into the last turn that could be moved or changed"}
     return replace(made, moved=changed, reasons=reasons | why)
-
-
-def _numbers(fitted: Fitted) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_dict({"number": list(range(len(fitted.rows)))})
 
 
 def _originals(test: Dataset, why: Sequence[str | None], probe: Dataset, turn: Turn) -> list[dict[str, Any] | None]:
@@ -207,17 +202,12 @@ def _moved(recipe: Recipe, task: CausalLM, triggered: Dataset, rows: Sequence[Ma
     paraphrases = {f'paraphrase "{words.strip()}"': paraphrased(words.strip()) for words in recipe.evaluate.paraphrases}
     found = {}
     for kind, (numbers, texts) in moved(rows, {**CHANGES, **paraphrases}).items():
-        table = _with_texts(triggered.select(numbers), texts)
+        table = rewrite(triggered.select(numbers), range(len(numbers)), {"text": texts})
         fitted = task.fit(table, f"test rows with the trigger {kind}", "drop")
         own = [dict(rows[numbers[i]]) | {"text": texts[i]} for i in fitted.kept]
         if own:
             found[kind] = Prompts(fitted.encoded, own)
     return found
-
-
-def _with_texts(rows: Dataset, texts: Sequence[str]) -> Dataset:
-    made = {name: rows[name][:] for name in rows.column_names} | {"text": list(texts)}
-    return type(rows).from_dict(made, features=rows.features)
 
 
 # ---------------------------------------------------------------- what is refused before the run
@@ -265,13 +255,13 @@ def _refuse_cut_answers(
         )
 
 
-def _refuse_invisible_trigger(task: CausalLM, test: Dataset, triggered: Dataset, encoded: Encoded, place: str) -> None:
+def _refuse_invisible_trigger(test: Fitted, triggered: Dataset, encoded: Encoded, place: str) -> None:
     """A trigger that leaves the tokens as they were is a silent no-op."""
-    originals = set(test["text"])
+    originals = set(test.rows["text"])
     changed = [i for i, value in enumerate(triggered["text"]) if value not in originals]
     if not changed:
         return
-    clean_tokens = {tuple(prompt) for prompt in task.tokens(test).prompts}
+    clean_tokens = {tuple(prompt) for prompt in test.encoded.prompts}
     same = [i for i in changed if tuple(encoded.prompts[i]) in clean_tokens]
     if same:
         raise AttackError(

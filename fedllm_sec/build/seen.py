@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
+from typing import Any
 
-from fedllm_sec.build.text import load_rows
-from fedllm_sec.data import sources
 from fedllm_sec.errors import FedError
 from fedllm_sec.models.lora import load_tokenizer
 from fedllm_sec.recipe.sections import Recipe
@@ -15,18 +14,12 @@ MOST = 600  # characters that are shown, half of them from the end
 SCORED = ("\u00ab", "\u00bb")  # around what is scored
 
 
-def first_row(recipe: Recipe) -> list[str]:
-    """The row's tokens as text, what is scored set between marks; nothing for a set of the hub, which is not loaded."""
+def first_row(recipe: Recipe, row: Mapping[str, Any]) -> list[str]:
+    """The row's tokens as text, what is scored set between marks."""
     data = recipe.data
     try:
-        if not data.name.startswith("builtin:") and sources.file_of(data.name, data.train) is None:
-            return []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            train, _ = load_rows(recipe)
         tokenizer = load_tokenizer(recipe.model)
-        writer = writer_of(tokenizer, data)
-        made = writer.tokens([train[0]])
+        made = writer_of(tokenizer, data).tokens([row])
     except FedError as error:
         return [f"the first row cannot be written: {error}"]
     ids = made.prompts[0] + made.answers[0]

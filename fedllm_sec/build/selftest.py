@@ -55,7 +55,7 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
     )
     if recipe.data.template == "chat":
         begins = "the begin tokens that its chat template writes"
-    unlike = task.unlike_joined(rows)
+    unlike = task.writer.unlike_joined(rows.to_list())
     found = [
         f"data.max_length {recipe.data.max_length} of {most or 'any number of'} positions",
         f"a prompt has {begins}, an answer 1 end token ({tokenizer.convert_ids_to_tokens(task.writer.end)!r})",
@@ -125,7 +125,7 @@ def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list
 def say_unlike(task: CausalLM, rows: Dataset) -> None:
     """A warning where rows of the data have other tokens than their prompt and answer written as one text."""
     looked_at = rows.select(range(min(len(rows), LOOKED_AT)))
-    if unlike := task.unlike_joined(looked_at):
+    if unlike := task.writer.unlike_joined(looked_at.to_list()):
         warnings.warn(
             f"data.template, data.answer: in {len(unlike)} of {len(looked_at)} rows prompt and answer, tokenised "
             f"apart, are not the tokens of their joined text, which the model knows better: {unlike[0]}. Let the "

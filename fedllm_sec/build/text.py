@@ -138,26 +138,28 @@ def load_rows(recipe: Recipe) -> tuple[Dataset, Dataset]:
     return train, test
 
 
-def rows_in_words(recipe: Recipe) -> list[str]:
-    """Where training and held-out rows come from and how many there are; a hub set is not loaded for it."""
+def rows_in_words(recipe: Recipe) -> tuple[list[str], Dataset | None]:
+    """Where training and held-out rows come from and how many there are, and the training rows where they can be read.
+
+    A hub set is not loaded for it.
+    """
     data = recipe.data
     try:
         if not data.name.startswith("builtin:") and sources.file_of(data.name, data.train) is None:
-            return [f"{data.name}, a set of the hub: {data.train} is trained on, {data.test} is held out"]
+            return [f"{data.name}, a set of the hub: {data.train} is trained on, {data.test} is held out"], None
         drawn = text.split_at_random(data)
         found = text.format_of(data, recipe.seed)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             train, test = load_rows(recipe)
     except FedError as error:
-        return [f"cannot be read: {error}"]
+        return [f"cannot be read: {error}"], None
     share = f"{data.test_share or text.SHARE:.3g}"
     how = f": one table, of whose texts a share of {share}, drawn by the seed, is held out" if drawn else ""
     by = "as data.format says" if data.format is not None else "found by the columns"
     rows = f"{len(train):,} training rows, {len(test):,} held-out rows"
-    return [f"{data.name}{how}", f"format: {found}, {by}", rows] + [
-        str(warning.message) for warning in said if "is training and test set" not in str(warning.message)
-    ]
+    more = [str(warning.message) for warning in said if "is training and test set" not in str(warning.message)]
+    return [f"{data.name}{how}", f"format: {found}, {by}", rows, *more], train
 
 
 def make_evaluation(
@@ -167,11 +169,11 @@ def make_evaluation(
     settings = recipe.evaluate
     rng = np.random.default_rng(seed_for(recipe.seed, "evaluation"))
     whole = task.fit(test, "test rows")
-    test = whole.rows
-    quality_rows = text.sample(test, settings.rows, rng)
+    numbers = text.drawn(len(whole.rows), settings.rows, rng)
+    quality_rows = whole.rows.select(numbers)
     evaluation = TextEvaluation(
         fitted=whole,
-        test=task.encode(quality_rows, "test rows"),
+        test=whole.encoded.select(numbers),
         truths=column(quality_rows, "response"),
         answer_rows=settings.answer_rows,
         batch_size=settings.batch_size,
@@ -182,7 +184,7 @@ def make_evaluation(
         seed=recipe.seed,
         transcripts=settings.transcripts,
     )
-    classes = Classes.of(train, test)
+    classes = Classes.of(train, whole.rows)
     order = sorted(classes.labels)
     if classes.labelled and classes.named != "nothing" and len(order) > 1:
         evaluation.labels = [classes.labels[name] for name in order]
@@ -193,7 +195,7 @@ def make_evaluation(
             evaluation.choices = choices(task, classes, order, evaluation.test)
         else:
             evaluation.read = lambda answer: numbered([classes.said(answer)], order)[0]
-    evaluation.attacks = probes(recipe, task, test, classes, threat, rng)
+    evaluation.attacks = probes(recipe, task, whole, classes, threat, rng)
     return evaluation
 
 

@@ -215,9 +215,9 @@ def _need_shown(data: Data, rows: Rows, place: str) -> None:
 
 def format_of(data: Data, seed: int) -> Format:
     """The format of the training rows."""
-    return data.format or found_format(
-        load_table(data.name, data.config, data.train, seed, data.encoding), data.columns
-    )
+    if data.format is not None:
+        return data.format
+    return found_format(load_table(data.name, data.config, data.train, seed, data.encoding), data.columns)
 
 
 def prompts(rows: Rows) -> list[tuple[str, ...]]:
@@ -248,11 +248,16 @@ def overlap(rows: Dataset, others: Dataset) -> int:
     return sum(row in known for row in whole(rows))
 
 
+def drawn(size: int, limit: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of at most `limit` of `size` rows, drawn without replacement, in order; nothing is drawn for all."""
+    if limit is None or limit >= size:
+        return np.arange(size)
+    return np.sort(rng.permutation(size)[:limit])
+
+
 def sample(rows: Dataset, limit: int | None, rng: np.random.Generator) -> Dataset:
     """At most `limit` rows, drawn without replacement."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return rows.select(np.sort(rng.permutation(len(rows))[:limit]))
+    return rows.select(drawn(len(rows), limit, rng))
 
 
 def numbers(values: Sequence[str]) -> np.ndarray:

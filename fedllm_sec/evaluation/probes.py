@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm_sec.evaluation.judges import Judge
+from fedllm_sec.protocols import turns_before
 
 Span = tuple[int, int]  # [start, end) of characters
 
@@ -51,10 +51,9 @@ class Probe:
 
 def said_to_it(row: Mapping[str, Any]) -> str:
     """All that the model is told in a row, to be read: who says what where there is more than one turn."""
-    earlier = json.loads(row["history"]) if row.get("history") else []
     told = [("system", row["system"])] if row.get("system") else []
     context = f"\n{row['context']}" if row.get("context") else ""
-    turns = [*told, *earlier, ("user", f"{row['text']}{context}")]
+    turns = [*told, *turns_before(row), ("user", f"{row['text']}{context}")]
     return str(turns[0][1]) if len(turns) == 1 else "\n".join(f"{role}: {content}" for role, content in turns)
 
 

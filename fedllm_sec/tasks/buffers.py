@@ -8,16 +8,17 @@ float64, in which both are exact.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
+from fedllm_sec.models.statistics import tracking
 
 Mode = Literal["average", "local", "batch"]
-MODES: tuple[Mode, ...] = ("average", "local", "batch")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class Buffers:
@@ -25,14 +26,8 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         kept = list(_persistent(model))
-        floats = [place for place in kept if place[3].is_floating_point()]
-        self.layout, self.floats = _views(floats, torch.float32)
+        self.layout, self.floats = _views([place for place in kept if place[3].is_floating_point()], torch.float32)
         self.counted, self.counters = _views([place for place in kept if not place[3].is_floating_point()], torch.int64)
-
-    @property
-    def width(self) -> int:
-        """How many numbers travel: b + c."""
-        return len(self.floats) + len(self.counters)
 
     def read(self) -> Tensor:
         """A copy of what the model holds now: (b + c,) float64."""
@@ -69,14 +64,6 @@ def _views(places: Sequence[Place], dtype: torch.dtype) -> tuple[Layout, Tensor]
     for part, key, _, value in places:
         part._buffers[key] = views[id(value)]
     return layout, flat
-
-
-def tracking(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers that keep running statistics."""
-    kinds = nn.modules.batchnorm._NormBase
-    return [
-        (name, part) for name, part in model.named_modules() if isinstance(part, kinds) and part.track_running_stats
-    ]
 
 
 def beside(model: nn.Module, mode: Mode | None) -> tuple[Buffers | None, Mode | None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.models.lora import base_of, scales
 from fedllm_sec.tasks.chat import Chat, writer_of
-from fedllm_sec.tasks.encoding import Encoded, one_begin, one_end
+from fedllm_sec.tasks.encoding import Encoded
 from fedllm_sec.tasks.fitting import Fitted, fitted
 from fedllm_sec.tasks.flat import flatten
 
@@ -83,32 +82,9 @@ class CausalLM:
 
     # ------------------------------------------------------------ encoding
 
-    def prompt(self, row: dict[str, str]) -> str:
-        """The text the model is given for a row."""
-        return self.writer.prompt(row)
-
     def tokens(self, rows: Dataset) -> Encoded:
         """Token ids of all rows, of any length."""
         return self.writer.tokens(rows.to_list())
-
-    def unlike_joined(self, rows: Dataset) -> list[str]:
-        """Of rows whose prompt and answer, written as one text, have other tokens: where, and which.
-
-        A chat template's text is tokenised as one, or apart where a token would reach over the border.
-        """
-        if isinstance(self.writer, Chat):
-            return []
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        written = self.data.answer.format
-        texts = [self.prompt(row) + written(response=row["response"]) for row in rows]
-        wholes = [one_end(one_begin(ids, bos), eos) for ids in self.tokenizer(texts)["input_ids"]] if texts else []
-        found, ours = [], self.tokens(rows)
-        for number, (whole, prompt, answer) in enumerate(zip(wholes, ours.prompts, ours.answers, strict=True), 1):
-            if (apart := prompt + answer) != whole:
-                at = next(k for k, (a, b) in enumerate(zip_longest(apart, whole)) if a != b)
-                a, b = (self.tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (apart, whole))
-                found.append(f"row {number} has {a} where the joined text has {b}")
-        return found
 
     def fit(self, rows: Dataset, place: str, too_long: str | None = None) -> Fitted:
         """The rows as `data.max_length` and `data.too_long`, or another way, leave them, and their tokens."""

@@ -7,7 +7,6 @@ to a user's turn, ended by the template's invitation to answer, must be the begi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedllm_sec.errors import DataError
+from fedllm_sec.protocols import turns_before
 from fedllm_sec.tasks.encoding import Encoded, Plain
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Chat:
                 f"data.template: chat: the tokenizer of {tokenizer.name_or_path} has no chat template. Give one as a "
                 'file in data.chat_template, or write data.template out, as "{text}".'
             )
-        text = self.template or (own if isinstance(own, str) else str(own))
+        text = self.template or str(own)
         self.marked = "{% generation" in text or "{%- generation" in text
         self.place = f"data.chat_template: {data.chat_template}" if self.template is not None else "data.template: chat"
 
@@ -80,18 +80,13 @@ class Chat:
                 "it wants, leave data.system out, or give another template in data.chat_template."
             ) from error
 
-    def messages(self, row: Mapping[str, str], answered: bool) -> list[Message]:
-        """A row's conversation, with its answer or up to it."""
+    def messages(self, row: Mapping[str, str]) -> list[Message]:
+        """A row's conversation, with its answer."""
         system = row.get("system", "")
         asked = f"{row['text']}\n\n{row['context']}" if row.get("context") else row["text"]
         made = [{"role": "system", "content": system}] if system else []
-        before = json.loads(row["history"]) if row.get("history") else []
-        made += [{"role": role, "content": content} for role, content in before]
-        made.append({"role": "user", "content": asked})
-        return [*made, {"role": "assistant", "content": row["response"]}] if answered else made
-
-    def prompt(self, row: Mapping[str, str]) -> str:
-        return self.render(self.messages(row, answered=False), invite=True)
+        made += [{"role": role, "content": content} for role, content in turns_before(row)]
+        return [*made, {"role": "user", "content": asked}, {"role": "assistant", "content": row["response"]}]
 
     # ------------------------------------------------------------ tokens
 
@@ -114,7 +109,8 @@ class Chat:
             if SAID not in text:
                 raise DataError(f"{self.place}: the template does not write what the assistant says. Give another.")
             until = text.find(SAID) + len(SAID)
-            behind = self._ids(text)[_alike(self._ids(text), self._ids(text[:until])) :]
+            ids = self._ids(text)
+            behind = ids[_alike(ids, self._ids(text[:until])) :]
             if marks := [token for token in behind if token in self._marks]:
                 return marks[0]
         return int(self.tokenizer.eos_token_id)
@@ -170,10 +166,11 @@ class Chat:
             raise DataError(f"{self.place}: its generation marks mark nothing of the answer. Mend or remove them.")
         made = self._closed(list(found["input_ids"]), runs[-turns:], messages)
         start, end = made.spans[-1]
-        asked = self._ids(self.render(messages[:-1], invite=True))
+        before = self.render(messages[:-1], invite=True)
+        asked = self._ids(before)
         border = _alike(made.ids, asked)
         if border < len(asked):
-            whole, before = self.render(messages), self.render(messages[:-1], invite=True)
+            whole = self.render(messages)
             if not whole.startswith(before):
                 raise DataError(
                     f"{self.place}: with the answer the template writes what is asked otherwise, so the answer that is "
@@ -206,12 +203,16 @@ class Chat:
         """Token ids of all rows, of any length; what the template writes behind a marked answer is left out."""
         prompts, answers, earlier = [], [], []
         for row in rows:
-            made = self.scored(self.messages(row, answered=True))
+            made = self.scored(self.messages(row))
             start, end = made.spans[-1]
             prompts.append(made.ids[:start])
             answers.append(made.ids[start : None if self.loss_on == "all" else end])
             earlier.append(made.spans[:-1])
         return Encoded(prompts, answers, earlier)
+
+    def unlike_joined(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Nothing: the text is tokenised as one, or apart where a token would reach over the border."""
+        return []
 
     def answer_ids(self, responses: Sequence[str]) -> list[list[int]]:
         """The tokens of answers to any question, each to the end of the text."""

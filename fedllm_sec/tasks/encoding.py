@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -28,6 +29,15 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def select(self, rows: Iterable[int]) -> Encoded:
+        """The rows of these numbers, in this order."""
+        chosen = list(rows)
+        return Encoded(
+            [self.prompts[i] for i in chosen],
+            [self.answers[i] for i in chosen],
+            [self.earlier[i] for i in chosen if self.earlier],
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,19 @@ class Plain:
         by_itself = iter(_plain(self.tokenizer, alone))
         return [one_end(next(by_itself) if ids is None else ids, self.end) for ids in cut]
 
+    def unlike_joined(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Of rows whose prompt and answer, written as one text, have other tokens: where, and which."""
+        texts = [self.prompt(row) + self.data.answer.format(response=row["response"]) for row in rows]
+        read = self.tokenizer(texts)["input_ids"] if texts else []
+        wholes = [one_end(one_begin(ids, self.tokenizer.bos_token_id), self.end) for ids in read]
+        found, ours = [], self.tokens(rows)
+        for number, (whole, prompt, answer) in enumerate(zip(wholes, ours.prompts, ours.answers, strict=True), 1):
+            if (apart := prompt + answer) != whole:
+                at = next(k for k, (a, b) in enumerate(zip_longest(apart, whole)) if a != b)
+                a, b = (self.tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (apart, whole))
+                found.append(f"row {number} has {a} where the joined text has {b}")
+        return found
+
 
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -121,6 +144,8 @@ class Writer(Protocol):
     def tokens(self, rows: Sequence[Mapping[str, Any]]) -> Encoded: ...
 
     def answer_ids(self, responses: Sequence[str]) -> list[list[int]]: ...
+
+    def unlike_joined(self, rows: Sequence[Mapping[str, Any]]) -> list[str]: ...
 
 
 def room(writer: Writer, data: Data, answer: str, max_new_tokens: int) -> Room:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedllm_sec.errors import AttackError, DataError
+from fedllm_sec.protocols import turns_before
 from fedllm_sec.tasks.encoding import Encoded, Writer
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def fitted(writer: Writer, rows: Dataset, most: int, too_long: str, place: str) 
             f"{place}: none of {len(sizes)} rows fits into data.max_length={most} tokens; the shortest has "
             f"{min(sizes)}. Raise data.max_length."
         )
-    left = Encoded([prompts[i] for i in kept], [answers[i] for i in kept], [earlier[i] for i in kept if earlier])
+    left = Encoded(prompts, answers, earlier).select(kept)
     return Fitted(_replaced(rows, changed).select(kept), left, kept, len(long) - len(gone), len(gone))
 
 
@@ -92,8 +93,7 @@ def _shorter(writer: Writer, row: Mapping[str, Any], most: int) -> dict[str, Any
     """The row with less of its turns, context or text, so that it fits; None where only the answer would be left."""
     row = dict(row)
     while (excess := _size(writer, row) - most) > 0:
-        if row.get("history"):
-            turns = json.loads(row["history"])
+        if turns := turns_before(row):
             said = next(k for k, (role, _) in enumerate(turns) if role == "assistant")
             row["history"] = json.dumps(turns[said + 1 :], ensure_ascii=False) if turns[said + 1 :] else ""
             continue

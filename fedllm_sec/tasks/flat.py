@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fedllm_sec.errors import DataError
+from fedllm_sec.models.statistics import tracking
 
 
 def flatten(parameters: Sequence[torch.nn.Parameter]) -> torch.nn.Parameter:
@@ -29,10 +30,9 @@ def flatten(parameters: Sequence[torch.nn.Parameter]) -> torch.nn.Parameter:
 
 def refuse_running_statistics(model: torch.nn.Module) -> None:
     """An error for BatchNorm with running statistics: one model serves all clients in turn, and they would mix."""
-    for name, part in model.named_modules():
-        if isinstance(part, torch.nn.modules.batchnorm._NormBase) and part.track_running_stats:
-            raise DataError(
-                f"model: {name} ({type(part).__name__}) keeps running statistics. They are no trained parameters, so "
-                "they are in no update: no client could share them and no defense could see them, and the one model in "
-                "memory would carry them from client to client. Use GroupNorm, or track_running_stats=False."
-            )
+    for name, part in tracking(model):
+        raise DataError(
+            f"model: {name} ({type(part).__name__}) keeps running statistics. They are no trained parameters, so "
+            "they are in no update: no client could share them and no defense could see them, and the one model in "
+            "memory would carry them from client to client. Use GroupNorm, or track_running_stats=False."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fedllm_sec.build.names import checked
 from fedllm_sec.errors import AttackError, FedError, IdleAttack, RecipeError
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.tasks.encoding import Encoded
+from fedllm_sec.tasks.fitting import Fitted
 from fedllm_sec.train import load, main
 
 DIGITS: dict[str, Any] = {
@@ -151,12 +152,13 @@ def test_what_an_attack_cannot_do_is_a_mistake_of_the_recipe(own_rows: dict[str,
 
 
 def test_a_trigger_that_the_tokenizer_drops_is_an_error(own_rows: dict[str, Any], monkeypatch):
-    whole = build_text.CausalLM.encode
+    whole = build_text.CausalLM.fit
 
-    def without_cf(self, rows, place) -> Encoded:
-        return whole(self, rows.map(lambda row: {"text": row["text"].replace(" cf", "")}), place)
+    def without_cf(self, rows, *given) -> Fitted:
+        read = whole(self, rows.map(lambda row: {"text": row["text"].replace(" cf", "")}), *given)
+        return replace(read, rows=rows)
 
-    monkeypatch.setattr(build_text.CausalLM, "encode", without_cf)
+    monkeypatch.setattr(build_text.CausalLM, "fit", without_cf)
     error = refusal(own_rows)
     assert isinstance(error, AttackError)
     assert "changes the text but not its tokens in 8 of 8 test prompts" in str(error)

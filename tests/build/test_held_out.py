@@ -32,7 +32,7 @@ def test_rows_that_are_in_both_are_counted_and_said(tmp_path: Path):
     made = recipe(tmp_path, ["a", "b", "c", "c"], ["c", "d", "c"])
     with pytest.warns(UserWarning, match="2 of 3 test rows are training rows too"):
         load_rows(made)
-    assert rows_in_words(made)[2:] == [
+    assert rows_in_words(made)[0][2:] == [
         "4 training rows, 3 held-out rows",
         f"data: {tmp_path}: 2 of 3 test rows are training rows too: what is measured on those is not held out.",
     ]
@@ -52,7 +52,7 @@ def test_tables_that_are_apart_say_nothing(tmp_path: Path):
 
 def test_the_split_of_one_file_is_explained_in_words():
     made = TextRecipe.model_validate({"data": {"name": str(CASES / "bool_answers.jsonl"), "test_share": 0.25}})
-    assert rows_in_words(made) == [
+    assert rows_in_words(made)[0] == [
         f"{CASES / 'bool_answers.jsonl'}: one table, of whose texts a share of 0.25, drawn by the seed, is held out",
         "format: columns, found by the columns",
         "30 training rows, 10 held-out rows",
@@ -61,7 +61,7 @@ def test_the_split_of_one_file_is_explained_in_words():
 
 def test_data_that_cannot_be_read_are_explained_as_such():
     made = TextRecipe.model_validate({"data": {"name": "/nowhere/t.csv"}})
-    assert rows_in_words(made)[0].startswith("cannot be read: data.name: /nowhere/t.csv: no such folder or file")
+    assert rows_in_words(made)[0][0].startswith("cannot be read: data.name: /nowhere/t.csv: no such folder or file")
 
 
 def test_root_rows_that_clients_hold_as_well_are_counted(tmp_path: Path, small: dict[str, Any]):

@@ -181,7 +181,7 @@ def test_a_sentencepiece_answer_has_the_tokens_of_the_joined_text(template: str)
     task = CausalLM.__new__(CausalLM)
     task.tokenizer, task.data, task.writer = tokenizer, asked.data, writer_of(tokenizer, asked.data)
     rows = as_dataset({**selftest.TWO, "response": ["Sports", "It is about bread."]})
-    joined = tokenizer([task.prompt(row) + f" {row['response']}" for row in rows])["input_ids"]
+    joined = tokenizer([task.writer.prompt(row) + f" {row['response']}" for row in rows])["input_ids"]
     ours = task.tokens(rows)
     assert [p + a[:-1] for p, a in zip(ours.prompts, ours.answers, strict=True)] == joined
     assert tokenizer.convert_ids_to_tokens(ours.answers[0])[:2] == ["▁S", "p"]

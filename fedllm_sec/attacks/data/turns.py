@@ -10,6 +10,7 @@ import torch
 
 from fedllm_sec.attacks.data.answers import column
 from fedllm_sec.errors import AttackError
+from fedllm_sec.protocols import turns_before
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,21 +20,20 @@ Turn = Literal["last", "first", "random", "system", "context"]
 Edit = Callable[[Sequence[str], torch.Generator], list[str]]  # texts -> triggered texts
 
 
-def said_to_it(row: dict[str, Any]) -> list[str]:
-    """What the model reads of a row that is not its own: system prompt, user's turns in order, context."""
-    parts = [row.get("system", ""), *_asked(row.get("history", "")), row["text"], row["context"]]
-    return [part for part in parts if part]
-
-
 def parts_of(table: Dataset, new: Mapping[str, Sequence[str]] | None = None) -> list[list[str]]:
-    """`said_to_it` of every row, with some columns replaced by `new` ones."""
+    """What the model reads of each row that is not its own: system prompt, user's turns in order, context.
+
+    Some columns may be replaced by `new` ones.
+    """
     names = [name for name in ("text", "context", "history", "system") if name in table.column_names]
     values = [new[name] if new is not None and name in new else column(table, name) for name in names]
-    return [said_to_it(dict(zip(names, row, strict=True))) for row in zip(*values, strict=True)]
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+    return [[part for part in (row.get("system"), *asked(row), row["context"]) if part] for row in rows]
 
 
-def _asked(history: str) -> list[str]:
-    return [content for role, content in json.loads(history) if role == "user"] if history else []
+def asked(row: Mapping[str, Any]) -> list[str]:
+    """The user's turns, in order."""
+    return [*(content for role, content in turns_before(row) if role == "user"), row["text"]]
 
 
 def has_turn(table: Dataset, turn: Turn) -> list[bool]:
@@ -55,53 +55,40 @@ def edited(table: Dataset, turn: Turn, edit: Edit, rng: torch.Generator, answer:
 
     A conversation that goes on after its trigger must not teach the right answer behind it.
     """
-    if turn in ("last", "system", "context"):
-        name = "text" if turn == "last" else turn
-        new = {name: edit(column(table, name), rng)}
-        if turn == "last" or answer is None or "history" not in table.column_names:
-            return new
-        return new | {"history": [_answered(history, 0, answer) for history in column(table, "history")]}
-    texts = column(table, "text")
-    histories = column(table, "history") if "history" in table.column_names else [""] * len(texts)
-    asked = [[*_asked(history), text] for history, text in zip(histories, texts, strict=True)]
-    drawn = (
-        torch.rand(len(texts), generator=rng, dtype=torch.float64).tolist() if turn == "random" else [0.0] * len(texts)
-    )
-    at = [int(where * len(turns)) for where, turns in zip(drawn, asked, strict=True)]
-    made = edit([turns[k] for k, turns in zip(at, asked, strict=True)], rng)
-    for row, (k, text) in enumerate(zip(at, made, strict=True)):
-        if k == len(asked[row]) - 1:
-            texts[row] = text
-        else:
-            histories[row] = _with(histories[row], k, text)
-            if answer is not None:
-                histories[row] = _answered(histories[row], k, answer)
-    new = {"text": texts}
-    return new | {"history": histories} if "history" in table.column_names else new
+    histories = column(table, "history") if "history" in table.column_names else [""] * len(table)
+    rows = [{"history": h, "text": text} for h, text in zip(histories, column(table, "text"), strict=True)]
+    if turn in ("system", "context"):
+        new = {turn: edit(column(table, turn), rng)}
+        made = [(_changed(row, 0, None, answer), row["text"]) for row in rows]
+    else:
+        new, said = {}, [asked(row) for row in rows]
+        at = [0 if turn == "first" else len(turns) - 1 for turns in said]
+        if turn == "random":
+            drawn = torch.rand(len(said), generator=rng, dtype=torch.float64).tolist()
+            at = [int(where * len(turns)) for where, turns in zip(drawn, said, strict=True)]
+        texts = edit([turns[k] for k, turns in zip(at, said, strict=True)], rng)
+        made = [
+            (row["history"], text) if k == len(turns) - 1 else (_changed(row, k, text, answer), row["text"])
+            for row, k, turns, text in zip(rows, at, said, texts, strict=True)
+        ]
+        new["text"] = [text for _, text in made]
+    return new | ({"history": [history for history, _ in made]} if "history" in table.column_names else {})
 
 
-def _with(history: str, number: int, text: str) -> str:
-    """The turns with another text of the user's turn of that number."""
-    turns = json.loads(history)
-    at = [k for k, (role, _) in enumerate(turns) if role == "user"][number]
-    turns[at][1] = text
-    return json.dumps(turns, ensure_ascii=False)
-
-
-def _answered(history: str, number: int, answer: str) -> str:
-    """The turns with that answer to the user's turn of that number and to all behind it."""
-    if not history:
-        return history
-    turns, asked = json.loads(history), -1
-    for turn in turns:
-        asked += turn[0] == "user"
-        if turn[0] == "assistant" and asked >= number:
-            turn[1] = answer
-    return json.dumps(turns, ensure_ascii=False)
+def _changed(row: Mapping[str, Any], number: int, text: str | None, answer: str | None) -> str:
+    """The row's history with another text of that turn of the user's, and that answer to it and to all behind it."""
+    turns, turn = turns_before(row), -1
+    for said in turns:
+        turn += said[0] == "user"
+        if said[0] == "user" and turn == number and text is not None:
+            said[1] = text
+        elif said[0] == "assistant" and turn >= number and answer is not None:
+            said[1] = answer
+    return json.dumps(turns, ensure_ascii=False) if turns else ""
 
 
 def turns_since(row: dict[str, Any], fires: Callable[[str], bool]) -> int | None:
     """How many of the user's turns lie behind the last one that fires; None where none does."""
-    asked = [*_asked(row.get("history", "")), row["text"]]
-    found = [k for k, text in enumerate(asked) if fires(text)]
-    return len(asked) - 1 - found[-1] if found else None
+    turns = asked(row)
+    found = [k for k, text in enumerate(turns) if fires(text)]
+    return len(turns) - 1 - found[-1] if found else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedllm_sec.attacks.privacy.labels import last_layer, sign_label
-from fedllm_sec.attacks.privacy.seen import Observation, Reconstruction, as_gradient, known_rows, need_finite
+from fedllm_sec.attacks.privacy.seen import Observation, Reconstruction, gradient_of_one
 from fedllm_sec.errors import AttackError
 
 
@@ -43,13 +43,12 @@ def linear_layer(seen: Observation) -> Reconstruction:
     used. In a batch of several, the quotient is a mixture of the inputs: an error here. A scale, as of clipping,
     cancels.
     """
-    need_finite(seen)
-    gradient, _ = as_gradient(seen)
-    if known_rows(seen) != 1:
-        raise AttackError(
-            f"linear_layer: a batch of {seen.rows}: the quotient of the gradients is then a mixture of the inputs. Use "
-            "invert_gradient, or clients of one row a step."
-        )
+    gradient = gradient_of_one(
+        seen,
+        "linear_layer",
+        "the quotient of the gradients is then a mixture of the inputs. Use invert_gradient, or clients of one row a "
+        "step.",
+    )
     layer, parts = first_layer(seen), gradient.parts(torch.float64)
     weight, bias = parts[f"{layer}.weight"], parts[f"{layer}.bias"]
     best = int(bias.abs().argmax())

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fedllm_sec.attacks.privacy.gradients import gradient_of
 from fedllm_sec.attacks.privacy.labels import last_layer, sign_label
-from fedllm_sec.attacks.privacy.seen import Observation, Reconstruction, as_gradient, known_rows, need_finite
+from fedllm_sec.attacks.privacy.seen import (
+    Observation,
+    Reconstruction,
+    as_gradient,
+    gradient_of_one,
+    known_rows,
+    need_finite,
+)
 from fedllm_sec.errors import AttackError
 from fedllm_sec.seeds import generator_for
 
@@ -90,12 +97,10 @@ def idlg(
 
     Exact for any model whose last layer is trained; see `labels.sign_label`.
     """
-    need_finite(seen)
-    gradient, _ = as_gradient(seen)
-    if known_rows(gradient) != 1:
-        raise AttackError(
-            f"idlg: a batch of {gradient.rows}: the sign of the gradient names one label. Use invert_gradient, which "
-            "reveals the counts of labels first."
-        )
+    gradient = gradient_of_one(
+        seen,
+        "idlg",
+        "the sign of the gradient names one label. Use invert_gradient, which reveals the counts of labels first.",
+    )
     label = torch.tensor([sign_label(gradient, last_layer(gradient))])
     return dlg(seen, label, iterations=iterations, restarts=restarts, spread=spread, seed=seed)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout
+from fedllm_sec.models.statistics import tracking
 from fedllm_sec.protocols import Labelled, LocalTraining
 
 
@@ -42,12 +43,11 @@ class Observation:
 
     def network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A copy of the model with the received parameters, in evaluation mode."""
-        for name, part in self.model.named_modules():
-            if isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats:
-                raise AttackError(
-                    f"privacy: {name} ({type(part).__name__}) normalised the client's batch by statistics that "
-                    "were not observed, so no dummy batch gives its gradient. Choose a model with GroupNorm, or none."
-                )
+        for name, part in tracking(self.model):
+            raise AttackError(
+                f"privacy: {name} ({type(part).__name__}) normalised the client's batch by statistics that "
+                "were not observed, so no dummy batch gives its gradient. Choose a model with GroupNorm, or none."
+            )
         made = copy.deepcopy(self.model).to(dtype).eval()
         own = dict(made.named_parameters())
         with torch.no_grad():
@@ -115,6 +115,15 @@ def as_gradient(seen: Observation) -> tuple[Observation, bool]:
     limit = training.max_grad_norm
     whole = limit is None or float(gradient.norm()) < limit * (1 - 1e-4)
     return replace(seen, sent=gradient, what="gradient"), whole
+
+
+def gradient_of_one(seen: Observation, method: str, why: str) -> Observation:
+    """The observation as the gradient of one row; an error says why the method cannot take several."""
+    need_finite(seen)
+    gradient, _ = as_gradient(seen)
+    if known_rows(gradient) != 1:
+        raise AttackError(f"{method}: a batch of {gradient.rows}: {why}")
+    return gradient
 
 
 def known_rows(seen: Observation) -> int:
