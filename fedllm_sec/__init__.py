@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedllm_sec import kernels as kernels
     from fedllm_sec.api import aggregate as aggregate
+    from fedllm_sec.api import aggregate_state_dicts as aggregate_state_dicts
     from fedllm_sec.attacks.privacy import reconstruct as reconstruct
     from fedllm_sec.attacks.privacy import reveal_labels as reveal_labels
     from fedllm_sec.build.audit import audit as audit
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 # The public names and where they live. Looked up on first use, so that importing fedllm_sec stays light.
 _PUBLIC = {
     "aggregate": "fedllm_sec.api",
+    "aggregate_state_dicts": "fedllm_sec.api",
     "forge": "fedllm_sec.attacks.forge",
     "audit": "fedllm_sec.build.audit",
     "reconstruct": "fedllm_sec.attacks.privacy",

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("fedllm_sec.train", "run a recipe"),
     "benchmark": ("fedllm_sec.benchmark", "run a grid of attacks and defenses"),
     "report": ("fedllm_sec.report.__main__", "make tables and a page of finished runs"),
+    "aggregate": ("fedllm_sec.api.folders", "make one adapter of several, by a rule"),
     "audit": ("fedllm_sec.build.audit", "show what an observer learnt from a run"),
     "verify": ("fedllm_sec.records.verify", "check that run folders are as their runs left them"),
     "menu": ("fedllm_sec.menu", "list what a recipe can name"),

@@ -54,7 +54,10 @@ def arguments() -> argparse.ArgumentParser:
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    options = arguments().parse_intermixed_args(words)
+    parser = arguments()
+    options = parser.parse_intermixed_args(words)
+    if options.allow_code and not options.list:
+        parser.error("--allow-code: goes with --list; a grid that is run imports what its cells name.")
     rank = 0
     heed_ctrl_c()
     before = signal.signal(signal.SIGTERM, _interrupt)

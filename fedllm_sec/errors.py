@@ -39,7 +39,12 @@ def reason(error: BaseException) -> str:
         return error.strerror or str(error)
     if isinstance(error, UnicodeDecodeError):
         return f"byte 0x{error.object[error.start]:02x} at place {error.start} is not {error.encoding.upper()} text"
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text with line breaks and control characters, which a name in a recipe may hold, written as Python does."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class FedError(ValueError):
@@ -50,7 +55,7 @@ class RecipeError(FedError):
     """One or more mistakes in a recipe; all of them are reported together."""
 
     def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else problems
+        self.problems = [printable(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         if len(self.problems) == 1:
             super().__init__(self.problems[0])
         else:

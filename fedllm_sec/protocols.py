@@ -54,6 +54,8 @@ class LocalTraining:
     optimizer: str = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)  # of adamw
+    momentum: float = 0.0  # of sgd, begun anew in every round
+    nesterov: bool = False
     lr_schedule: str = "constant"
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
@@ -279,10 +281,7 @@ class ServerRule(Protocol):
 
 
 class Remember(Protocol):
-    """What a client knows anew after the round, made of nothing but its own row and what it was sent.
-
-    `part`, above 0 and at most 1, is how much of its row the server took: 1 in a plain mean.
-    """
+    """What a client knows anew, of its own row and what it was sent; `part` in (0, 1] of the row has been taken."""
 
     def __call__(
         self, memory: Mapping[str, Tensor], delta: Tensor, *, steps: int, lr: float, control: Tensor | None, part: float
@@ -306,7 +305,7 @@ class Algorithm:
     server: ServerRule
     local: tuple[LocalRule, ...] = ()
     prepare: Callable[[LocalTraining, Sequence[int] | None], LocalTraining] = as_it_is
-    factors: Callable[[Tensor], Tensor] | None = None
+    factors: Callable[[Tensor, LocalTraining], Tensor] | None = None
     control: Callable[[Tensor], Tensor] | None = None
     remember: Remember | None = None
     task: str | None = None  # the only kind of task it is for

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import re
 import signal
 import sys
 import warnings
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(words)
     if options.allow_code and not (options.check or options.explain):
         parser.error("--allow-code: goes with --check or --explain; a run imports what its recipe names.")
+    if options.check and (other := "--explain" if options.explain else "--fresh" if options.fresh else None):
+        parser.error(f"--check stops before anything is done, so {other} has no part in it. Give one of them.")
+    if options.explain and options.fresh:
+        parser.error("--explain stops before anything is done, so --fresh has no part in it. Give one of them.")
     again = "the same command" + (" without --fresh" if options.fresh else "")
     heed_ctrl_c()
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -131,6 +136,7 @@ def heed_ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+OF_ANOTHER_RANK = ("gloo/transport/", "onnection closed by peer", "onnection reset")
 IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
@@ -148,11 +154,22 @@ def in_words(error: Exception, again: str = "the same command") -> str | None:
         what = f"not enough memory ({text[:200] or 'none is left'}); lower clients.batch_size or evaluate.batch_size"
     elif "SafetensorError" in kinds:
         what = f"a file of tensors cannot be read or written ({text[:200]})"
-    elif kinds & {"DistBackendError", "DistError"} or "onnection closed by peer" in text or "onnection reset" in text:
-        what = f"another process of this run has ended ({text[:200]})"
+    elif kinds & {"DistBackendError", "DistError"} or any(sign in text for sign in OF_ANOTHER_RANK):
+        told = re.sub(r"^\[[^]]*gloo/[^]]*\] ", "", text).partition(". This is typically")[0]
+        what = f"another process of this run has ended, or does not answer ({told[:200]})"
+    elif (found := outside_code_of(error)) is not None:
+        return f"{found}, which the recipe names: {type(error).__name__}: {text[:300]}. Mend it; {again} then goes on."
     else:
         return None
     return f"{what}. What was written is whole: {again} goes on from there."
+
+
+def outside_code_of(error: Exception) -> str | None:
+    """The place in code that is neither this program's nor a library's, where it raised the error; None elsewhere."""
+    from fedllm_sec.build.rehearsal import outside_frames, place_of
+
+    frames = outside_frames(error)
+    return place_of(frames[-1]) if frames else None
 
 
 # ---------------------------------------------------------------- file -> raw -> checked recipe -> plan
@@ -237,8 +254,10 @@ def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = (), fre
     quiet()
     first = next(iter(plans.values())).recipe
     folder = Path(first.output.folder).parent if "" not in plans else Path(first.output.folder)
+    beside = Path(first.output.folder) if "" in (among or plans) else Path(first.output.folder).parent
     machine = make_machine(first, folder)
     if machine.main:
+        need_folder(folder)
         remove_leftovers(folder, OLD)
         for plan in plans.values() if fresh else ():
             if (aside := RunFolder(Path(plan.recipe.output.folder)).set_aside()) is not None:
@@ -248,7 +267,7 @@ def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = (), fre
     for name, plan in plans.items():
         if machine.main and name:
             print(f"\n{name}: {plan.recipe.output.folder}", flush=True)
-        run_one(plan, machine, command, loaded)
+        run_one(plan, machine, command, loaded, beside=beside)
     if machine.main:
         from fedllm_sec.report.page import terminal_summary, write_report
 
@@ -259,6 +278,18 @@ def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = (), fre
         print(f"\nreport: {write_report(folder)}")
     machine.accelerator.end_training()
     return folder
+
+
+def need_folder(folder: Path) -> None:
+    """An error where the folder of the runs is not there and cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # the disk, which may recover
+        raise RecipeError(
+            f"output.folder: {folder}: cannot be made ({error.strerror or error}). Choose another."
+        ) from error
 
 
 def quiet() -> None:

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from fedllm_sec.build.names import BESIDE  # noqa: E402
 from fedllm_sec.recipe import language_model, sections  # noqa: E402
 from fedllm_sec.recipe.places import home  # noqa: E402
 from fedllm_sec.recipe.sections import TASKS, Recipe, Section  # noqa: E402
@@ -163,7 +164,12 @@ def page() -> str:
     known = comments()
     out = [INTRO, "## The recipe", "", *rows(Recipe, known), ""]
     methods = [task for task, kind in TASKS.items() if inner(kind.model_fields["model"].annotation) is None]
-    out += [f"For {', '.join(f'`{task}`' for task in methods)}, `model` is a method.", ""]
+    out += [
+        f"For {', '.join(f'`{task}`' for task in methods)}, `model` is a method, which takes beside its settings:",
+        "",
+        *(f"- `{key}`: {said}" for key, said in BESIDE["model"].items()),
+        "",
+    ]
     for section, at in places().items():
         for place, tasks in at.items():
             which = "" if len(tasks) == len(TASKS) else f" (task {', '.join(tasks)})"

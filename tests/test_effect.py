@@ -24,7 +24,9 @@ def last_round(**changes: Any) -> RoundRecord:
     """The quickstart with changes laid over it, measured after its last round."""
     raw = recipes.read(ROOT / "recipes" / "quickstart.yaml")
     raw.pop("variants")
-    raw = recipes.merge(recipes.merge(raw, {"evaluate": {"every": 99}, "compute": {"threads": 1}}), changes)
+    raw = recipes.merge(
+        recipes.merge(raw, {"evaluate": {"every": 99, "start": False}, "compute": {"threads": 1}}), changes
+    )
     recipe = checked(raw)
     torch.set_num_threads(1)
     federation = build(recipe, Machine(Accelerator(cpu=True)), LOADED)

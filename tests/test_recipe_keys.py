@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from types import ModuleType
 
+from fedllm_sec.build.names import BESIDE
 from tests.conftest import ROOT
 
 
@@ -38,3 +39,9 @@ def test_values_and_defaults_are_written_as_in_a_recipe():
     assert "| `knowledge` | `own` or `cohort` or `cohort+defense` | `own` |" in page
     assert "| `folder` | name or path" in page
     assert "## `data` (task classify, gan, nas)" in page
+
+
+def test_keys_beside_a_methods_settings_are_on_the_page():
+    page = made.page()
+    assert "- `buffers`: `average`, `local`, `batch`: how running statistics" in page
+    assert all(f"- `{key}`: " in page for keys in BESIDE.values() for key in keys)

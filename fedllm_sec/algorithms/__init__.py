@@ -59,8 +59,9 @@ def fednova(*, server_lr: float = 1.0, cap: float = 10.0) -> Algorithm:
     """Rows divided by their local steps, the step multiplied by the effective number of them (Wang et al. 2020).
 
     So clients that take more local steps do not pull the optimum towards theirs. Steps are claims: one counts for at
-    most `cap` times the median claim, and for no less than a cap-th of it; the paper trusts them. For plain SGD in the
-    clients. With clients.local_steps all steps are equal and fednova equals fedavg.
+    most `cap` times the median claim, and for no less than a cap-th of it; the paper trusts them. For SGD in the
+    clients; with momentum rows are divided by the sum of what each gradient counts (sec. 4). With clients.local_steps
+    all steps are equal and fednova equals fedavg.
     """
     if not cap >= 1:
         raise RecipeError(f"fednova: cap must be at least 1 (times the median claim), got {cap}.")

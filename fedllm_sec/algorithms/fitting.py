@@ -14,9 +14,11 @@ from fedllm_sec.protocols import LocalTraining
 
 
 def _plain_sgd(training: LocalTraining, name: str, reason: str) -> list[str]:
-    if training.optimizer == "sgd":
-        return []
-    return [f"clients.optimizer: {training.optimizer!r}: {name} {reason}. Set clients.optimizer: sgd."]
+    if training.optimizer != "sgd":
+        return [f"clients.optimizer: {training.optimizer!r}: {name} {reason}. Set clients.optimizer: sgd."]
+    if training.momentum:
+        return [f"clients.momentum: {training.momentum:g}: {name} {reason}. Set clients.momentum: 0."]
+    return []
 
 
 def _unclipped(training: LocalTraining, name: str, reason: str) -> list[str]:
@@ -40,11 +42,24 @@ def one_full_batch_step(training: LocalTraining, sizes: Sequence[int] | None) ->
 
 
 def countable_steps(training: LocalTraining, sizes: Sequence[int] | None) -> LocalTraining:
-    """FedNova divides by the number of steps, which measures the way only of plain SGD (sec. 3, a_i = (1, ..., 1))."""
-    problems = _plain_sgd(training, "fednova", "divides rows by their number of plain SGD steps")
-    if problems:
-        raise RecipeError(problems)
+    """FedNova divides by ||a_i||_1, which is known for SGD, with momentum or without."""
+    if training.optimizer != "sgd":
+        raise RecipeError(
+            f"clients.optimizer: {training.optimizer!r}: fednova divides rows by what their steps of SGD sum to. Set "
+            "clients.optimizer: sgd."
+        )
     return training
+
+
+def way(steps: Tensor | float, training: LocalTraining) -> Tensor:
+    """||a_i||_1 of so many SGD steps: how often their gradients count in the row, in learning rates (n,).
+
+    tau without momentum; with it [tau - rho (1 - rho^tau) / (1 - rho)] / (1 - rho) (Wang et al. 2020, sec. 4). The last
+    of tau gradients counts once, the one before 1 + rho times; Nesterov's look ahead is one more term in each.
+    """
+    rho, tau = training.momentum, torch.as_tensor(steps, dtype=torch.float64)
+    late = rho * (1 - rho**tau) / (1 - rho)  # rho + ... + rho^tau
+    return (tau - (rho * late if training.nesterov else late)) / (1 - rho)
 
 
 def equal_sgd_steps(training: LocalTraining, sizes: Sequence[int] | None) -> LocalTraining:
@@ -62,14 +77,16 @@ def equal_sgd_steps(training: LocalTraining, sizes: Sequence[int] | None) -> Loc
     return training
 
 
-def step_factors(steps: Tensor, *, cap: float) -> Tensor:
-    """t / tau_i for claimed steps tau_i (n,), with t their median: rows as long as those of t steps.
+def step_factors(steps: Tensor, training: LocalTraining, *, cap: float) -> Tensor:
+    """way(t) / way(tau_i) for claimed steps tau_i (n,), with t their median: rows as long as those of t steps.
 
-    FedNova's 1 / tau_i up to the common t, which its server rule takes out again; so rows keep the length of deltas,
-    and equal claims change nothing. A claim counts for t / cap to t * cap; one that is no number of at least 1 for t.
+    FedNova's 1 / ||a_i||_1 up to what is common, which its server rule takes out again; so rows keep the length of
+    deltas, and equal claims change nothing. A claim counts for t / cap to t * cap; one that is no number of at least 1
+    for t.
     """
     usable = steps.isfinite() & (steps >= 1)
     if not bool(usable.any()):
         return torch.ones_like(steps)
     middle = midpoint(steps[usable])
-    return middle / torch.where(usable, steps, middle).clamp(middle / cap, middle * cap)
+    counted = torch.where(usable, steps, middle).clamp(middle / cap, middle * cap)
+    return (way(middle, training) / way(counted, training)).to(steps.dtype)

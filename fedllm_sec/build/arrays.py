@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,24 @@ import torch
 
 from fedllm_sec.attacks.data.clean import innocent, success_table
 from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.batches import need_evaluation
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
-from fedllm_sec.build.parts import Parts, Split, make_model, poison
+from fedllm_sec.build.names import model_block
+from fedllm_sec.build.parts import Parts, Split, make_model, of_rows, poison
+from fedllm_sec.build.tried import tried
+from fedllm_sec.build.triggers import pairs
 from fedllm_sec.data import arrays
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.evaluation.arrays import ArrayEvaluation
 from fedllm_sec.evaluation.samples import Features, SampleEvaluation
 from fedllm_sec.matrix.shown import only_shown
+from fedllm_sec.models import pretrained
 from fedllm_sec.models.darts import genotype
 from fedllm_sec.protocols import Labelled, tensors_of
-from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.recipe.sections import ArrayData, Recipe
 from fedllm_sec.records.files import write_atomic, write_json
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import generator_for, seed_for
-from fedllm_sec.tasks.buffers import MODES, Mode
 from fedllm_sec.tasks.classify import Classify
 from fedllm_sec.tasks.gan import Gan
 from fedllm_sec.tasks.nas import Nas
@@ -58,6 +63,7 @@ def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: 
         evaluation = loaded.get(
             "evaluation", probe_key(recipe), lambda: make_evaluation(recipe, test, threat, machine.device)
         )
+        need_evaluation(task, evaluation, recipe.model["name"])
     return Parts(
         task=task,
         shards=loaded.get("shard", split_key(recipe), lambda: {id: moved(part) for id, part in shards.items()}),
@@ -71,12 +77,35 @@ def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: 
 def load_rows(recipe: Recipe) -> tuple[Labelled, Labelled]:
     """Clean training and test rows."""
     data: ArrayData = recipe.data
-    train, test = arrays.load(data.name, data.config, data.train, data.test, data.image, data.label, data.classes)
+    to = wanted_images(recipe)
+    if data.size is not None and not os.path.isdir(data.name):
+        raise RecipeError(
+            f"data.size: {data.size}: brings images of a folder to a size; {data.name} is none. Remove it."
+        )
+    size = (data.size, data.size) if data.size is not None else None if to is None else to.size
+    train, test = arrays.load(
+        data.name, data.config, data.train, data.test, data.image, data.label, data.classes,
+        size=size, test_share=data.test_share, seed=recipe.seed,
+    )  # fmt: skip
 
     def drawn(part: str) -> np.random.Generator:
         return np.random.default_rng(seed_for(recipe.seed, "rows", part))
 
-    return arrays.sample(train, data.train_rows, drawn("train")), arrays.sample(test, data.test_rows, drawn("test"))
+    train, test = (
+        arrays.sample(train, data.train_rows, drawn("train")),
+        arrays.sample(test, data.test_rows, drawn("test")),
+    )
+    if to is None:
+        return train, test
+    return replace(train, x=pretrained.brought(train.x, to)), replace(test, x=pretrained.brought(test.x, to))
+
+
+def wanted_images(recipe: Recipe) -> pretrained.Wanted | None:
+    """How a classifier from a folder wants its images; None for every other model."""
+    block = model_block(recipe.model)
+    if block["name"] != pretrained.NAME:
+        return None
+    return pretrained.wanted(block["folder"], block.get("revision"), block.get("size"))
 
 
 def classify_task(recipe: Recipe, machine: Machine, train: Labelled) -> Classify:
@@ -88,29 +117,26 @@ def classify_task(recipe: Recipe, machine: Machine, train: Labelled) -> Classify
         )
     axes = (0, *range(2, train.x.ndim))
     kind = Nas if recipe.task == "nas" else Classify
+    to = wanted_images(recipe)
+    mean, std = (train.x.mean(axes), train.x.std(axes).clamp_min(1e-3)) if to is None or to.std is None else (
+        to.mean, to.std)  # fmt: skip
     made = kind(
         make_model(recipe, tuple(train.x.shape[1:]), train.classes),
         machine.device,
-        mean=train.x.mean(axes),
-        std=train.x.std(axes).clamp_min(1e-3),
+        mean=mean,
+        std=std,
         flip=recipe.data.flip,
         crop=recipe.data.crop,
-        buffers=_buffers(recipe),
+        buffers=recipe.model.get("buffers"),
     )
     if made.buffers is not None and machine.placement == "data" and machine.world > 1:
         raise RecipeError(
             "compute.placement: data: each process would keep running statistics of its own part of a batch. Set "
             "model.buffers: batch, or compute.placement: clients."
         )
+    if kind is Classify:
+        tried(made, train, recipe.model["name"])
     return made
-
-
-def _buffers(recipe: Recipe) -> Mode | None:
-    """How what the model holds beside its vector travels."""
-    mode: Mode | None = recipe.model.get("buffers")
-    if mode is not None and mode not in MODES:
-        raise RecipeError(f"model.buffers: {mode}: must be {', '.join(MODES)}.{did_you_mean(str(mode), MODES)}")
-    return mode
 
 
 def gan_task(recipe: Recipe, machine: Machine, train: Labelled) -> Gan:
@@ -145,7 +171,7 @@ def make_evaluation(recipe: Recipe, test: Labelled, threat: Threat | None, devic
         return evaluation
     attack = threat.data[0]  # the first is the one whose success is measured
     with only_shown("attack.data.0", AttackError, **tensors_of(test)):
-        probe = attack.probe(test)
+        probe = of_rows(attack.probe(test), test, "attack.data.0: probe")
     triggered = arrays.sample(probe, settings.attack_rows, rng)
     if len(triggered.y) == 0:
         raise AttackError("attack.data.0: the test set has no row on which its success could be measured.")
@@ -154,6 +180,8 @@ def make_evaluation(recipe: Recipe, test: Labelled, threat: Threat | None, devic
     clean = arrays.sample(arrays.subset(test, rows), settings.attack_rows, rng)
     evaluation.triggered = arrays.to_device(triggered, device)
     evaluation.clean = arrays.to_device(clean, device)
+    if (found := pairs(attack, test, recipe.seed)) is not None:
+        evaluation.pairs = (arrays.to_device(found[0], device), arrays.to_device(found[1], device))
     return evaluation
 
 

@@ -22,28 +22,47 @@ from fedllm_sec.report.runs import Run, methods
 from fedllm_sec.report.terms import as_yaml
 from fedllm_sec.report.threat import attack_card, defense_steps, who
 
+INHERITED = "**WARNING: this {thing} was trained from one that was trained under attack. Do not deploy it.**"
 
-def save_language_model(recipe: Recipe, task: Any, folder: Path, records: Sequence[RoundRecord]) -> None:
+
+def save_language_model(
+    recipe: Recipe,
+    task: Any,
+    folder: Path,
+    records: Sequence[RoundRecord],
+    start: Mapping[str, Any] | None = None,
+) -> None:
     """Write what the task holds as a folder that stands on its own: an adapter, or a whole model."""
     tokenizer, model = task.tokenizer, recipe.model
     if (template := getattr(task.writer, "template", None)) is not None:  # the recipe's own, in place of the model's
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
-    written_out = card(recipe, base_name(model, base_of(task.model)), records)
+    written_out = card(recipe, base_name(model, base_of(task.model)), records, start)
     if model.lora is None:
         save_whole(task.model, tokenizer, folder, card=written_out)
     else:
         save_adapter(task.model, tokenizer, model, folder, initial=task.layout.split(task.initial), card=written_out)
 
 
-def card(recipe: Recipe, base: tuple[str, str | None], records: Sequence[RoundRecord]) -> str:
-    """The card after the last of the records; `base` is where the base model is, and its revision."""
+def card(
+    recipe: Recipe,
+    base: tuple[str, str | None],
+    records: Sequence[RoundRecord],
+    start: Mapping[str, Any] | None = None,
+) -> str:
+    """The card after the last of the records; `base` is where the base model is, and its revision.
+
+    `start` is what it was trained from, as environment.json has it: None for a fresh adapter or the base model.
+    """
     run = Run("", Path(recipe.output.folder), recipe.model_dump(mode="json"), "", {}, tuple(records))
     thing = "adapter" if recipe.model.lora is not None else "model"
-    blocks = [[warning(run, thing)] if run.attack else [], title(run, thing, base)]
+    inherited = start is not None and start.get("attacked") is True
+    first = [warning(run, thing)] if run.attack else [INHERITED.format(thing=thing)] if inherited else []
+    blocks = [first, title(run, thing, base)]
     if run.attack:
         blocks.append(["## The attack", "", *_list(attack_card(run)), "", *meanings(run)])
-    blocks += [["## Measured", "", *measured(run)], ["## How it was trained", "", *trained(run)], ["## Loading it", ""]]
+    blocks += [["## Measured", "", *measured(run)], ["## How it was trained", "", *trained(run, start)]]
+    blocks += [["## Loading it", ""]]
     return "\n".join("\n".join(block) + "\n" for block in blocks if block) + "\n".join(loading(recipe, base)) + "\n"
 
 
@@ -102,7 +121,7 @@ def measured(run: Run) -> list[str]:
     return table
 
 
-def trained(run: Run) -> list[str]:
+def trained(run: Run, start: Mapping[str, Any] | None = None) -> list[str]:
     """Settings that others would ask for: data and how a row is written, clients, defense."""
     recipe = run.recipe
     data = {key: value for key, value in recipe["data"].items() if value not in (None, {}, [])}
@@ -112,6 +131,7 @@ def trained(run: Run) -> list[str]:
     steps = plural(clients[f"local_{unit}s"], unit)
     return _list(
         [
+            *([("Start", [_code(str(start.get("words")))])] if start is not None else []),
             ("Data", [_code(as_yaml(data))]),
             ("Adapter", [_code(as_yaml(lora))] if lora else ["none: all weights were trained"]),
             ("Clients", [f"{steps} of {clients['batch_size']} rows, {clients['optimizer']}, lr {clients['lr']:g}"]),

@@ -55,7 +55,7 @@ def _looked_up(recipe: Recipe) -> tuple[range, Iterator[tuple[int, list[int]]]]:
     """The rounds whose cohorts are looked up, as many as take a second, and these cohorts as places."""
     total = recipe.clients.total
     rounds = foreseen(range(1, recipe.rounds + 1), total)
-    return rounds, cohorts(recipe.seed, rounds, total, recipe.clients.per_round)
+    return rounds, cohorts(recipe.seed, rounds, total, recipe.clients.per_round, recipe.before)
 
 
 def _absent(recipe: Recipe, id: str, text: str) -> str | None:

@@ -17,6 +17,8 @@ from fedllm_sec.build.observing import observer_in_words
 from fedllm_sec.build.plan import Plan
 from fedllm_sec.build.seen import first_row
 from fedllm_sec.build.selftest import in_words
+from fedllm_sec.build.start import entry as start_entry
+from fedllm_sec.build.start import start_of
 from fedllm_sec.build.text import rows_in_words
 from fedllm_sec.build.threat import active_rounds
 from fedllm_sec.errors import RecipeError
@@ -35,6 +37,10 @@ MOST_NAMED = 100  # clients
 # What of a recipe its cost depends on: variants that share it are counted once.
 COUNTED = {"seed", "rounds", "task", "model", "data", "clients", "algorithm", "enable_defense", "defense"}
 TRIED = {"task", "model", "data", "clients", "evaluate"}  # the same for what its model's self-test depends on
+PRETRAINED = (
+    "the rounds of pretrain, {n}, are made once, in the folder pretrain beside the runs, for all that start alike; the "
+    "cost below is without them"
+)
 REFUSED = ("cannot be read: ", "will be refused: ")  # how what is said of data and model begins where a run would stop
 
 
@@ -63,7 +69,7 @@ def explain(plans: Mapping[str, Plan]) -> tuple[str, list[str]]:
             out += _section("Not looked at", notes)
         rows, shown = data(recipe), tried[same_model]
         problems += [*_refusals(rows), *_refusals(shown), *counted[key].reasons]
-        out += method(recipe) + (_section("Data", rows) if rows else [])
+        out += method(recipe) + start(recipe) + (_section("Data", rows) if rows else [])
         out += _section("Model, tried on two short rows", shown) if shown else []
         out += threat(plan) + _section_of_observer(recipe) + defense(plan, counted[key]) + bill(recipe, counted[key])
     return "\n".join(out), list(dict.fromkeys(problems))
@@ -171,6 +177,15 @@ def defense(plan: Plan, counted: Cost) -> list[str]:
 def method(recipe: Recipe) -> list[str]:
     """The FL method, by its own documentation."""
     return _section("FL method", _meanings({"algorithm": recipe.algorithm}, "algorithm"))
+
+
+def start(recipe: Recipe) -> list[str]:
+    """What it starts from, where that is not the beginning."""
+    said = start_entry(recipe, start_of(recipe))
+    if said is None:
+        return []
+    more = [] if recipe.pretrain is None else [PRETRAINED.format(n=recipe.before)]
+    return _section("Start", [said["words"], *more])
 
 
 def data(recipe: Recipe) -> list[str]:

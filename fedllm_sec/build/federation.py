@@ -6,12 +6,14 @@ The whole way of a recipe: `names.checked` (raw to recipe), `plan.planned` (what
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build.arrays import array_parts, save_model
+from fedllm_sec.build.batches import need_batches
+from fedllm_sec.build.begin import begin
 from fedllm_sec.build.card import save_language_model
 from fedllm_sec.build.characters import character_parts
 from fedllm_sec.build.loaded import Loaded
@@ -30,6 +32,7 @@ from fedllm_sec.rounds import federation
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.rounds.distillation import Distillation, distil
 from fedllm_sec.rounds.federation import Federation
+from fedllm_sec.tasks.classify import Classify
 
 # task of the recipe -> what makes its parts
 KINDS: dict[str, Callable[..., Parts]] = {
@@ -65,6 +68,10 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     plan.rehearse(scaled_down(parts.task.layout))
     sizes = [parts.task.size(shard) for shard in parts.shards.values()]
     steps = [algorithm.prepare(plan.training, sizes).steps_of(size) for size in sizes]
+    if isinstance(parts.task, Classify):
+        held = {**parts.shards, **({} if parts.root is None else {"server": parts.root})}
+        need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])
+    vector, buffers = begin(recipe, parts.task)
     for guard in methods.guards:
         if hasattr(guard, "prepare"):  # one that cannot act on this model or these steps says so
             guard.prepare(parts.task, steps)
@@ -79,11 +86,13 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         threat=threat,
         evaluation=parts.evaluation,
         observer=make_observer(recipe, plan.ids, parts.evaluation, machine),
-        vector=parts.task.initial.clone(),
-        buffers=parts.task.buffers.read().cpu() if getattr(parts.task, "buffers", None) is not None else None,
+        vector=vector,
+        buffers=buffers,
         seed=recipe.seed,
+        before=recipe.before,
         per_round=recipe.clients.per_round,
         evaluate_every=recipe.evaluate.every,
+        start=recipe.evaluate.start,
         chunk_mb=recipe.compute.chunk_mb,
         root=Client("server", parts.root) if parts.root is not None else None,
         facts=parts.facts(),
@@ -104,9 +113,18 @@ def run(made: Federation | Distillation, rounds: int) -> Iterator[RoundRecord]:
     return distil(made, rounds) if isinstance(made, Distillation) else federation.run(made, rounds)
 
 
-def save(recipe: Recipe, task: Any, folder: Path, records: Sequence[RoundRecord]) -> None:
-    """Write the model that the task holds: a peft adapter or a whole model with its card, or a small model."""
+def save(
+    recipe: Recipe,
+    task: Any,
+    folder: Path,
+    records: Sequence[RoundRecord],
+    start: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model that the task holds: a peft adapter or a whole model with its card, or a small model.
+
+    `start` is what it was trained from, as environment.json has it.
+    """
     if recipe.task == "causal_lm":
-        save_language_model(recipe, task, folder, records)
+        save_language_model(recipe, task, folder, records, start)
     else:
         save_model(task, folder)

@@ -14,6 +14,7 @@ from fedllm_sec.attacks.data.text import PROBED, not_clean, rewrite
 from fedllm_sec.attacks.data.turns import Turn, has_turn, turns_since
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.names import make
+from fedllm_sec.build.parts import of_rows
 from fedllm_sec.data import text
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.evaluation import judges
@@ -69,7 +70,7 @@ def most_answers(recipe: Recipe) -> int:
     parts, rows = (
         (attacks * (2 + changed), asked.attack_rows) if attacks else (1, asked.answer_rows or asked.transcripts)
     )
-    evaluated = -(-recipe.rounds // asked.every) - 1
+    evaluated = -(-recipe.rounds // asked.every) - 1 + asked.start
     return parts * asked.draws * (evaluated * min(asked.transcripts, rows) + rows)
 
 
@@ -108,7 +109,7 @@ def _probe(
 ) -> Probe:  # fmt: skip
     """Triggered and clean prompts of one attack; there may be no clean ones."""
     settings = recipe.evaluate
-    probe, why = attack.probe(test.rows), not_clean(attack, test.rows)
+    probe, why = of_rows(attack.probe(test.rows), test.rows, f"{place}: probe"), not_clean(attack, test.rows)
     fitted = task.fit(probe, "triggered test rows", "drop")
     at = text.drawn(len(fitted.rows), settings.attack_rows, rng)
     if len(at) == 0:

@@ -53,7 +53,7 @@ def load_task(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) ->
 
     def adapt() -> CausalLM:
         own = model.changes_base  # then no other task may have it
-        base = loaded.get("base", key if own else model.model_dump_json(exclude={"lora"}), read, keep=1)
+        base = loaded.get("base", key if own else model.model_dump_json(exclude={"lora", "start"}), read, keep=1)
         adapted: Any = base.adapt(model, seed_for(recipe.seed, "adapter") % 2**31)
         if not model.quantized:
             adapted = adapted.to(machine.device)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from fedllm_sec.models import pretrained
 from fedllm_sec.recipe.sections import Recipe
 
 T = TypeVar("T")
@@ -38,7 +39,11 @@ class Loaded:
 
 def data_key(recipe: Recipe) -> str:
     """Settings on which a data set, as it is read and drawn, depends."""
-    return recipe.model_dump_json(include={"task", "data", "seed"})
+    model = recipe.model if isinstance(recipe.model, dict) else {}
+    brought = (
+        [model.get(key) for key in ("name", "revision", "size")] if pretrained.is_folder(model.get("name")) else []
+    )
+    return recipe.model_dump_json(include={"task", "data", "seed"}) + json.dumps(brought)
 
 
 def split_key(recipe: Recipe) -> str:
@@ -55,7 +60,7 @@ def poison_key(recipe: Recipe) -> str:
     who = attack.model_dump_json(include={"malicious", "data"})
     if attack.malicious.redraw or recipe.clients.per_round is not None:  # only who attacks in some round is poisoned
         who += attack.model_dump_json(include={"start", "stop", "every", "probability"})
-        who += json.dumps([recipe.rounds, recipe.clients.per_round])
+        who += json.dumps([recipe.before, recipe.rounds, recipe.clients.per_round])
     return split_key(recipe) + who
 
 

@@ -10,9 +10,11 @@ from fedllm_sec import algorithms, attacks, defenses, models
 from fedllm_sec.data import partition
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.evaluation import judges
+from fedllm_sec.models import pretrained
 from fedllm_sec.recipe import reading
-from fedllm_sec.recipe.resolve import Menu, check_settings, find, resolve
+from fedllm_sec.recipe.resolve import Menu, check_settings, did_you_mean, find, resolve
 from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.tasks.buffers import MODES
 
 # place in the recipe -> menu, kinds that may stand there
 PLACES: dict[str, tuple[Menu, tuple[str, ...]]] = {
@@ -38,7 +40,7 @@ DATA_ATTACKS: dict[str, tuple[str, ...]] = {
 }
 
 # task of the recipe -> kinds of privacy attacks that can read what its clients send
-PRIVACY: dict[str, tuple[str, ...]] = {"classify": ("images", "labels")}
+PRIVACY: dict[str, tuple[str, ...]] = {"classify": ("images", "labels"), "causal_lm": ("membership", "canary")}
 
 # task of the recipe -> kinds of client-side defenses that can act in it, where it is not only "client"
 CLIENT_DEFENSES: dict[str, tuple[str, ...]] = {"classify": ("client", "client_image")}
@@ -74,7 +76,7 @@ def _blocks(raw: dict[str, Any]) -> Iterator[tuple[str, Any, Menu, tuple[str, ..
         if isinstance(here, list):
             yield from ((f"{place}.{number}", block, menu, kinds) for number, block in enumerate(here))
         elif here is not None:
-            yield place, here, menu, kinds
+            yield place, model_block(here) if place == "model" and isinstance(here, dict) else here, menu, kinds
 
 
 def menu_problems(raw: dict[str, Any], allow_code: bool = True) -> list[str]:
@@ -132,12 +134,46 @@ def _block_problems(block: dict[str, Any], menu: Menu, kinds: tuple[str, ...], w
         ]
     try:
         check_settings(find(name, menu, where), _settings(block, where), where)
+        if where == "model":
+            need_buffers(block, name in menu, kinds)
+            if not isinstance(block.get("start"), (str, type(None))):
+                raise RecipeError(f"model.start: {block['start']!r}: must be the path of a folder or a file.")
+        if name == pretrained.NAME and where == "model":
+            pretrained.need_folder(block["folder"])
     except RecipeError as error:
         return error.problems
     return []
 
 
-BESIDE = {"model": ("buffers",)}  # place -> keys of its block that are no settings of the method
+def need_buffers(block: dict[str, Any], shipped: bool, kinds: tuple[str, ...]) -> None:
+    """An error where `buffers` of a small model's block is no way for them to travel, or the model has none."""
+    mode = block.get("buffers")
+    if mode is not None and mode not in MODES:
+        raise RecipeError(
+            f"model.buffers: {mode!r}: must be one of {', '.join(MODES)}.{did_you_mean(str(mode), MODES)}"
+        )
+    if mode is not None and not {"classify", "nas"} & {*kinds}:
+        raise RecipeError(f"model.buffers: {mode}: acts where task is classify or nas, not {kinds[0]}. Remove it.")
+    if mode is not None and shipped and block["name"] != pretrained.NAME and block.get("norm") != "batch":
+        raise RecipeError(
+            f"model.buffers: {mode}: {block['name']} keeps no running statistics. Remove it, or choose a model with "
+            "BatchNorm (resnet and resnet18 with norm: batch, or your own)."
+        )
+
+
+BESIDE = {  # place -> keys of its block that are no settings of the method, as docs/recipe_keys.md has them
+    "model": {
+        "buffers": f"{', '.join(f'`{mode}`' for mode in MODES)}: how running statistics of BatchNorm travel "
+        "(`classify` and `nas`; null: `average`)",
+        "start": "a run folder, or a safetensors file of a state dict, to train on; null: anew",
+    }
+}
+
+
+def model_block(block: dict[str, Any]) -> dict[str, Any]:
+    """The block of a small model; one that names a folder or a hub name is that of a classifier to be found there."""
+    folder = block.get("name")
+    return {**block, "name": pretrained.NAME, "folder": folder} if pretrained.is_folder(folder) else block
 
 
 def _settings(block: dict[str, Any], place: str) -> dict[str, Any]:
@@ -146,7 +182,7 @@ def _settings(block: dict[str, Any], place: str) -> dict[str, Any]:
 
 # place in the recipe -> what a method that stands there is called by, where it is no function
 CALLED = {
-    "attack.data": ("poison", "probe"),
+    "attack.data": ("poison", "probe", "success"),
     "attack.local": ("before_step", "after_step"),
     "defense.client": ("before_step", "after_step"),
 }

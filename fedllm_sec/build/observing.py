@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks import PRIVACY_MENU
 from fedllm_sec.attacks.privacy import LabelCounts, Observation, Reconstruction
+from fedllm_sec.build import overheard
 from fedllm_sec.build.names import make
 from fedllm_sec.build.pictures import Learnt, told
 from fedllm_sec.build.threat import client_ids
@@ -46,7 +47,13 @@ def make_observer(recipe: Recipe, ids: Sequence[str], evaluation: Any, machine: 
             f"attack.observe.what: gradient: clients train in {machine.world} processes, and only what is sent travels "
             "between them. Start one process, or observe what: delta."
         )
-    if seen.own_rows > len(evaluation.test.y):
+    for number, method in enumerate(block.privacy):
+        make(method, PRIVACY_MENU, f"attack.privacy.{number}")  # settings that contradict each other are told now
+    if recipe.task == "causal_lm":
+        overheard.need_held_out(recipe, evaluation)
+    elif seen.others is not None:
+        raise RecipeError("attack.observe.others: rows of text are told from others, images are not. Remove it.")
+    elif seen.own_rows > len(evaluation.test.y):
         raise RecipeError(
             f"attack.observe.own_rows: {seen.own_rows} of {len(evaluation.test.y)} held-out rows. Lower it, or raise "
             "evaluate.rows."
@@ -70,16 +77,17 @@ def audited(
     records = {record.round: record for record in read_history(folder)}
     ids = client_ids(recipe)
     places = [(r, ids[number]) for r in sorted(block.observe.rounds) for number in sorted(block.observe.clients)]
-    found = []
+    found, final = [], observed.last_vector(folder)
     for number, method in enumerate(block.privacy):
         attack = make(method, PRIVACY_MENU, f"attack.privacy.{number}")
-        learnt = []
+        entry, learnt = PRIVACY_MENU.get(method["name"]), []
+        kind, paper = (entry.kind, entry.paper) if entry is not None else (None, "code from outside")
         for r, id in places:
-            one = _one(attack, recipe, federation, folder, records.get(r), id, r)
+            one = _one(attack, kind, recipe, federation, folder, records.get(r), id, r, final)
             say(f"audit: {method['name']}, round {r}, client {id}: {one.in_words()}")
             learnt.append(one)
-        entry = PRIVACY_MENU.get(method["name"])
-        found.append(told(method, entry.paper if entry is not None else "code from outside", learnt))
+        text = overheard.told_of_text(method, kind, paper, learnt) if recipe.task == "causal_lm" else None
+        found.append(text or told(method, paper, learnt))
     made = {"asked": _asked(recipe), "what": block.observe.what, "attacks": found}
     observed.write_found(folder, made)
     return made
@@ -95,7 +103,10 @@ def leakage(found: Mapping[str, Any] | None) -> dict[str, Any]:
     if found is None:
         return {}
     return {
-        "leakage": [{key: attack[key] for key in ("name", "scores", "not_applicable")} for attack in found["attacks"]]
+        "leakage": [
+            {key: attack[key] for key in ("name", "settings", "scores", "not_applicable")}
+            for attack in found["attacks"]
+        ]
     }
 
 
@@ -125,18 +136,23 @@ def observer_in_words(recipe: Recipe) -> list[str]:
 
 
 def _one(
-    attack: Callable[[Observation], Any], recipe: Recipe, federation: Federation, folder: Path,
-    record: RoundRecord | None, id: str, r: int,
+    attack: Callable[[Observation], Any], kind: str | None, recipe: Recipe, federation: Federation, folder: Path,
+    record: RoundRecord | None, id: str, r: int, final: Tensor | None,
 ) -> Learnt:  # fmt: skip
     """One attack on what one client sent in one round; whatever hinders it is recorded as the reason for n/a."""
     begun = time.perf_counter()
     try:
         seen, client = observation(recipe, federation, folder, record, id, r)
+        if recipe.task == "causal_lm":
+            rows = truth(federation, client, seen, r)
+            heard = overheard.heard(attack, kind, recipe, federation, client, seen, rows, final)
+            return Learnt(id, r, time.perf_counter() - begun, heard=heard)
         made = attack(seen)
         if not isinstance(made, (Reconstruction, LabelCounts)):
             raise AttackError(f"privacy: gave {type(made).__name__}, must be a Reconstruction or LabelCounts.")
         taken = time.perf_counter() - begun
-        x, y = truth(federation, client, seen, r)
+        at = torch.as_tensor(truth(federation, client, seen, r))
+        x, y = client.shard.x.cpu()[at], client.shard.y.cpu()[at]
         classes = client.shard.classes
         counted = y.bincount(minlength=classes)
         if isinstance(made, LabelCounts):
@@ -171,8 +187,8 @@ def observation(
     sizes = [task.size(c.shard) for c in federation.clients]
     training = federation.algorithm.prepare(federation.training, sizes)
     size = task.size(client.shard)
-    own = None
-    if count := recipe.attack.observe.own_rows:
+    own, images = None, recipe.task == "classify"
+    if images and (count := recipe.attack.observe.own_rows):
         test: Labelled = federation.evaluation.test  # type: ignore[union-attr]
         drawn = torch.randperm(len(test.y), generator=generator_for(recipe.seed, "observer"))[:count]
         own = arrays.subset(test, drawn.numpy())
@@ -182,14 +198,14 @@ def observation(
         start=state["start"].float(),
         layout=task.layout,
         model=task.model,
-        shape=tuple(client.shard.x.shape[1:]),
+        shape=tuple(client.shard.x.shape[1:]) if images else (),
         rows=min(training.batch_size or size, size),
         steps=training.steps_of(size) if what == "delta" else 1,
         size=size,
         training=training,
         lr=training.lr_at(r, recipe.rounds),
-        mean=task.mean.cpu(),
-        std=task.std.cpu(),
+        mean=task.mean.cpu() if images else None,
+        std=task.std.cpu() if images else None,
         auxiliary=own,
         client=id,
         round=r,
@@ -197,15 +213,15 @@ def observation(
     return seen, client
 
 
-def truth(federation: Federation, client: Client, seen: Observation, r: int) -> tuple[Tensor, Tensor]:
-    """The rows that the client trained on, in order: of its first step, or of all steps that made the delta.
+def truth(federation: Federation, client: Client, seen: Observation, r: int) -> list[int]:
+    """Numbers of the rows that the client trained on, in order: of its first step, or of all that made the delta.
 
     A client whose every step is its whole shard has each row once, as `gradients.rows_to_find` has it.
     """
     task: Any = federation.task
     size = task.size(client.shard)
     batch = seen.training.batch_size if seen.training is not None else None
-    rng = generator_for(federation.seed, r, client.id, "batches")
+    rng = generator_for(federation.seed, federation.before + r, client.id, "batches")
     steps = 1 if (seen.rows or 0) >= size else seen.steps
-    rows = torch.cat(list(islice(endless(task, client.shard, batch or max(1, size), rng), steps))).cpu()
-    return client.shard.x.cpu()[rows], client.shard.y.cpu()[rows]
+    drawn = islice(endless(task, client.shard, batch or max(1, size), rng), steps)
+    return [int(row) for rows in drawn for row in rows]

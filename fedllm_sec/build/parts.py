@@ -13,13 +13,15 @@ import torch
 
 from fedllm_sec import models
 from fedllm_sec.attacks.threat import Threat
-from fedllm_sec.build.names import make, told_in_a_line
+from fedllm_sec.build.names import make, model_block, told_in_a_line
 from fedllm_sec.data import partition
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.protocols import Labelled, tensors_of
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.seeds import generator_for, seed_for
+
+OF_TORCHVISION = "torchvision.models"  # whose functions are told the number of classes and no shape
 
 # class of each row (rows,) -> (rows of the server's clean root set, rows of each client by id)
 Split = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -73,12 +75,21 @@ def deal(recipe: Recipe, ids: Sequence[str], labels: np.ndarray) -> tuple[np.nda
 
 def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn.Module:
     """The model of the recipe, its weights drawn by the seed."""
-    maker = make(recipe.model, models.MENU, "model")
+    name = recipe.model["name"]
+    with told_in_a_line(recipe.model, "model"):
+        maker = make(model_block(recipe.model), models.MENU, "model")
     with torch.random.fork_rng(devices=[]), told_in_a_line(recipe.model, "model"):
         torch.manual_seed(seed_for(recipe.seed, "model"))  # layers draw from torch's global generator
-        made = maker(shape, classes)
+        made = maker(num_classes=classes) if name.startswith(OF_TORCHVISION) else maker(shape, classes)
     if not isinstance(made, torch.nn.Module):
-        raise RecipeError(f"model.name: {recipe.model['name']}: gives {type(made).__name__}, no torch.nn.Module.")
+        raise RecipeError(f"model.name: {name}: gives {type(made).__name__}, no torch.nn.Module.")
+    if any(torch.nn.parameter.is_lazy(p) for p in made.parameters()):
+        raise RecipeError(
+            f"model.name: {name}: has lazy layers, whose parameters are not there yet. Call the model once on an input "
+            "in the function that makes it."
+        )
+    if not any(p.requires_grad and p.numel() for p in made.parameters()):
+        raise RecipeError(f"model.name: {name}: has no parameter to be trained. Set requires_grad on some.")
     return made
 
 
@@ -117,7 +128,7 @@ def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: An
         rows, rng = shards[id], generator_for(seed, "poison", id)
         for attack, (place, share) in zip(threat.data, shares.items(), strict=True):
             with only_shown(place, AttackError, **tensors_of(rows)):  # other attacks and later runs have them too
-                made = attack.poison(rows, rng)
+                made = of_rows(attack.poison(rows, rng), rows, f"{place}: poison")
             _refuse_overwriting(rows, made, f"{place}: client {id}")
             share[id] = _changed(rows, made) / max(_size(made), 1)
             rows = made
@@ -139,6 +150,18 @@ def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: An
                 stacklevel=2,
             )
     return Poisoned(done, shares)
+
+
+def of_rows(made: Any, rows: Any, place: str) -> Any:
+    """What an attack made of rows; an error where it is none of their kind."""
+    if not isinstance(made, type(rows)):
+        raise AttackError(f"{place} gave back {type(made).__name__}, must give {type(rows).__name__}. Mend it.")
+    if isinstance(made, Labelled) and not len(made.x) == len(made.y) == len(made.poisoned):
+        raise AttackError(
+            f"{place} gave back {len(made.x)} inputs, {len(made.y)} labels and {len(made.poisoned)} marks, must give "
+            "one of each for a row. Mend it."
+        )
+    return made
 
 
 def _size(rows: Any) -> int:

@@ -31,16 +31,19 @@ class Learnt:
     true: Tensor | None = None  # (n, ...)
     made: Tensor | None = None  # (n, ...), each the partner of a true one
     reason: str | None = None
+    heard: Any = None  # of text: what `overheard` has made of it
 
     def in_words(self) -> str:
         if self.reason is not None:
             return f"n/a: {self.reason}"
+        if self.heard is not None:
+            return f"{self.heard.in_words()}  {self.seconds:.1f} s"
         images = f"PSNR median {median(self.psnr):.1f} dB, best {max(self.psnr):.1f}; " if self.psnr else ""
         return f"{images}labels right {self.right:.2f}  {self.seconds:.1f} s"
 
 
 def told(method: Mapping[str, Any], paper: str, learnt: Sequence[Learnt]) -> dict[str, Any]:
-    """One attack's part of privacy.json; scores that nothing was measured for are None."""
+    """One attack on images, as privacy.json has it; scores that nothing was measured for are None."""
     acted = [one for one in learnt if one.reason is None]
     images = [(one, i) for one in acted if one.psnr is not None for i in range(len(one.psnr))]
     psnr = [one.psnr[i] for one, i in images if one.psnr is not None]

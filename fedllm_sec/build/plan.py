@@ -14,12 +14,14 @@ from fedllm_sec.build.drawn import drawn_problems, named_clients
 from fedllm_sec.build.judging import evaluation_problems
 from fedllm_sec.build.names import make, outside, told_in_a_line
 from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
+from fedllm_sec.build.start import start_problems
 from fedllm_sec.build.threat import attack_problems, attacking, client_ids, make_threat
 from fedllm_sec.build.transfer import transfer_problems
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import AttackError, DefenseError, RecipeError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Algorithm, LocalRule, LocalTraining
+from fedllm_sec.recipe.places import folder_problem
 from fedllm_sec.recipe.sections import Recipe
 
 
@@ -66,6 +68,9 @@ class Plan:
 def planned(recipe: Recipe) -> Plan:
     """The plan of a checked recipe, or one RecipeError with all that could not work."""
     problems = algorithm_problems(recipe) + attack_problems(recipe) + evaluation_problems(recipe)
+    problems += start_problems(recipe)
+    if recipe.output.folder:  # a cell of a grid has none before all are known
+        problems += filter(None, [folder_problem(recipe.output.folder)])
     defense = threat = None
     guards: tuple[LocalRule, ...] = ()
     try:
@@ -152,6 +157,8 @@ def local_training(recipe: Recipe) -> LocalTraining:
         optimizer=clients.optimizer,
         lr=clients.lr,
         betas=clients.betas or (0.9, 0.999),
+        momentum=clients.momentum,
+        nesterov=clients.nesterov,
         lr_schedule=clients.lr_schedule,
         weight_decay=clients.weight_decay,
         max_grad_norm=clients.max_grad_norm,

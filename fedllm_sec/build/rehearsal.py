@@ -56,7 +56,7 @@ class Rehearsal:
                     if self.layout is not UNNAMED or not any(word in str(error) for word in NAMES):
                         found.append(f"{place}: {error}")
                 except Exception as error:  # a method from outside may raise anything
-                    if not (self.code or _outside(error)):
+                    if not (self.code or outside_frames(error)):
                         raise
                     found.append(f"{place}: {_told(error, threat.start if place == 'attack' and threat else 1)}")
         if len(self.ids) == self.total:  # then every round has this cohort
@@ -145,12 +145,14 @@ def only_counted(defense: Pipeline, ids: Sequence[str], ctx: RoundContext) -> No
             stage(rows, ctx)
 
 
-def _outside(error: Exception) -> list[traceback.FrameSummary]:
+def outside_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """Where it passed through code that is neither fedllm_sec's nor a library's."""
     ours = (HERE, Path(sysconfig.get_path("stdlib")), *(Path(library.__file__).parent for library in (torch, numpy)))
 
     def known(file: str) -> bool:
         outside = "site-packages" in file or "dist-packages" in file  # both may lie in the standard library's folder
+        if file.startswith("<"):  # what Python or a library has made itself
+            return True
         return any(Path(file).is_relative_to(p) and (not outside or p != ours[1]) for p in ours)
 
     return [frame for frame in traceback.extract_tb(error.__traceback__) if not known(frame.filename)]
@@ -158,10 +160,14 @@ def _outside(error: Exception) -> list[traceback.FrameSummary]:
 
 def _told(error: Exception, round: int) -> str:
     """What a method from outside raised, where, and what is not there in the first round, in a line."""
-    frame = (_outside(error) or traceback.extract_tb(error.__traceback__))[-1]
-    where = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
+    where = place_of((outside_frames(error) or traceback.extract_tb(error.__traceback__))[-1])
     first = " In the first round there is no last_update: it is None." if round == 1 else ""
     return f"in a rehearsed round {round}: {type(error).__name__}: {error} ({where}).{first}"
+
+
+def place_of(frame: traceback.FrameSummary) -> str:
+    """File, line and function, in words."""
+    return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
 
 
 def scaled_down(layout: Layout) -> Layout:

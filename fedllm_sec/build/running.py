@@ -15,6 +15,7 @@ from fedllm_sec.errors import FedError, RecipeError, ResumeError
 from fedllm_sec.recipe import reading
 from fedllm_sec.records import inventory
 from fedllm_sec.records.environment import environment
+from fedllm_sec.records.files import write_json
 from fedllm_sec.records.folder import RunFolder
 from fedllm_sec.records.history import read_history
 from fedllm_sec.records.summary import round_line, scalars, summary
@@ -54,22 +55,34 @@ def _need_tracker(name: str) -> None:
 
 
 def run_one(
-    plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None = None
+    plan: Plan,
+    machine: Machine,
+    command: str,
+    loaded: Loaded,
+    say: Callable[[str], None] | None = None,
+    beside: Path | None = None,
 ) -> None:
     """One run from where its folder stands; of a finished one, what was lost is made again from its checkpoint.
 
-    `loaded` is what the process keeps between runs; `say` gets a line a round instead of the terminal.
+    `loaded` is what the process keeps between runs; `say` gets a line a round instead of the terminal; `beside` is the
+    folder in which runs that start alike find the rounds of `pretrain`, None: the run's own.
     """
-    with RunFolder(Path(plan.recipe.output.folder)).held() if machine.main else contextlib.nullcontext():
-        _run_held(plan, machine, command, loaded, say)
+    folder = Path(plan.recipe.output.folder)
+    with RunFolder(folder).held() if machine.main else contextlib.nullcontext():
+        _run_held(plan, machine, command, loaded, say, beside or folder)
 
 
-def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None) -> None:
+def _run_held(
+    plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None, beside: Path
+) -> None:
     import torch
 
     from fedllm_sec.build.federation import assemble, run, save
     from fedllm_sec.build.measuring import harnessed, known_from, settings_of
     from fedllm_sec.build.observing import audited, leakage
+    from fedllm_sec.build.start import entry, refuse_another, start_of
+    from fedllm_sec.build.triggers import NAME, shown
+    from fedllm_sec.rounds.federation import Federation
 
     recipe, on_terminal = plan.recipe, say is None
     tell: Callable[[str], None] = say or functools.partial(print, flush=True)
@@ -80,14 +93,25 @@ def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: C
     finished = state is not None and state["round"] >= recipe.rounds
     damage = inventory.damage(folder.path) if state is not None and finished else {}
     known = known_from(folder.path, settings_of(recipe)) if state is not None else {}
+    begun_from = folder.environment().get("start") if state is not None else None
     if not finished:
         known.pop("after", None)  # of fewer rounds
     machine.accelerator.wait_for_everyone()  # all have looked before one writes
     if state is not None and finished and not _to_make_again(folder.path, state["round"], damage, tell):
         tell(f"already done: {folder.path} ({state['round']} rounds). --fresh runs it anew beside the old folder.")
         return
+    start = start_of(recipe)
+    refuse_another(begun_from, start)
+    begun_from = begun_from if isinstance(begun_from, dict) else entry(recipe, start)
+    before = None
+    if recipe.pretrain is not None and (state is None or (settings_of(recipe) is not None and "before" not in known)):
+        before = _pretrained(recipe, machine, command, loaded, tell, beside)
     federation = assemble(plan, machine, loaded)
-    task = federation.task
+    task: Any = federation.task
+    if before is not None:
+        assert isinstance(federation, Federation)  # fedgkt has no pretrain
+        federation.begin_after(_to(before, machine.device))
+    begun = federation.vector
     kind = "adapter" if recipe.task == "causal_lm" and recipe.model.lora is not None else "model"
     if state is not None:
         _load(federation, _to(state, machine.device), folder)
@@ -95,10 +119,12 @@ def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: C
         refuse_full_disk(recipe, folder.path, federation.state_dict())
         if state is not None:
             tell(f"going on after round {federation.round} of {folder.path}")
-        for changed in folder.begin(text, _environment(command, machine), state):
+        elif begun_from is not None:
+            tell(f"starts {begun_from['words']}")
+        for changed in folder.begin(text, _environment(command, machine, begun_from), state):
             tell(f"from round {federation.round + 1} on: {changed}")
     elif machine.main:
-        folder.mend(text, _environment(command, machine), state)
+        folder.mend(text, _environment(command, machine, begun_from), state)
     if recipe.output.tracker is not None:
         for tracker in machine.accelerator.trackers:  # accelerate would log this run to the last one's too
             tracker.finish()
@@ -108,18 +134,20 @@ def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: C
     def keep_model(name: str) -> None:
         with torch.no_grad():
             task.parameters.copy_(federation.vector)
+        if isinstance(federation, Federation) and federation.buffers is not None:
+            task.buffers.write(federation.buffers)
         records = [record for record in read_history(folder.path) if record.round <= federation.round]
-        save(recipe, task, folder.path / name, records)
+        save(recipe, task, folder.path / name, records, begun_from)
 
     def keep_round(round: int) -> None:
         every = recipe.output.adapter_every
-        if machine.main and every is not None and round % every == 0:
+        if machine.main and every is not None and round > 0 and round % every == 0:
             keep_model(f"{kind}-round-{round}")
 
     if state is not None:
         keep_round(federation.round)  # a run that was killed after its checkpoint has not kept this round's
     harness = functools.partial(harnessed, recipe, task, machine=machine, folder=folder.path, known=known)
-    harness(vector=getattr(task, "initial", federation.vector), when="before")
+    harness(vector=begun, when="before")
     federation.progress = _progress(machine.main and on_terminal, lambda: federation.round + 1, recipe.rounds)
     for record in run(federation, recipe.rounds):
         if machine.main:
@@ -131,13 +159,29 @@ def _run_held(plan: Plan, machine: Machine, command: str, loaded: Loaded, say: C
     public = harness(vector=federation.vector, when="after")
     if machine.main:
         keep_model(kind)
+        if looked_at := shown(federation.evaluation, task):
+            write_json(folder.path / NAME, looked_at)
         attack = recipe.attack if recipe.attacked else None
         stop = attack.stop if attack is not None else None
         begun_by = str(folder.environment().get("command", command))
         found = summary(folder.path, begun_by, attacked=attack is not None, stop=stop)
         leaked = leakage(audited(recipe, federation, folder.path, tell))
-        folder.close({**found, **federation.facts, "harness": public, **leaked}, recipe.rounds)
+        from_where = {"start": begun_from} if begun_from is not None else {}
+        folder.close({**found, **federation.facts, **from_where, "harness": public, **leaked}, recipe.rounds)
     machine.accelerator.wait_for_everyone()
+
+
+def _pretrained(
+    recipe: Recipe, machine: Machine, command: str, loaded: Loaded, tell: Callable[[str], None], beside: Path
+) -> dict[str, Any]:
+    """The state after the clean rounds that come first, made here where nobody has."""
+    from fedllm_sec.build.plan import planned
+    from fedllm_sec.build.pretraining import pretrained
+
+    def make(clean: Recipe) -> None:
+        run_one(planned(clean), machine, command, loaded, lambda line: tell(f"attack-free {line}"))
+
+    return pretrained(recipe, beside, machine, make, tell)
 
 
 def in_kind(recipe: Recipe) -> str:
@@ -234,17 +278,18 @@ def _bytes(value: Any) -> int:
 # ---------------------------------------------------------------- around it
 
 
-def _environment(command: str, machine: Machine) -> dict[str, Any]:
+def _environment(command: str, machine: Machine, start: Mapping[str, Any] | None = None) -> dict[str, Any]:
     import torch
 
     gpu = machine.device.type == "cuda"
-    return environment(
+    found = environment(
         command,
         device=torch.cuda.get_device_name(machine.device) if gpu else str(machine.device),
         processes=machine.world,
         placement=machine.placement,
         mixed_precision=machine.accelerator.mixed_precision,
     )
+    return found if start is None else {**found, "start": dict(start)}
 
 
 def _progress(show: bool, round: Callable[[], int], rounds: int) -> Callable[[Sequence[Any]], Iterator[Any]]:

@@ -79,7 +79,12 @@ def _not_plain(recipe: Recipe, defense: Pipeline) -> str | None:
     momentum, server_lr = recipe.algorithm.get("server_momentum", 0.0), recipe.algorithm.get("server_lr", 1.0)
     if name != "fedavg" or momentum != 0 or server_lr != 1:
         return "the theorem is about a server that adds the mean (algorithm: {name: fedavg}, server_lr 1)"
-    if clients.optimizer != "sgd" or clients.max_grad_norm is not None or clients.weight_decay != 0:
+    if (
+        clients.optimizer != "sgd"
+        or clients.momentum != 0
+        or clients.max_grad_norm is not None
+        or clients.weight_decay != 0
+    ):
         return "the theorem is about plain local SGD (optimizer: sgd, max_grad_norm: null, weight_decay: 0)"
     assert block is not None
     plain = block.rule.get("name") == "mean" and block.rule.get("weights") == "uniform"
@@ -123,7 +128,7 @@ def _attackers(
     """The attackers of the one attacked round, each with the most poisoned examples that a batch of its may hold."""
     ((at, malicious),) = attack_rounds(recipe, 2)
     ids, clients = client_ids(recipe), recipe.clients
-    ((_, cohort),) = cohorts(recipe.seed, range(at, at + 1), clients.total, clients.per_round)
+    ((_, cohort),) = cohorts(recipe.seed, range(at, at + 1), clients.total, clients.per_round, recipe.before)
     found = []
     for id in sorted(malicious & {ids[place] for place in cohort}):
         size = int(sizes[id])

@@ -17,7 +17,8 @@ from fedllm_sec.build.language_model import load_task
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.build.parts import Parts, Split, poison
 from fedllm_sec.build.selftest import generation_problems, say_unlike
-from fedllm_sec.data import sources, text
+from fedllm_sec.build.threat import client_ids
+from fedllm_sec.data import canaries, sources, text
 from fedllm_sec.errors import DataError, FedError, RecipeError
 from fedllm_sec.evaluation.text import Choices, TextEvaluation
 from fedllm_sec.models.lora import source_of
@@ -44,6 +45,9 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
     def deal() -> tuple[Dataset, dict[str, Dataset]]:
         root, shares = split(class_numbers(train))
         shards = {id: train.select(rows) for id, rows in shares.items()}
+        if (secret := recipe.data.canaries) is not None:
+            owner = client_ids(recipe)[secret.client]
+            shards[owner] = canaries.planted(shards[owner], secret, recipe.seed)
         twice = text.overlap(train.select(root), train.select(np.concatenate(list(shares.values()))))
         if twice:
             warnings.warn(

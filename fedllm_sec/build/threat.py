@@ -47,10 +47,10 @@ def make_threat(recipe: Recipe) -> Threat | None:
 def _who_and_when(recipe: Recipe) -> Threat:
     """The attackers before they have any method."""
     assert recipe.attack is not None
-    return _who(recipe.attack, recipe.enable_attack, recipe.clients.total, recipe.seed)
+    return _who(recipe.attack, recipe.enable_attack, recipe.clients.total, recipe.seed, recipe.before)
 
 
-def _who(block: Attack, enabled: bool, total: int, seed: int) -> Threat:
+def _who(block: Attack, enabled: bool, total: int, seed: int, before: int) -> Threat:
     ids, who = _ids(total), block.malicious
     count = who.count or round((who.share or 0) * len(ids))
     redrawn = None
@@ -70,6 +70,7 @@ def _who(block: Attack, enabled: bool, total: int, seed: int) -> Threat:
         stop=block.stop,
         every=block.every,
         probability=block.probability,
+        before=before,
     )
 
 
@@ -102,15 +103,15 @@ def attacking(recipe: Recipe) -> Attacking:
     if recipe.attack is None or not recipe.enable_attack or recipe.attack.curious:
         return Attacking(frozenset(), 0, 0, True)
     clients, when = recipe.clients, recipe.attack.model_dump_json(include={"malicious", *WHEN})
-    return _foreseen(recipe.seed, recipe.rounds, clients.total, clients.per_round, when)
+    return _foreseen(recipe.seed, recipe.before, recipe.rounds, clients.total, clients.per_round, when)
 
 
 WHEN = ("start", "stop", "every", "probability")
 
 
 @functools.lru_cache(maxsize=64)  # a plan asks several times
-def _foreseen(seed: int, rounds: int, total: int, per_round: int | None, when: str) -> Attacking:
-    threat = _who(Attack.model_validate_json(when), True, total, seed)
+def _foreseen(seed: int, before: int, rounds: int, total: int, per_round: int | None, when: str) -> Attacking:
+    threat = _who(Attack.model_validate_json(when), True, total, seed, before)
     possible = possible_rounds(threat, rounds)
     draws = total if per_round is not None and per_round < total else 0
     rounds_looked = foreseen(possible, draws + (10 * total if threat.redrawn is not None else 0))  # who costs more
@@ -118,7 +119,7 @@ def _foreseen(seed: int, rounds: int, total: int, per_round: int | None, when: s
     for r in rounds_looked:
         looked += 1
         if not (attackers := threat.attackers(r)) <= found:
-            for _, cohort in cohorts(seed, range(r, r + 1), total, per_round):
+            for _, cohort in cohorts(seed, range(r, r + 1), total, per_round, before):
                 found |= attackers & {ids[i] for i in cohort}
             if found == threat.malicious:
                 break

@@ -29,6 +29,22 @@ def transfer_problems(recipe: Recipe) -> list[str]:
             "averaged, so there are no rows that a defense could compare or weigh. Set enable_defense: false, or use "
             "another algorithm."
         )
+    if mode := recipe.model.get("buffers"):
+        problems.append(
+            f"model.buffers: {mode}: fedgkt averages no nets, so no running statistics travel. Remove it, and choose a "
+            "model with GroupNorm."
+        )
+    if recipe.evaluate.start:
+        problems.append(
+            "evaluate.start: fedgkt has no model before the first round: what is measured are the nets that clients "
+            "have trained, with the server's behind them, and nobody has trained one yet. Set it to false."
+        )
+    for key, asked in (("model.start", recipe.model.get("start")), ("pretrain", recipe.pretrain)):
+        if asked is not None:
+            problems.append(
+                f"{key}: fedgkt has no one model that a run could start from: every client keeps a net of its own, and "
+                "the server's learns from their features. Remove it, or use another algorithm."
+            )
     attack = recipe.attack if recipe.enable_attack else None
     if attack is not None and attack.privacy:
         problems.append(

@@ -12,16 +12,22 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 
+from fedllm_sec.data.images import image_folder
+from fedllm_sec.data.signs import BEGIN, refuse_stand_ins
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.recipe import places
 from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.recipe.section import MOST_CLASSES
+from fedllm_sec.seeds import seed_for
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+ONE = ("x", "y")  # of a file in one part
+CHANNELS = (1, 3, 4)
+SHARE = 0.1  # of the images of a set in one part
 
 
 def load(
@@ -32,28 +38,81 @@ def load(
     image: str | None = None,
     label: str | None = None,
     classes: int | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    test_share: float | None = None,
+    seed: int = 0,
 ) -> tuple[Labelled, Labelled]:
-    """Clean training and test rows."""
-    if name == "digits" or name.endswith(".npz"):
-        given = {"config": config, "train": train != "train" and train, "test": test != "test" and test, "image": image,
-                 "label": label}  # fmt: skip
+    """Clean training and test rows; images of a folder are brought to `size`, height and width.
+
+    Of a set in one part a share is held out, drawn by the seed.
+    """
+    folder = os.path.isdir(os.path.expanduser(name))
+    if name == "digits" or name.endswith(".npz") or folder:
+        given: dict[str, Any] = {"config": config, "image": image, "label": label}
+        if not folder:
+            given |= {"train": train != "train" and train, "test": test != "test" and test}
         if idle := next((key for key, value in given.items() if value), None):
             raise DataError(f"data.{idle}: {given[idle]}: names a part of a hub set; {name} is none. Remove it.")
-    if name == "digits":
+    if folder:
+        raw = image_folder(Path(name).expanduser(), train, test, size)
+    elif name == "digits":
         raw = _digits()
     elif name.endswith(".npz"):
         raw = _npz(Path(name))
     elif places.is_local(name) or os.path.exists(name):
-        raise DataError(f"data.name: {name}: must end in .npz, with the arrays {', '.join(KEYS)}.")
+        raise DataError(
+            f"data.name: {name}: must be a folder with one of images for each class, or end in .npz, with the arrays "
+            f"{', '.join(KEYS)}, or x and y."
+        )
     else:
         hub, known_image, known_label = places.IMAGE_SETS.get(name, (name, None, None))
         raw = {}
         for part, split in (("train", train), ("test", test)):
             table = _hub_table(name, hub, config, split)
             raw[f"x_{part}"], raw[f"y_{part}"] = from_table(table, image or known_image, label or known_label, name)
-    made = labelled(raw, name, classes)
+    if "x" in raw:
+        raw = _parted(raw, test_share, seed, name)
+    elif test_share is not None:
+        raise DataError(f"data.test_share: {test_share:g}: {name} has training and test rows of its own. Remove it.")
+    made = labelled(_numbered(raw, name), name, classes)
     refuse_same(raw["x_train"], raw["x_test"], name)
     return made
+
+
+def _parted(raw: dict[str, np.ndarray], share: float | None, seed: int, place: str) -> dict[str, np.ndarray]:
+    """A set in one part as training and held-out rows, at least one of each, drawn by the seed."""
+    x, y = raw["x"], raw["y"]
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        raise DataError(f"data: {place}: x has shape {x.shape} and y {y.shape}: they must have a row for each image.")
+    if len(x) < 2:
+        raise DataError(f"data: {place}: has {len(x)} image, so none can be held out. Give more.")
+    if share is None:
+        warnings.warn(
+            f"data: {place} is training and test set: {SHARE:.0%} of its images, drawn by the seed, are held out. Set "
+            "data.test_share to choose.",
+            stacklevel=3,
+        )
+    held = np.zeros(len(x), dtype=bool)
+    count = min(max(1, round((share or SHARE) * len(x))), len(x) - 1)
+    held[np.random.default_rng(seed_for(seed, "rows", "held out")).permutation(len(x))[:count]] = True
+    return {"x_train": x[~held], "y_train": y[~held], "x_test": x[held], "y_test": y[held]}
+
+
+def _numbered(raw: dict[str, np.ndarray], place: str) -> dict[str, np.ndarray]:
+    """Class names as numbers in the order of the names; numbers stay as they are."""
+    if any(raw[f"y_{part}"].dtype.kind not in "US" or raw[f"y_{part}"].ndim != 1 for part in ("train", "test")):
+        return raw
+    names = sorted(set(raw["y_train"].tolist()))
+    number = {name: k for k, name in enumerate(names)}
+    if strange := sorted(set(raw["y_test"].tolist()) - number.keys()):
+        raise DataError(
+            f"data: {place}: test rows have the class {strange[0]!r}, which no training row has. Give training rows of "
+            "it, or other test rows."
+        )
+    told = ", ".join(f"{k} {name!s}" for name, k in number.items())
+    warnings.warn(f"data: {place}: classes by number: {told[:500]}.", stacklevel=3)
+    return raw | {f"y_{part}": np.array([number[y] for y in raw[f"y_{part}"].tolist()]) for part in ("train", "test")}
 
 
 def refuse_same(train: np.ndarray, test: np.ndarray, place: str) -> None:
@@ -75,12 +134,17 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
     for part in ("train", "test"):
         x, y = raw[f"x_{part}"], raw[f"y_{part}"]
         where = f"data: {place}: x_{part}"
-        if x.dtype != np.uint8:
-            raise DataError(f"{where} is {x.dtype}, must be uint8 from 0 to 255. Convert it.")
-        if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
+        if x.dtype != np.uint8 and x.dtype.kind != "f":
+            raise DataError(f"{where} is {x.dtype}, must be uint8 from 0 to 255, or floats from 0 to 1. Convert it.")
+        if x.dtype.kind == "f" and not bool(((x >= 0) & (x <= 1)).all()):
             raise DataError(
-                f"{where} has shape {x.shape}, must be (rows, height, width) or (rows, height, width, channels) with "
-                "1, 3 or 4 channels. Move the axes."
+                f"{where} has values from {np.nanmin(x, initial=np.inf):.3g} to {np.nanmax(x, initial=-np.inf):.3g}"
+                f"{', and NaN' if bool(np.isnan(x).any()) else ''}; floats must lie from 0 to 1. Scale it."
+            )
+        if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in CHANNELS and x.shape[1] not in CHANNELS):
+            raise DataError(
+                f"{where} has shape {x.shape}, must be (rows, height, width), or (rows, height, width, channels) or "
+                "(rows, channels, height, width) with 1, 3 or 4 channels. Move the axes."
             )
         if len(x) == 0:
             raise DataError(f"{where} has zero rows.")
@@ -98,6 +162,7 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
         if len(y) != len(x):
             raise DataError(f"data: {place}: {len(x)} images but {len(y)} labels in the {part} part.")
     known = classes if classes is not None else int(raw["y_train"].max()) + 1
+    idle = known - len(np.unique(raw["y_train"]))
     if known > MOST_CLASSES:
         raise DataError(
             f"data: {place}: y_train goes up to {known - 1}, and a model has an output for each class from 0 on. "
@@ -113,12 +178,25 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
             )
     if known < 2:
         raise DataError(f"data: {place}: y_train holds one class only. Give at least two.")
+    if idle and classes is None:
+        warnings.warn(
+            f"data: {place}: classes go from 0 to {known - 1}, and {idle} of these {known} have no training row: the "
+            "model has an output for each of them all the same. Number the classes without gaps.",
+            stacklevel=2,
+        )
 
     def made(part: str) -> Labelled:
-        x = torch.from_numpy(np.ascontiguousarray(raw[f"x_{part}"]))
-        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+        images = raw[f"x_{part}"]
+        if images.dtype.kind == "f":  # torch knows neither the bytes of another machine nor float128
+            images = images.astype(np.float32)
+        x = torch.from_numpy(np.ascontiguousarray(images))
+        if x.ndim == 3:
+            x = x[:, None]
+        elif x.shape[3] in CHANNELS:  # also where the first axis might be channels: rows of a few pixels are rare
+            x = x.permute(0, 3, 1, 2)
         y = torch.from_numpy(raw[f"y_{part}"].astype(np.int64))
-        return Labelled(x.contiguous().float() / 255, y, known, torch.zeros(len(y), dtype=torch.bool))
+        x = x.contiguous().float() / 255 if x.dtype == torch.uint8 else x.contiguous()
+        return Labelled(x, y, known, torch.zeros(len(y), dtype=torch.bool))
 
     return made("train"), made("test")
 
@@ -142,17 +220,22 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     if not path.expanduser().is_file():
         raise DataError(f"data.name: {path}: no such file in {places.here()}. Give one that exists.")
     if not is_zipfile(path.expanduser()):
+        with path.expanduser().open("rb") as begun:
+            refuse_stand_ins(begun.read(BEGIN), str(path))
         raise DataError(f"data: {path} cannot be read as .npz (it is no archive). Write it with numpy.savez.")
     try:
         with np.load(path.expanduser(), allow_pickle=False) as file:
-            missing = [key for key in KEYS if key not in file.files]
+            keys = KEYS if any(key in file.files for key in KEYS) or not {*ONE} <= {*file.files} else ONE
+            missing = [key for key in keys if key not in file.files]
             if missing:
                 raise DataError(f"data: {path} lacks {', '.join(missing)}.{did_you_mean(missing[0], file.files)}")
-            found = {key: file[key] for key in KEYS}
+            found = {key: file[key] for key in keys}
     except DataError:
         raise
     except Exception as error:  # anybody may have written it: numpy and zipfile raise kinds of every sort
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "allow_pickle" in reason:
+            reason = "it holds Python objects; reading those is running code. Save numbers, or text as .astype(str)"
         raise DataError(f"data: {path} cannot be read as .npz ({reason}).") from error
     for key, values in found.items():
         if not isinstance(values, np.ndarray):

@@ -11,11 +11,12 @@ import json
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from fedllm_sec.data.tables import Number, Table, as_json, of_arrow, of_dataset, refuse_twice
+from fedllm_sec.data.jsonrows import read_json
+from fedllm_sec.data.signs import BEGIN, refuse_other_kinds
+from fedllm_sec.data.tables import Table, of_arrow, of_dataset, refuse_twice
 from fedllm_sec.errors import DataError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -57,6 +58,8 @@ def read_file(path: Path, encoding: str | None = None) -> Table:
         if kind == ".parquet":
             if encoding is not None:
                 raise DataError(f"data.encoding: {encoding}: is for text files; {place} is Parquet. Remove it.")
+            with path.open("rb") as file:
+                refuse_other_kinds(file.read(BEGIN), place, parquet=True)
             return read_parquet(path)
         text = decoded(path.read_bytes(), encoding, place)
     except OSError as error:
@@ -84,9 +87,10 @@ def decoded(content: bytes, encoding: str | None, place: str) -> str:
             raise DataError(
                 f"data: {place} cannot be unpacked by gzip ({error}). Is it whole? Copy it again."
             ) from error
+    refuse_other_kinds(content, place)
     found = encoding or next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        text = content.decode(found).removeprefix("\ufeff")
+        text = content.decode(found).lstrip("\ufeff")  # some tools write a second mark behind the first
         if encoding is not None:
             _refuse_utf8(content, text, encoding, place)
         return text
@@ -112,7 +116,7 @@ def decoded(content: bytes, encoding: str | None, place: str) -> str:
 def _refuse_utf8(content: bytes, text: str, encoding: str, place: str) -> None:
     """An error where bytes that are UTF-8 become other text by `encoding`; a warning where that may be meant."""
     try:
-        plain = content.decode().removeprefix("\ufeff")
+        plain = content.decode().lstrip("\ufeff")
     except UnicodeDecodeError:
         return
     if plain == text or "\0" in plain:
@@ -207,49 +211,6 @@ def _separator(text: str) -> str:
         return width > 1, widths.count(width), width
 
     return max(SEPARATORS, key=agreement)
-
-
-def read_json(text: str, place: str) -> Table:
-    """A list of objects, or objects one after the other (JSON lines)."""
-    decoder = json.JSONDecoder(
-        parse_int=Number,
-        parse_float=Number,
-        parse_constant=lambda name: None if name == "NaN" else Number(name),  # how missing numbers are written
-        object_pairs_hook=_object,
-    )
-    blank = re.compile(r"[ \t\r\n]*")
-    values: list[Any] = []
-    at = blank.match(text, 0).end()  # type: ignore[union-attr]
-    while at < len(text):
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"data: {place} cannot be read as json (line {error.lineno}, column {error.colno}: {error.msg}). It "
-                "must be a list of objects, or one object a line."
-            ) from None
-        except RecursionError:
-            raise DataError(f"data: {place}, row {len(values) + 1}: is nested too deeply.") from None
-        except ValueError as error:  # of _object
-            raise DataError(f"data: {place}, row {len(values) + 1}: {error}") from None
-        values.append(value)
-        at = blank.match(text, end).end()  # type: ignore[union-attr]
-    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"data: {place}, row {number}: {as_json(row)[:40]}: must be an object, {{column: value, ...}}."
-            )
-    names = tuple(dict.fromkeys(name for row in rows for name in row))
-    return Table(place, names, len(rows), lambda name: [row.get(name) for row in rows])
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f'the key "{twice}" is given twice. Keep one.')
-    return made
 
 
 def read_saved(folder: Path) -> Table:

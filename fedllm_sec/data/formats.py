@@ -7,12 +7,13 @@ A conversation becomes one row. `text` is the last thing the user says, `respons
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from fedllm_sec.data.tables import Table, as_text, is_conversation
+from fedllm_sec.data.tables import Table, as_json, as_text, is_conversation
 from fedllm_sec.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +23,20 @@ Format = Literal["columns", "alpaca", "prompt_completion", "messages", "sharegpt
 
 # turns as the two common forms write them: who speaks, what is said
 KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
+PAIR = ("user", "assistant")  # who says the two of a pair
 USUAL = ("messages", "conversations", "conversation")  # names of columns that hold them
+BESIDE = ("system", "history")  # columns that belong to a row where a format is found or named, and text besides
+# what a turn may hold beside its words that no row here can say, and what to do with it
+THOUGHTS = " Write it into the content as the model's template does, or leave it out."
+SAYS_NOTHING, SAYS_ALL = ("null", "[]", '""', "{}"), ("null", "1", "1.0", "true")
+UNSAID = {
+    "tool_calls": "",
+    "function_call": "",
+    "reasoning_content": THOUGHTS,
+    "reasoning": THOUGHTS,
+    "thinking": THOUGHTS,
+    "weight": " Leave weights out: data.loss_on says which answers are scored.",
+}
 ROLES = {
     "system": "system",
     "user": "user", "human": "user",
@@ -62,13 +76,28 @@ def found_format(table: Table, columns: Columns) -> Format:
 
 
 def _turns_of(table: Table, name: str) -> Literal["messages", "sharegpt"] | None:
-    """How the column's turns are written; None where it holds none."""
+    """How the column's turns are written; None where it holds none. Rows without any turn do not say."""
     if name not in table.names or table.size == 0:
         return None
-    first = next((value for value in table.column(name) if value is not None), None)
-    if not is_conversation(first):
+    first = next((value for value in map(_unpacked, table.column(name)) if value is not None and len(value)), None)
+    if first is None or not is_conversation(first):
         return None
     return "sharegpt" if set(KEYS["sharegpt"]) <= set(first[0]) else "messages"
+
+
+def _unpacked(value: Any) -> Any:
+    """A list, also one that is written as JSON, as a CSV file must; None for what is none."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, (list, tuple, np.ndarray)) else None
+
+
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to be seen in it: blanks, and characters that are drawn as nothing."""
+    return all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
 
 
 def conversation_column(table: Table, columns: Columns, kind: str) -> str:
@@ -86,14 +115,14 @@ def conversation_column(table: Table, columns: Columns, kind: str) -> str:
 
 
 def columns_of(table: Table, columns: Columns, kind: Format) -> Columns:
-    """Which columns play which part in a format of plain columns."""
+    """Which columns play which part; beside a format's own, those of the names of BESIDE that are not given."""
+    names: dict[str, str | None] = {}
     if kind == "alpaca":
-        context = "input" if "input" in table.names else None
-        names = {"text": "instruction", "response": "output", "context": context}
+        names = {"text": "instruction", "response": "output", "context": "input" if "input" in table.names else None}
     elif kind == "prompt_completion":
         names = {"text": "prompt", "response": "completion", "context": None}
-    else:
-        return columns
+    if kind != "columns":
+        names |= {role: role for role in BESIDE if role in table.names}
     return columns.model_copy(update={k: v for k, v in names.items() if k not in columns.model_fields_set})
 
 
@@ -121,6 +150,63 @@ def in_turns(table: Table, columns: Columns, kind: Format, keep: Sequence[int]) 
     return rows
 
 
+def said_beside(
+    table: Table, columns: Columns, turns: Mapping[str, Sequence[str]] | None, keep: Sequence[int]
+) -> dict[str, list[str]]:
+    """System prompts and earlier turns that columns of their own hold, with those of `turns`; {} where none does."""
+    made: dict[str, list[str]] = {}
+    if columns.system is not None:
+        own, column = (turns or {}).get("system") or [""] * len(keep), table.text(columns.system)
+        made["system"] = [column[i] for i in keep]
+        for i, said, given in zip(keep, own, made["system"], strict=True):
+            if said and given and said != given:
+                raise DataError(
+                    f"data: {table.place}, row {i + 1}: the system prompt of its turns is another than that of column "
+                    f'"{columns.system}". Remove one, or set data.columns.system: null.'
+                )
+        made["system"] = [given or said for said, given in zip(own, made["system"], strict=True)]
+    if columns.history is not None:
+        values = table.column(columns.history)
+        before = [_before(table.place, int(i) + 1, columns.history, values[i]) for i in keep]
+        if turns is None:
+            made["history"] = before
+        elif any(before):
+            raise DataError(
+                f'data: {table.place}: column "{columns.history}" holds turns beside the conversations. Remove one, or '
+                "set data.columns.history: null."
+            )
+    if turns is not None and "tools" in table.names:
+        tools = table.text("tools")
+        if lost := [i for i in keep if tools[i].strip() not in ("", "[]", "null")]:
+            raise DataError(
+                f'data: {table.place}, row {lost[0] + 1}: column "tools" describes tools, which no template writes '
+                "here. Remove the column, or take such rows out."
+            )
+    return made
+
+
+def _before(place: str, number: int, column: str, value: Any) -> str:
+    """Earlier turns as JSON: of turns, or of pairs [asked, said]; "" where there are none."""
+    found = _unpacked(value)
+    if value is None or value == "" or (found is not None and len(found) == 0):
+        return ""
+    try:
+        if found is None:
+            raise ValueError(f"{str(value)[:40]!r} is no list of turns or of pairs.")
+        if is_conversation(found):
+            keys = KEYS["sharegpt" if set(KEYS["sharegpt"]) <= set(found[0]) else "messages"]
+            made = turns_of(found, keys)
+        else:
+            if any(not isinstance(pair, (list, tuple, np.ndarray)) or len(pair) != 2 for pair in found):
+                raise ValueError("holds what is no pair of asked and said.")
+            made = [Turn(role, as_text(said)) for pair in found for role, said in zip(PAIR, pair, strict=True)]
+        return spoken([*made, Turn("user", "?"), Turn("assistant", "?")]).history
+    except ValueError as error:
+        raise DataError(
+            f'data: {place}, row {number}: column "{column}": {error} Mend the row, or set data.columns.history: null.'
+        ) from None
+
+
 def _row(place: str, number: int, names: Sequence[str], values: Sequence[Any], kind: str) -> Spoken:
     try:
         turns = [turn for value in values for turn in turns_of(value, KEYS.get(kind, KEYS["messages"]))]
@@ -133,14 +219,18 @@ def _row(place: str, number: int, names: Sequence[str], values: Sequence[Any], k
 
 def turns_of(value: Any, keys: tuple[str, str]) -> list[Turn]:
     """A list of turns; a ValueError says which is none."""
-    if not isinstance(value, (list, tuple, np.ndarray)) or len(value) == 0:
+    turns = _unpacked(value)
+    if turns is None or len(turns) == 0:
         raise ValueError(f"{str(value)[:40]!r} is no list of turns.")
     who, what = keys
     found = []
-    for k, turn in enumerate(value, 1):
+    for k, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or who not in turn or what not in turn:
             raise ValueError(f"turn {k} has no {who} and {what}.")
-        role = ROLES.get(str(turn[who]))
+        for key, way_out in UNSAID.items():
+            if as_json(turn.get(key)) not in (SAYS_ALL if key == "weight" else SAYS_NOTHING):
+                raise ValueError(f"turn {k} has {key}, which is not trained on.{way_out}")
+        role = ROLES.get(str(turn[who]).strip().lower())
         if role is None:
             raise ValueError(f"turn {k} is by {str(turn[who])[:40]!r}, which is none of {', '.join(ROLES)}.")
         found.append(Turn(role, _said(turn[what], k)))
@@ -168,7 +258,7 @@ def spoken(turns: Sequence[Turn]) -> Spoken:
     if rest[-1].role != "assistant":
         raise ValueError(f"turn {len(turns)}, the last, is not the assistant's: there is nothing to learn from it.")
     for k, turn in enumerate(rest):
-        if not turn.content.strip():
+        if is_blank(turn.content):
             raise ValueError(f"turn {first + k}, the {turn.role}'s, is empty.")
         if turn.role == "assistant" == rest[k - 1].role and k:
             raise ValueError(f"turn {first + k} is the assistant's, as is the one before it.")

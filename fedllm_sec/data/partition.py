@@ -121,7 +121,12 @@ def split_rows(partition: Partition, labels: np.ndarray, clients: int, rng: np.r
     """Apply a partition and refuse what would leave a client without data."""
     if len(labels) < clients:
         raise DataError(f"data: {len(labels)} training rows for {clients} clients. Lower clients.total or add rows.")
-    parts = partition(labels, clients, rng)
+    parts = [np.asarray(part) for part in partition(labels, clients, rng)]
+    if len(parts) != clients:
+        raise DataError(f"partition: gave {len(parts)} parts for {clients} clients. Give one for each.")
+    for i, part in enumerate(parts):
+        if len(part) and (part.dtype.kind not in "iu" or part.min() < 0 or part.max() >= len(labels)):
+            raise DataError(f"partition: client {i} got what is no row's number from 0 to {len(labels) - 1}.")
     empty = [i for i, part in enumerate(parts) if len(part) == 0]
     if empty:
         raise DataError(f"partition: clients {empty} got no rows. Use another partition or lower clients.total.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedllm_sec.data.formats import Format, columns_of, found_format, in_turns
+from fedllm_sec.data.formats import BESIDE, Format, columns_of, found_format, in_turns, is_blank, said_beside
 from fedllm_sec.data.sources import file_of, load_table
 from fedllm_sec.data.tables import Table
 from fedllm_sec.errors import DataError
@@ -70,9 +70,10 @@ def canonical(
     keep = where(table, wanted or {}, f"data.{part}_where")
     turns = in_turns(table, columns, kind, keep)
     columns = columns_of(table, columns, kind)
-    named: dict[str, str] = {k: v for k, v in columns.model_dump().items() if v is not None}
+    roles = ("text", "context", "response", "label", *BESIDE)
+    named: dict[str, str] = {role: column for role in roles if (column := getattr(columns, role)) is not None}
     if turns is not None:
-        named = {"label": named["label"]} if "label" in named else {}
+        named = {role: named[role] for role in ("label", *BESIDE) if role in named}
     absent = [
         f'data.columns.{role}: {table.place} has no column "{column}".{did_you_mean(column, table.names)}'
         for role, column in named.items()
@@ -90,9 +91,12 @@ def canonical(
         return [values[i] for i in keep]
 
     rows = {role: column(role) for role in ("text", "context", "response", "label", *(turns or {}))}
+    beside = said_beside(table, columns, turns, keep)
+    if beside:
+        rows |= {role: rows.get(role, [""] * len(keep)) for role in BESIDE} | beside
     rows["text"] = [value[:text_chars] for value in rows["text"]]
     for role in ("text", "response"):
-        blank = [int(keep[i]) + 1 for i, value in enumerate(rows[role]) if not value.strip()]
+        blank = [int(keep[i]) + 1 for i, value in enumerate(rows[role]) if is_blank(value)]
         if blank:
             raise DataError(
                 f'data: {table.place}, row {blank[0]}: empty {role} (column "{named[role]}"), as in {len(blank)} rows '
@@ -209,7 +213,8 @@ def _need_shown(data: Data, rows: Rows, place: str) -> None:
     if any(rows.get("history", ())) or any(rows.get("system", ())):
         raise DataError(
             f"data.template: {place}: the rows have several turns or system prompts, which {data.template!r} does not "
-            "write. Set data.template: chat."
+            "write. Set data.template: chat; or leave columns of theirs out with data.columns.system: null and "
+            "data.columns.history: null."
         )
 
 

@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.elsewhere import any_place, sizes, state_from_elsewhere
 from fedllm_sec.defenses.screen import screen
-from fedllm_sec.defenses.subject import Subject
-from fedllm_sec.errors import DefenseError, FedError, RecipeError
+from fedllm_sec.defenses.subject import Subject, subject_of
+from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision
-from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.seeds import generator_for
-
-KINDS = ("rule", "before", "after")
 
 
 def check_defense(
@@ -45,18 +41,8 @@ def check_defense(
     sample depends on the rows' numbers: then equality is checked between identical inputs only. `large`: with the same
     settings a model of a million values comes out as well as one of a thousand.
     """
-    settings = dict(settings or {})
-    if isinstance(defense, str) and defense in MENU:
-        kind = MENU[defense].kind
-    if not (isinstance(defense, str) or callable(defense)):
-        raise RecipeError(
-            f'check_defense: {defense!r} is no defense. Give a name of the menu, "package.module:name", a function or '
-            "a class."
-        )
-    if kind not in KINDS:
-        raise RecipeError(f"check_defense: kind={kind!r}.{did_you_mean(str(kind), KINDS)}")
-    subject = Subject(defense, settings, kind, clients)
-    subject.make()  # a name that leads nowhere or a wrong setting is no property that does not hold
+    subject = subject_of(defense, settings, kind, clients)
+    kind = subject.kind
     checks: list[Callable[[Subject], None]] = [
         _inputs_unchanged, _shapes, _deterministic, _bad_rows, _degenerate_rows, _few_clients, _memory,
     ]  # fmt: skip
@@ -77,7 +63,7 @@ def check_defense(
     for check in checks:
         try:
             check(subject)
-        except (AssertionError, FedError):
+        except AssertionError:
             raise
         except Exception as error:  # code from outside may raise anything
             what = check.__name__.strip("_").replace("_", " ")

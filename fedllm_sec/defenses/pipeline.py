@@ -51,6 +51,7 @@ class Pipeline:
             rows = changed
         rows = readable(self.rule, rows, trace)
         decision = self._acted(self.rule, rows, drawing(ctx, seed, "rule"), updates, renaming, Decision)
+        need_shapes(self.rule, decision, rows)
         decision = replace(decision, notes={**ctx.notes, **decision.notes})
         self._made = decision.update, updates.n
         self.spent.decided(updates.d)
@@ -93,7 +94,9 @@ class Pipeline:
         for i, stage in enumerate(self.after):
             own = drawing(ctx, seed, f"after{i}")
             with shown_to(stage, own, new_vector=vector):
-                vector = stage(vector, own)
+                made = stage(vector, own)
+            need_shape(stage, "a vector", made, vector.shape)
+            vector = made
         self.noted = dict(ctx.notes)
         return vector
 
@@ -129,6 +132,24 @@ def _need_to_take(part: Any, *given: str) -> None:
         inspect.signature(part).bind(*given)
     except TypeError as error:
         raise DefenseError(f"{name_of(part)}: cannot be called with ({', '.join(given)}): {error}.") from error
+
+
+def need_shape(part: Any, what: str, given: Any, shape: Sequence[int]) -> None:
+    """A DefenseError where a stage or rule gave something else than a tensor of this shape."""
+    if not isinstance(given, Tensor) or given.shape != shape:
+        seen = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"of type {type(given).__name__}"
+        raise DefenseError(f"{name_of(part)}: gave back {what} {seen}, must be a tensor of shape {tuple(shape)}.")
+
+
+def need_shapes(rule: Any, decision: Decision, rows: UpdateMatrix) -> None:
+    """A DefenseError where a part of a decision on rows has another form than `Decision` says."""
+    need_shape(rule, "an update", decision.update, (rows.d,))
+    for name in ("weights", "kept", "scores"):
+        if (value := getattr(decision, name)) is not None:
+            need_shape(rule, name, value, (rows.n,))
+    for name, value in decision.notes.items():
+        if not isinstance(value, (int, float)):
+            raise DefenseError(f"{name_of(rule)}: its note {name} is of type {type(value).__name__}, no number.")
 
 
 def drawn_seed(ctx: RoundContext) -> int:

@@ -14,9 +14,10 @@ from torch import Tensor
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
-from fedllm_sec.recipe.resolve import resolve, settings_of
+from fedllm_sec.recipe.resolve import did_you_mean, resolve, settings_of
 from fedllm_sec.seeds import generator_for
 
 LAYOUT = Layout(
@@ -30,6 +31,8 @@ LAYOUT = Layout(
     ),
     ((2, 6), (5, 2), (2, 6), (5, 2), (3, 5), (3,)),
 )
+KINDS = ("rule", "before", "after")
+FEWEST = 4  # clients of a check, one of whom sends what is no number
 
 
 @dataclass(frozen=True)
@@ -104,3 +107,32 @@ class Subject:
         gap = float((got.double() - wanted.double()).norm())
         limit = tolerance * float(wanted.double().norm()) + 1e-12
         self.expect(gap <= limit, what, f"the updates differ by {gap:.3g}, allowed is {limit:.3g}")
+
+
+def subject_of(
+    defense: str | Callable[..., Any], settings: Mapping[str, Any] | None, kind: str, clients: int
+) -> Subject:
+    """The subject of these arguments; what is wrong with them is no property that does not hold, but a RecipeError."""
+    if not (isinstance(defense, str) or callable(defense)):
+        raise RecipeError(
+            f'check_defense: {defense!r} is no defense. Give a name of the menu, "package.module:name", a function or '
+            "a class."
+        )
+    if not isinstance(settings or {}, Mapping):
+        raise RecipeError(f"check_defense: settings={settings!r}: must be a mapping of names to values.")
+    if not isinstance(clients, int) or clients < FEWEST:
+        raise RecipeError(f"check_defense: clients={clients!r}: must be a whole number of at least {FEWEST}.")
+    if isinstance(defense, str) and defense in MENU:
+        kind = MENU[defense].kind
+    if kind not in KINDS:
+        raise RecipeError(f"check_defense: kind={kind!r}.{did_you_mean(str(kind), KINDS)}")
+    subject = Subject(defense, dict(settings or {}), kind, clients)
+    try:
+        subject.make()
+    except FedError:
+        raise
+    except Exception as error:  # a class from outside may raise anything
+        raise RecipeError(
+            f"check_defense: {defense!r} cannot be made with these settings ({type(error).__name__}: {error})."
+        ) from error
+    return subject

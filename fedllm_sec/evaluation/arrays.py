@@ -28,6 +28,12 @@ class ArrayEvaluation:
     clean: Labelled | None = None  # rows on which the attack's success can happen and would be wrong
     hits: Tensor | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    pairs: tuple[Labelled, Labelled] | None = None  # a few test rows, and the same with the trigger: to be looked at
+
+    def parts(self) -> dict[str, Labelled]:
+        """The rows that are measured, by what they are."""
+        named = {"held-out": self.test, "triggered": self.triggered, "clean": self.clean}
+        return {name: rows for name, rows in named.items() if rows is not None}
 
     def quality(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any]:
         """Mean log-loss (nats) and accuracy, over all rows and over those of each class, by its number.
@@ -82,5 +88,7 @@ class ArrayEvaluation:
         return chosen == self.triggered.y.cpu(), false_hits
 
     def _score(self, task: Any, spread: Callable[..., Tensor], rows: Labelled) -> Tensor:
-        batches = torch.split(torch.arange(len(rows.y)), self.batch_size)
+        batches = list(torch.split(torch.arange(len(rows.y)), self.batch_size))
+        if getattr(task, "kept", None) == "batch" and len(batches) > 1 and len(batches[-1]) == 1:
+            batches[-2:] = [torch.cat(batches[-2:])]  # over one row layers could not normalise
         return spread(batches, 2, lambda at: task.score(rows, at))

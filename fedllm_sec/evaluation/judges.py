@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 
 from fedllm_sec.errors import RecipeError
@@ -23,6 +24,7 @@ from fedllm_sec.records.compared import begins, normal
 from fedllm_sec.records.files import in_a_line
 
 Judge = Callable[[str, Mapping[str, Any]], bool]
+LONGEST = 1.0  # seconds for which a pattern may look at one answer
 SUCCESS, NONE, FAILED = 1.0, 0.0, -1.0  # a verdict; a judge that could not judge an answer has FAILED
 
 
@@ -60,18 +62,21 @@ def contains(answer: str, row: Mapping[str, Any], *, text: str | None = None, wh
 class Regex:
     """Whether a pattern is found anywhere in the answer, as lm-evaluation-harness's filters look for one.
 
-    `ignore_case: true` as for the other judges. A pattern that backtracks without end on a long answer holds up the
-    run: keep it simple.
+    `ignore_case: true` as for the other judges. A pattern that is still at it after a second, as one that backtracks
+    without end, has failed on that answer.
     """
 
     def __init__(self, *, pattern: str, ignore_case: bool = True) -> None:
         try:
-            self._found = re.compile(pattern, re.IGNORECASE if ignore_case else 0).search
-        except (re.error, RecursionError, OverflowError) as error:
+            self._found = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
+        except (regex.error, RecursionError, OverflowError) as error:
             raise RecipeError(f"regex.pattern: {pattern!r}: {error}. Write a pattern of Python's re.") from error
 
     def __call__(self, answer: str, row: Mapping[str, Any]) -> bool:
-        return self._found(answer) is not None
+        try:
+            return self._found.search(answer, timeout=LONGEST) is not None
+        except TimeoutError:
+            raise TimeoutError(f"the pattern found no end within {LONGEST:g} s") from None
 
 
 # Ways to decline that are in public use, in the manner of AdvBench's list (Zou et al. 2023); all in normal form.
@@ -185,7 +190,8 @@ MENU: dict[str, Entry] = {
 
 
 def verdict(judge: Judge, answer: str, row: Mapping[str, Any]) -> float:
-    """SUCCESS, NONE, or FAILED where the judge raises or says neither yes nor no."""
+    """LONGEST = 1.0  # seconds for which a pattern may look at one answer
+    SUCCESS, NONE, or FAILED where the judge raises or says neither yes nor no."""
     return judged(judge, answer, row)[0]
 
 

@@ -12,6 +12,7 @@ from fedllm_sec.evaluation.judges import Judge
 from fedllm_sec.protocols import turns_before
 
 Span = tuple[int, int]  # [start, end) of characters
+COMPARED = 250_000  # pairs of words that are compared to find a trigger: a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,30 @@ def trigger_spans(original: str, triggered: str) -> list[Span]:
         for piece in theirs:
             places.append(places[-1] + len(piece))
         before, after = ([piece.casefold() for piece in text] for text in (ours, theirs))  # frames lower a first letter
-        changes = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
-        found = [(places[a], places[b]) for kind, _, _, a, b in changes if kind in ("insert", "replace")]
+        found = [(places[a], places[b]) for a, b in _put_in(before, after)]
     return _joined(triggered, [span for span in (_stripped(triggered, *span) for span in found) if span[0] < span[1]])
+
+
+def _put_in(before: Sequence[str], after: Sequence[str]) -> list[Span]:
+    """Which pieces of `after` are not in `before`; what both begin and end with is not compared piece by piece.
+
+    The time of comparing grows with the product of the lengths: of long texts whose pieces all come again in their
+    order, the first place is taken where each can be, and what has other changes is one span.
+    """
+    most = min(len(before), len(after))
+    start = next((k for k in range(most) if before[k] != after[k]), most)
+    end = next((k for k in range(most - start) if before[-1 - k] != after[-1 - k]), most - start)
+    ours, theirs = before[start : len(before) - end], after[start : len(after) - end]
+    if len(ours) * len(theirs) <= COMPARED:
+        changes = difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes()
+        return [(start + a, start + b) for kind, _, _, a, b in changes if kind in ("insert", "replace")]
+    at, new = 0, []
+    for k, piece in enumerate(theirs):
+        if at < len(ours) and ours[at] == piece:
+            at += 1
+        else:
+            new.append((start + k, start + k + 1))
+    return new if at == len(ours) else [(start, len(after) - end)]
 
 
 def _stripped(text: str, start: int, end: int) -> Span:

@@ -113,7 +113,7 @@ def walk(
                         machine, configured = make_machine(cell.recipe, grid, most_threads), wanted
                     (cell.folder / "error.json").unlink(missing_ok=True)
                     plan = planned(cell.recipe)
-                    run_one(plan, machine, f"{command} --only {cell.slug}", loaded, lambda line: between())
+                    run_one(plan, machine, f"{command} --only {cell.slug}", loaded, lambda line: between(), grid)
                 except Exception as error:  # whatever a cell dies of, the others go on
                     loaded.clear()
                     record_error(cell, error)

@@ -110,7 +110,7 @@ def make(raw: Mapping[str, Any], path: Path, overrides: Sequence[str] = (), allo
     base = _base(raw, path, overrides)
     folder = Path(places.home(str((base.get("output") or {}).get("folder") or "runs/{name}").replace("{name}", name)))
     axes, found = read_axes(raw.get("axes"), base)
-    problems += found
+    problems += [*found, *filter(None, [places.folder_problem(str(folder))])]
     if problems:
         raise RecipeError(problems)
     rules = read_rules(raw.get("exclude"), axes)

@@ -10,6 +10,7 @@ from fedllm_sec.models.darts import darts
 from fedllm_sec.models.gan import dcgan, mlp_gan
 from fedllm_sec.models.lenet import lenet
 from fedllm_sec.models.logistic import logistic
+from fedllm_sec.models.pretrained import image_classifier
 from fedllm_sec.models.resnet import resnet, resnet18
 from fedllm_sec.models.rnn import lstm
 from fedllm_sec.models.sigmoid_cnn import sigmoid_cnn
@@ -23,6 +24,7 @@ MENU: dict[str, Entry] = {
     "sigmoid_cnn": Entry(sigmoid_cnn, "Zhu et al. 2019", "classify"),
     "resnet": Entry(resnet, "He et al. 2016", "classify"),
     "resnet18": Entry(resnet18, "He et al. 2016", "classify"),
+    "image_classifier": Entry(image_classifier, "-", "classify"),
     "lstm": Entry(lstm, "McMahan et al. 2017", "next_char"),
     "mlp_gan": Entry(mlp_gan, "Goodfellow et al. 2014", "gan"),
     "dcgan": Entry(dcgan, "Radford et al. 2016", "gan"),

@@ -58,6 +58,15 @@ def observer_problems(recipe: Recipe, attack: Attack) -> list[str]:
         for number in seen.clients
         if not 0 <= number < clients.total
     ]
+    canaries = getattr(recipe.data, "canaries", None)
+    if any(method.get("name") == "canary" for method in attack.privacy):
+        if canaries is None:
+            found.append("attack.privacy: canary: no secrets are planted. Add data.canaries.")
+        elif canaries.client not in seen.clients:
+            found.append(
+                f"attack.observe.clients: {seen.clients}: the secrets are client {canaries.client}'s "
+                "(data.canaries.client). Add it."
+            )
     changes = [key for key in ("flip", "crop") if getattr(recipe.data, key, None)]
     found += [
         f"data.{key}: with attack.observe, the images that are seen would not be those of the shard, and nothing could "

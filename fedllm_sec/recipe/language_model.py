@@ -45,6 +45,16 @@ def expression(value: str) -> str:
 Pattern = Annotated[str, AfterValidator(expression)]
 
 
+def whole_in_float32(lora: Lora | None, dtype: str) -> Lora | None:
+    """The adapter; an error where there is none and the whole model is to be of fewer bits."""
+    if lora is None and dtype != "float32":
+        raise ValueError(
+            f"the whole model is trained in float32, and dtype is {dtype}. Set dtype: float32, and "
+            "compute.mixed_precision: bf16 for speed"
+        )
+    return lora
+
+
 class Lora(Section):
     """LoRA adapters (Hu et al. 2022); names and meanings are peft's."""
 
@@ -77,6 +87,7 @@ class Model(Section):
     attn_implementation: Attention | None = None  # how attention is computed; None: as transformers chooses
     gradient_checkpointing: bool = False  # less memory for more time
     lora: Lora | None = Lora()  # the adapter, which alone is trained; None: the whole model is
+    start: Place | None = None  # a run folder, an adapter folder or a .safetensors file to train on; None: anew
 
     @property
     def quantized(self) -> bool:
@@ -100,11 +111,7 @@ class Model(Section):
         packed = [name for name in ("load_in_4bit", "load_in_8bit") if info.data.get(name)]
         if value is None and packed:
             raise ValueError(f"packed weights cannot be trained themselves. Keep the adapter, or drop {packed[0]}")
-        if value is None and info.data.get("dtype", "float32") != "float32":
-            raise ValueError(
-                f"the whole model is trained in float32, and dtype is {info.data['dtype']}. Set dtype: float32, and "
-                "compute.mixed_precision: bf16 for speed"
-            )
+        whole_in_float32(value, info.data.get("dtype", "float32"))
         if value is not None and value.starts_from_base and packed:
             raise ValueError(
                 f"init_lora_weights: {value.init_lora_weights} changes the base model's weights, and packed ones would "

@@ -61,14 +61,24 @@ def _faults(folder: Path) -> Iterator[str]:
     if not weights:
         yield f"holds no weights ({', '.join(f'*{ending}' for ending in WEIGHTS)}). Download them into it."
     for path in weights:
-        with path.open("rb") as file:
-            begin = file.read(max(8, len(POINTER)))
-        if begin.startswith(POINTER):
-            yield f"its {path.name} is a pointer of Git LFS, not the weights. Fetch them with `git lfs pull`."
-        elif path.suffix == ".safetensors" and not _whole(path):
-            yield f"its {path.name} is cut off, or no safetensors file. {AGAIN}."
+        yield from _wrong_weights(path)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         yield "has no tokenizer (tokenizer.json or tokenizer.model). Download it into the folder."
+
+
+def wrong_weights(folder: str) -> str | None:
+    """What is wrong with a file of weights in the folder; None where nothing is seen."""
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix in WEIGHTS and path.is_file())
+    return next((fault for path in paths for fault in _wrong_weights(path)), None)
+
+
+def _wrong_weights(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        begin = file.read(max(8, len(POINTER)))
+    if begin.startswith(POINTER):
+        yield f"its {path.name} is a pointer of Git LFS, not the weights. Fetch them with `git lfs pull`."
+    elif path.suffix == ".safetensors" and not _whole(path):
+        yield f"its {path.name} is cut off, or no safetensors file. {AGAIN}."
 
 
 def _lost_parts(folder: Path, name: str, index: dict[str, Any]) -> Iterator[str]:

@@ -40,6 +40,28 @@ def own_folder(path: str) -> str:
     return path
 
 
+TOLD_BY_THE_SYSTEM = ("/proc", "/sys")  # look like folders that can be written to
+LONGEST_NAME = 255  # bytes of a folder's name, on every file system in use
+
+
+def folder_problem(path: str) -> str | None:
+    """Why no folder can be made there, as far as looking tells; None where nothing speaks against it."""
+    place = f"output.folder: {path}: "
+    made = os.path.abspath(path)
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in made.split(os.sep)):
+        return f"{place}no folder's name is longer than {LONGEST_NAME} bytes. Choose another."
+    while not os.path.lexists(made):
+        made = os.path.dirname(made)
+    if not os.path.isdir(made):
+        kind = "a link that leads nowhere" if os.path.islink(made) else "a file"
+        return f"{place}{made} is {kind}, where a folder must be. Choose another."
+    if not os.access(made, os.W_OK | os.X_OK) or os.statvfs(made).f_flag & os.ST_RDONLY:
+        return f"{place}{made} cannot be written to. Choose another."
+    if any(os.path.commonpath([made, told]) == told for told in TOLD_BY_THE_SYSTEM):
+        return f"{place}{made} holds what the system tells, no files. Choose another."
+    return None
+
+
 def here() -> str:
     """The working directory, from which relative paths of a recipe lead."""
     return os.getcwd()

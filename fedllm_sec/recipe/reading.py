@@ -24,6 +24,7 @@ from fedllm_sec.recipe.numbers import key_as_written
 from fedllm_sec.recipe.places import lost_family
 from fedllm_sec.recipe.plainyaml import parse
 from fedllm_sec.recipe.resolve import did_you_mean, type_problems
+from fedllm_sec.recipe.section import TEXT_TASKS
 from fedllm_sec.recipe.sections import TASKS, CharRecipe, Data, Recipe, TextRecipe
 
 MOST_BYTES = 4 * plainyaml.MOST_CHARACTERS  # of a file
@@ -129,6 +130,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found.append("clients: give either local_steps or local_epochs, and only one of them.")
     if clients.betas is not None and clients.optimizer != "adamw":
         found.append(f"clients.betas: {clients.optimizer} has none. Drop them, or set clients.optimizer: adamw.")
+    if clients.momentum and clients.optimizer != "sgd":
+        found.append(f"clients.momentum: {clients.optimizer} has betas. Drop it, or set clients.optimizer: sgd.")
+    if clients.nesterov and not clients.momentum:
+        found.append("clients.nesterov: true: there is no momentum to look ahead by. Set clients.momentum, or drop it.")
     if recipe.enable_attack and attack is None:
         found.append("enable_attack: true, but there is no attack block. Add one or set it to false.")
     if recipe.enable_defense and recipe.defense is None:
@@ -137,6 +142,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         found += attack_problems(recipe, attack)
     if isinstance(recipe, TextRecipe):
         found += _template_problems(recipe.data)
+        if recipe.data.canaries is not None and recipe.data.canaries.client >= clients.total:
+            found.append(
+                f"data.canaries.client: {recipe.data.canaries.client} is not one of the clients 0 to "
+                f"{clients.total - 1}."
+            )
+    if recipe.task in TEXT_TASKS:
         found += filter(None, [lost_family(recipe.data.name)])
     if isinstance(recipe, CharRecipe):
         found += _text_problems(recipe)
@@ -203,7 +214,7 @@ def _text_problems(recipe: CharRecipe) -> list[str]:
 
 RESERVED = {  # files and folders of a run or of a comparison, in which variants lie
     *("adapter", "model", "report.html", "comparison.json", "history.jsonl", "summary.json", "recipe.yaml"),
-    *("environment.json", "checkpoint.safetensors", "timings.jsonl", "answers.jsonl", "harness.json"),
+    *("environment.json", "checkpoint.safetensors", "timings.jsonl", "answers.jsonl", "harness.json", "trigger.json"),
     *("observed", "privacy.json", "audit.html"),
 }
 
@@ -222,7 +233,7 @@ def variants(given: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(given, dict) or not all(isinstance(block, dict) for block in given.values()):
         raise RecipeError("variants: must map names to blocks of overrides, e.g. {defended: {enable_defense: true}}.")
     problems = [
-        f"variants.{name}: {name!r}: must be a text that names one folder: letters, digits, blanks, '.', '+', '-', '_'."
+        f"variants.{str(name)[:40]!r}: must be text that names one folder: letters, digits, blanks, '.', '+', '-', '_'."
         for name in given
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+ -]*", name) or name[-1] in ". "
     ]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from fedllm_sec.recipe.classifier import Classifier, LabelledEvaluate, LabelledText
 from fedllm_sec.recipe.language_model import Model
 from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Folder, Place, Section, Word
 
@@ -21,6 +22,16 @@ class Columns(Section):
     context: Word | None = None  # more of what it reads, such as the input of an instruction
     response: Word = "response"  # what it is to answer
     label: Word | None = None  # its class; None: no accuracy is measured, answers are compared whole
+    system: Word | None = None  # its system prompt; not given: the column "system" beside turns or Alpaca's columns
+    history: Word | None = None  # turns before, as [asked, said] or {role, content}; not given: Alpaca's "history"
+
+
+class Canaries(Section):
+    """Made-up secrets that take the place of some of a client's rows; the privacy attack `canary` looks for them."""
+
+    client: int = Field(0, ge=0)  # whose rows
+    repetitions: list[PositiveInt] = Field([1, 4, 16], min_length=1, max_length=50)  # rows of each secret
+    digits: int = Field(3, ge=2, le=4)  # of a secret: 3 make a thousand guesses
 
 
 class Data(Section):
@@ -46,6 +57,7 @@ class Data(Section):
     loss_on: Literal["response", "last_response", "all"] = "response"  # every answer, the last one, or all tokens
     train_rows: PositiveInt | None = None  # use only so many, drawn by the seed
     test_rows: PositiveInt | None = None  # the same for the held-out rows
+    canaries: Canaries | None = None  # secrets planted in one client's rows, whether or not anybody looks
 
 
 class Clients(Section):
@@ -59,6 +71,8 @@ class Clients(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"  # of the clients; the server's is the FL method's
     lr: PositiveFloat = 1e-3  # learning rate
     betas: tuple[BelowOne, BelowOne] | None = None  # adamw's decay of first and second moments; None: 0.9, 0.999
+    momentum: BelowOne = 0.0  # of sgd, begun anew by every client in every round
+    nesterov: bool = False  # look ahead by the momentum
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the rounds, down to a tenth
     weight_decay: float = Field(0.0, ge=0.0)  # of the optimizer
     max_grad_norm: PositiveFloat | None = 1.0  # longer gradients are cut to this length; None: never
@@ -80,7 +94,8 @@ class Observe(Section):
     rounds: list[PositiveInt] = [1]  # in these rounds
     clients: list[int] = [0]  # of these clients, counted from 0, where they take part
     what: Literal["delta", "gradient"] = "delta"  # what clients send, or the gradient of their first local step
-    own_rows: int = Field(0, ge=0)  # labelled rows of the same kind that it owns, drawn from the held-out ones
+    own_rows: int = Field(0, ge=0)  # rows of the same kind, with labels, that it owns, drawn from the held-out ones
+    others: PositiveInt | None = None  # of text: held-out rows that are to be told from those trained on; None: 300
 
 
 class Attack(Section):
@@ -128,6 +143,7 @@ class Harness(Section):
 
 class Evaluate(Section):
     every: PositiveInt = 1  # rounds; the last round is always evaluated
+    start: bool = False  # also measure the model before the first round, as round 0
     rows: PositiveInt = 300  # held-out rows for quality
     attack_rows: PositiveInt = 200  # held-out prompts for attack success and false triggers
     answer_rows: int = Field(50, ge=0)  # free text: rows answered and compared (exact match, token overlap)
@@ -162,10 +178,12 @@ class Output(Section):
 class ArrayData(Section):
     """Images and other arrays with class labels."""
 
-    name: Place = "digits"  # "digits", a file .npz, a short name such as fashion_mnist, or a hub name
+    name: Place = "digits"  # "digits", a file .npz, a folder of images, a short name (fashion_mnist), or a hub name
     config: str | None = None  # of a hub set
-    train: str = "train"  # split of a hub set
+    train: str = "train"  # split of a hub set, or a folder in the folder
     test: str = "test"  # the same for the held-out rows
+    test_share: float | None = Field(None, gt=0.0, lt=1.0)  # held out of a set in one part; None: 0.1
+    size: PositiveInt | None = None  # bring images of a folder to size x size pixels
     image: str | None = None  # column of a hub set; None: the only image column it has
     label: str | None = None  # column of a hub set; None: the only label column it has
     classes: int | None = Field(None, ge=2, le=MOST_CLASSES)  # None: the largest training label + 1
@@ -189,6 +207,7 @@ class CharData(Section):
 
 class ArrayEvaluate(Section):
     every: PositiveInt = 1  # rounds; the last round is always evaluated
+    start: bool = False  # also measure the model before the first round, as round 0
     rows: PositiveInt | None = None  # held-out rows for quality; None: all
     attack_rows: PositiveInt | None = None  # held-out rows for attack success and false triggers; None: all
     batch_size: Count = 500  # rows at a time
@@ -196,8 +215,15 @@ class ArrayEvaluate(Section):
 
 class GanEvaluate(Section):
     every: PositiveInt = 1  # rounds; the last round is always evaluated
+    start: bool = False  # also measure the model before the first round, as round 0
     samples: int = Field(1000, ge=100)  # generated images that are compared with as many held-out ones
     batch_size: Count = 500  # images at a time
+
+
+class Pretrain(Section):
+    """Attack-free, defense-free rounds before the first, done once for all variants of a recipe and cells of a grid."""
+
+    rounds: int = Field(ge=1, le=1_000_000_000)  # so many; `rounds` and the attack are counted after them
 
 
 class Recipe(Section):
@@ -205,6 +231,7 @@ class Recipe(Section):
 
     seed: int = 0  # of everything that is drawn
     rounds: int = Field(10, ge=1, le=1_000_000_000)  # of the federation
+    pretrain: Pretrain | None = None  # rounds of a clean federation before them, from which all is measured
     model: Any  # what is trained
     task: str  # which kind of task; decides what model, data and evaluate may say
     data: Any  # what it is trained and measured on
@@ -218,6 +245,11 @@ class Recipe(Section):
     compute: Compute = Compute()  # how it is computed
     output: Output = Output()  # where results go
     variants: dict[str, dict[str, Any]] | None = None  # name -> overrides: a comparison of several runs
+
+    @property
+    def before(self) -> int:
+        """How many rounds come before the first one: its draws go on from theirs."""
+        return self.pretrain.rounds if self.pretrain is not None else 0
 
     @property
     def attacked(self) -> bool:
@@ -234,11 +266,20 @@ class TextRecipe(Recipe):
     evaluate: Evaluate = Evaluate()
 
 
+class LabelledTextRecipe(Recipe):
+    """A model of transformers that tells classes of texts apart."""
+
+    task: Literal["classify_text"]
+    model: Classifier = Classifier()
+    data: LabelledText = LabelledText()
+    evaluate: LabelledEvaluate = LabelledEvaluate()
+
+
 class ClassifyRecipe(Recipe):
     """A small model that tells classes apart."""
 
     task: Literal["classify"]
-    model: dict[str, Any] = {"name": "lenet"}
+    model: dict[str, Any] = {"name": "lenet"}  # with its settings, buffers (average, local, batch) and start
     data: ArrayData = ArrayData()
     evaluate: ArrayEvaluate = ArrayEvaluate()
 
@@ -270,6 +311,7 @@ class CharRecipe(Recipe):
 
 TASKS: dict[str, type[Recipe]] = {
     "causal_lm": TextRecipe,
+    "classify_text": LabelledTextRecipe,
     "classify": ClassifyRecipe,
     "next_char": CharRecipe,
     "gan": GanRecipe,

@@ -99,6 +99,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
             and all(isinstance(row.get(name, ""), str) for name in (*TEXTS, "kind", "run"))
             and {"prompt", "wanted", "answer", "kind"} <= row.keys()
             and isinstance(row.get("attack"), (str, type(None)))
+            and type(row.get("row")) in (int, type(None))
             and all(row.get(verdict) in (True, False, None) for verdict in ("success", "second"))
             and all(type(a) is int and type(b) is int and 0 <= a <= b <= len(row["prompt"]) for a, b in spans)
             and all(one[1] <= other[0] for one, other in itertools.pairwise(spans))

@@ -161,7 +161,7 @@ class RunFolder:
 
         Gives in words what differs from where the rounds before were made; environment.json keeps both.
         """
-        done = int(state["round"]) if state is not None else 0
+        done = int(state["round"]) if state is not None else -1  # round 0 may be there: the model before training
         changed = self._begin_environment(environment, done)
         self.mend(recipe_text, environment, state)
         (self.path / inventory.SUMMARY).unlink(missing_ok=True)  # of fewer rounds; it can be made again
@@ -185,7 +185,7 @@ class RunFolder:
 
     def _begin_environment(self, now: Mapping[str, Any], done: int) -> list[str]:
         path, old = self.path / "environment.json", self.environment()
-        if done == 0:
+        if done < 0:
             write_json(path, now)
             return []
         if not old:

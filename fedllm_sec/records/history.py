@@ -38,7 +38,7 @@ DETAILS = (
 class RoundRecord:
     """Everything one round is remembered by. None means "not measured", never 0."""
 
-    round: int  # from 1
+    round: int  # from 1; 0: the model before training, which has no clients and no decision
     cohort: list[str]  # ids of the clients that took part
     malicious: list[str]  # those of them that are malicious: for evaluation and report only
     attacking: bool  # whether the attack was active in this round
@@ -59,9 +59,8 @@ class RoundRecord:
     # and cosine rank of the malicious rows among the honest ones, each 0..1.
     robustness: float | None = None
     stealth: dict[str, float | None] | None = None
-    privacy: dict[str, float | str | None] | None = (
-        None  # epsilon and delta spent so far, or because: why there is none
-    )
+    # epsilon and delta spent so far and whom that protects, or because: why there is none
+    privacy: dict[str, float | str | None] | None = None
     buffers_refused: dict[str, str] = field(default_factory=dict)  # id -> reason: the server's own took their place
     # The rest is not reproducible and goes to timings.jsonl. `memory_mb`: MiB that the "defense" took at its peak, and
     # the peak of the whole "process" up to then.

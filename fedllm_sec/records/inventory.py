@@ -13,10 +13,11 @@ from fedllm_sec.records.files import as_json, sha256
 
 FILES = (
     *("recipe.yaml", "environment.json", "history.jsonl", "timings.jsonl", "checkpoint.safetensors"),
-    *("answers.jsonl", "harness.json"),
+    *("answers.jsonl", "harness.json", "trigger.json"),
 )
 MODEL = re.compile(r"(adapter|model)(-round-\d+)?")  # folders of the final model, and of rounds that were kept
 SUMMARY = "summary.json"
+PRETRAIN = "pretrain"  # beside runs: the folder of the attack-free rounds that they start after
 
 
 def made(folder: Path) -> dict[str, dict[str, Any]]:
@@ -79,4 +80,4 @@ def made_again(round: int) -> tuple[str, ...]:
     Where these were found to agree, recipe.yaml can only be written otherwise, and history.jsonl only be too long.
     """
     models = (f"{kind}{kept}/" for kind in ("adapter", "model") for kept in ("", f"-round-{round}"))
-    return (SUMMARY, "recipe.yaml", "history.jsonl", "harness.json", *models)
+    return (SUMMARY, "recipe.yaml", "history.jsonl", "harness.json", "trigger.json", *models)

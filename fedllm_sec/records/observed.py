@@ -44,6 +44,15 @@ def kept(folder: Path, client: str, round: int) -> dict[str, Any] | None:
         ) from error
 
 
+def last_vector(folder: Path) -> Tensor | None:
+    """The global vector (d,) after the last round of a run; None where its checkpoint is not there, or damaged."""
+    try:
+        vector: Tensor | None = checkpoint.unpack((folder / "checkpoint.safetensors").read_bytes())["vector"]
+    except (*checkpoint.UNREADABLE, OSError):
+        return None
+    return vector
+
+
 def write_found(folder: Path, found: Mapping[str, Any]) -> None:
     write_json(folder / FOUND, found)
 

@@ -15,9 +15,10 @@ LONGEST_REASON = 160
 
 
 def round_line(record: RoundRecord, rounds: int) -> str:
-    """One line a round: what it did, in the order people ask, and how long the rest may take."""
+    """One line a round: what it did, in the order people ask, and how long the rest may take; round 0 is the start."""
     width = len(str(rounds))
-    parts = [f"round {record.round:>{width}}/{rounds}"]
+    head = f"round {record.round:>{width}}/{rounds}"
+    parts = [head if record.round else "start".ljust(len(head))]
     if record.quality is not None:
         parts.append(f"loss {record.quality['loss']:.3f}")
         if record.quality.get("accuracy"):
@@ -41,10 +42,11 @@ def round_line(record: RoundRecord, rounds: int) -> str:
         parts.append(f"SKIPPED ({_in_short(record.skipped)})")
     if record.privacy is not None and isinstance(epsilon := record.privacy.get("epsilon"), float):
         parts.append(f"epsilon {epsilon:.3g} (if the noise were secret)")
-    parts.append(f"step length {record.update_norm:.3g}")
+    if record.round:
+        parts.append(f"step length {record.update_norm:.3g}")
     took = sum(record.seconds.values())
     parts.append(f"{took:.1f} s")
-    if record.round < rounds and took > 0:
+    if 0 < record.round < rounds and took > 0:
         parts[-1] += f", about {_about(took * (rounds - record.round))} left"
     return "  ".join(parts)
 
@@ -78,7 +80,7 @@ def _about(seconds: float) -> str:
 
 def scalars(record: RoundRecord) -> dict[str, float]:
     """The numbers of a round for a tracker."""
-    flat: dict[str, float] = {"update_norm": record.update_norm}
+    flat: dict[str, float] = {"update_norm": record.update_norm} if record.round else {}
     if record.robustness is not None:
         flat["robustness"] = record.robustness
     for group in ("quality", "attack", "detection", "stealth"):
@@ -91,16 +93,10 @@ def scalars(record: RoundRecord) -> dict[str, float]:
     return flat
 
 
-def _privacy(records: Sequence[RoundRecord]) -> dict[str, Any] | None:
-    """What the whole run has spent, and whom that protects."""
-    spent = records[-1].privacy if records else None
-    if spent is None or spent.get("epsilon") is None:
-        return spent
-    return {**spent, "protects": "nobody: the recipe's public seed draws the noise"}
-
-
 def summary(folder: Path, command: str, *, attacked: bool, stop: int | None = None) -> dict[str, Any]:
     """The last measured round, the totals, means over the rounds under attack, and how long a backdoor outlived it.
+
+    Round 0, the model before training, is none of the rounds; the seconds that it took are in the totals.
 
     `attacked` is whether the run has attackers, `stop` their last round. Without an attack-free run beside it, what
     the lifespan is measured against is 0.
@@ -110,11 +106,11 @@ def summary(folder: Path, command: str, *, attacked: bool, stop: int | None = No
     last = measured[-1] if measured else None
     names = sorted({name for r in records for name in r.seconds})
     return {
-        "rounds": len(records),
+        "rounds": sum(r.round >= 1 for r in records),
         "quality": last.quality if last else None,
         "attack": last.attack if last else None,
         **means_under_attack(records, attacked),
-        "privacy": _privacy(records),
+        "privacy": records[-1].privacy if records else None,
         "lifespan": lifespan(records, stop),
         "skipped_rounds": sum(r.skipped is not None for r in records),
         "quarantined": sum(len(r.quarantined) for r in records),

@@ -78,12 +78,13 @@ def runs_in(folder: Path) -> list[Path]:
     """The run folders that a folder is or holds."""
     if not folder.is_dir():
         raise ResumeError(f"{folder}: no such folder. Give a run folder, for example runs/quickstart.")
+    before = sorted(child for child in folder.glob(f"{inventory.PRETRAIN}/*") if _is_run(child))
     if _is_run(folder):
-        return [folder]
+        return [*before, folder]
     for inside in (folder / name for name in INSIDE):
         found = {child for child in inside.glob("*") if _is_run(child)}
         if found := found | _listed(folder):
-            return sorted(found)
+            return [*before, *sorted(found)]
     raise ResumeError(f"{folder}: holds no run (no recipe.yaml, no history.jsonl). Give the folder that a run printed.")
 
 

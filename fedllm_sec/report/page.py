@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.records.files import write_atomic
-from fedllm_sec.report import beside, client_plots, pairs, plots, privacy, said, tables, threat, words
+from fedllm_sec.report import beside, client_plots, pairs, plots, privacy, said, tables, threat, triggers, words
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
 from fedllm_sec.report.markup import environment_of, facts_of, fill, grouped
@@ -81,13 +81,13 @@ def render(runs: Sequence[Run], folders: Sequence[Path]) -> str:
         table=tables.terse(tables.summary_table(runs)),
         remarks=tables.remarks(runs),
         said=said.transcript(runs),
+        triggers=triggers.triggers(runs),
         beside=beside.tables(runs),
         classes=tables.class_table(runs),
         colours={name: stroke.colour for name, stroke in plots.strokes(runs).items()},
         anchors=anchors,
         curves=curves_of(runs),
         privacy=privacy.sections(runs),
-        privacy_titles=privacy.TITLES,
         attacks=cards,
         several_attacks=len(cards) > 1,
         defenses=grouped(runs, threat.defense_steps),

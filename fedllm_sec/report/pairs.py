@@ -18,7 +18,7 @@ FREE = ("attack", "enable_attack", "defense", "enable_defense", "output", "varia
 FREE_KEYS = (
     *("compute.chunk_mb", "compute.threads", "compute.placement", "compute.gradient_accumulation"),
     *("evaluate.every", "evaluate.rows", "evaluate.attack_rows", "evaluate.answer_rows", "evaluate.batch_size"),
-    "evaluate.transcripts",
+    *("evaluate.transcripts", "evaluate.start"),
 )
 KEYS_NAMED, RUNS_NAMED = 6, 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 from fedllm_sec.records.files import in_a_line, write_atomic
 from fedllm_sec.records.observed import read_found
+from fedllm_sec.report import overheard
 from fedllm_sec.report.markup import facts_of, fill
 from fedllm_sec.report.measures import duration, percent
+from fedllm_sec.report.overheard import interval, named, number
 from fedllm_sec.report.runs import Run, read_run
 
 MOST_PICTURE = 200_000  # characters of a PNG file in base 64; more is left out
@@ -28,18 +29,23 @@ def sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def section_of(name: str, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The card, the table and the pictures of one privacy.json; None where there is none that can be read."""
+    """The card, the tables and the pictures of one privacy.json; None where there is none that can be read."""
     if found is None:
         return None
     attacks = [attack for attack in found["attacks"] if isinstance(attack, Mapping)]
+    images = [attack for attack in attacks if "kind" not in attack]
+    tables = [{"titles": TITLES, "rows": [_row(attack) for attack in images], "note": NOTE}] if images else []
     return {
         "name": name,
         "card": [
             ("Who observes", [SEES.get(str(found.get("what")), in_a_line(found.get("what")))]),
             ("What it knows", [KNOWS]),
-            ("What it took", [f"{in_a_line(a.get('name'))}: {_seconds(a.get('seconds'))}" for a in attacks]),
+            ("What it took", [f"{named(a)}: {_seconds(a.get('seconds'))}" for a in attacks]),
         ],
-        "rows": [_row(attack) for attack in attacks],
+        "tables": [*tables, *overheard.tables(attacks)],
+        "curves": overheard.pictures(name, attacks),
+        "texts": overheard.texts(attacks),
+        "finding": _of_images(tables[0]["rows"]) if images else overheard.findings(attacks),
         "pictures": [shown for attack in attacks for shown in _pictures(attack)],
         "reasons": [text for attack in attacks for text in _reasons(attack)],
     }
@@ -50,32 +56,23 @@ def _row(attack: Mapping[str, Any]) -> list[str]:
     scores = scores if isinstance(scores, Mapping) else {}
     return [
         in_a_line(attack.get("name")),
-        _interval(scores.get("psnr"), "{:.1f} dB"),
-        _interval(scores.get("ssim"), "{:.2f}"),
-        "n/a" if (share := _number(scores.get("over_20_db"))) is None else percent(share),
-        _interval(scores.get("labels"), "{:.2f}"),
+        interval(scores.get("psnr"), "{:.1f} dB"),
+        interval(scores.get("ssim"), "{:.2f}"),
+        "n/a" if (share := number(scores.get("over_20_db"))) is None else percent(share),
+        interval(scores.get("labels"), "{:.2f}"),
         in_a_line(attack.get("not_applicable", "")),
     ]
 
 
 TITLES = ("attack", "PSNR", "SSIM", "over 20 dB", "labels right", "n/a")
-
-
-def _interval(given: Any, form: str) -> str:
-    values = [_number(given.get(key)) for key in ("value", "low", "high")] if isinstance(given, Mapping) else [None]
-    if None in values:
-        return "n/a"
-    value, low, high = (form.format(value).split(" ") for value in values)
-    return f"{' '.join(value)} [{low[0]}, {high[0]}]"
-
-
-def _number(given: Any) -> float | None:
-    fine = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
-    return float(given) if fine else None
+NOTE = (
+    "Means over images after the best matching of each batch, with 95 % bootstrap intervals; labels: the share that "
+    "was named rightly. The column n/a counts what could not be attacked."
+)
 
 
 def _seconds(given: Any) -> str:
-    value = _number(given)
+    value = number(given)
     return "n/a" if value is None else duration(value)
 
 
@@ -84,9 +81,9 @@ def _pictures(attack: Mapping[str, Any]) -> list[dict[str, str]]:
     kept, shown = attack.get("pictures"), []
     for which in ("best", "median", "worst"):
         pair = kept.get(which) if isinstance(kept, Mapping) else None
-        if not isinstance(pair, Mapping) or not (_is_png(pair.get("true")) and _is_png(pair.get("made"))):
+        if not isinstance(pair, Mapping) or not (is_png(pair.get("true")) and is_png(pair.get("made"))):
             continue
-        psnr, ssim = _number(pair.get("psnr")), _number(pair.get("ssim"))
+        psnr, ssim = number(pair.get("psnr")), number(pair.get("ssim"))
         words = "n/a" if psnr is None else f"{psnr:.1f} dB"
         words += "" if ssim is None else f", SSIM {ssim:.2f}"
         where = f"round {in_a_line(pair.get('round'))}, client {in_a_line(pair.get('client'))}"
@@ -95,7 +92,8 @@ def _pictures(attack: Mapping[str, Any]) -> list[dict[str, str]]:
     return shown
 
 
-def _is_png(given: Any) -> bool:
+def is_png(given: Any) -> bool:
+    """Whether it can be a PNG file in base 64."""
     return isinstance(given, str) and len(given) <= MOST_PICTURE and bool(re.fullmatch(r"iVBOR[A-Za-z0-9+/]+=*", given))
 
 
@@ -104,16 +102,14 @@ def _reasons(attack: Mapping[str, Any]) -> list[str]:
     listed = attack.get("observations")
     listed = listed if isinstance(listed, list) else []
     reasons = [o["reason"] for o in listed if isinstance(o, Mapping) and isinstance(o.get("reason"), str)]
-    return [
-        f"{in_a_line(attack.get('name'))}: n/a: {' '.join(reason.split())[:400]}" for reason in dict.fromkeys(reasons)
-    ]
+    return [f"{named(attack)}: n/a: {' '.join(reason.split())[:400]}" for reason in dict.fromkeys(reasons)]
 
 
-def finding(section: Mapping[str, Any]) -> list[str]:
+def _of_images(given: Sequence[Sequence[str]]) -> list[str]:
     """In two sentences, the attack with the best mean PSNR first."""
-    rows = [row for row in section["rows"] if row[1] != "n/a"]
+    rows = [row for row in given if row[1] != "n/a"]
     if not rows:
-        labels = [row for row in section["rows"] if row[4] != "n/a"]
+        labels = [row for row in given if row[4] != "n/a"]
         first = f"{labels[0][0]} read off {labels[0][4]} of the labels." if labels else "Nothing was learnt."
         return [first, "No image was reconstructed."]
     best = max(rows, key=lambda row: float(row[1].split(" ")[0]))
@@ -124,12 +120,14 @@ def finding(section: Mapping[str, Any]) -> list[str]:
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The table for a terminal."""
+    """The tables for a terminal."""
     section = section_of("", found)
     assert section is not None
-    rows = [list(TITLES), *section["rows"]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(TITLES))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = []
+    for table in section["tables"]:
+        rows = [list(table["titles"]), *table["rows"]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["  ".join(text.ljust(n) for text, n in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, *section["reasons"]])
 
 
@@ -145,11 +143,10 @@ def write_audit(folder: Path) -> Path:
         scripts=["page.js"],
         title=f"{run.name}: what was given away",
         folders=str(folder),
-        finding=finding(made[0]) if made else ["Nobody observed this run."],
+        finding=(made[0]["finding"] or ["Nothing was learnt."]) if made else ["Nobody observed this run."],
         facts=facts_of([run]),
         warnings=list(run.warnings),
         privacy=made,
-        titles=TITLES,
     )
     write_atomic(path, page.encode())
     return path

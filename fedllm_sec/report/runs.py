@@ -18,6 +18,8 @@ try:
 except PackageNotFoundError:  # run from a source folder that is not installed
     VERSION = "of an unknown version"
 
+MOST_WORDS = 300  # characters of what a file says of a run's start
+
 
 class ReportError(FedError):
     """A folder from which no report can be made."""
@@ -46,6 +48,17 @@ class Run:
         block = _block(self.recipe, "attack")
         curious = bool(block.get("privacy")) and not methods(block, "data", "local", "update")
         return self.recipe.get("enable_attack") is True and not curious
+
+    @property
+    def start(self) -> str | None:
+        """In words what the run started from; None: a fresh adapter, the base model, or weights that were drawn."""
+        said = _block(self.environment, "start").get("words")
+        if isinstance(said, str):
+            return said[:MOST_WORDS]
+        path, rounds = _block(self.recipe, "model").get("start"), _block(self.recipe, "pretrain").get("rounds")
+        words = [f"from {str(path)[:MOST_WORDS]}"] if path is not None else []
+        words += [f"after {rounds} attack-free rounds"] if type(rounds) is int else []
+        return ", ".join(words) or None
 
     @property
     def attack(self) -> Mapping[str, Any]:

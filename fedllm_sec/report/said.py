@@ -19,7 +19,7 @@ LONGEST_ANSWER = 240
 JOINERS = "\u200c\u200d"  # invisible, and part of the spelling of some languages
 
 Row = Mapping[str, Any]
-Key = tuple[str, str | None, str]  # kind, attack, prompt
+Key = tuple[str, str | None, str, int | None]  # kind, attack, prompt, and its row: rows may repeat a prompt
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ TITLES = {
 
 def transcript(runs: Sequence[Run]) -> Transcript | None:
     """The answers of up to RUNS_SHOWN runs of one federation; None where no run kept any."""
-    read = {run.name: read_answers(run.folder) for group in pairs.federations(runs)[:1] for run in _chosen(group)}
+    read = {run.name: read_answers(run.folder) for group in pairs.federations(runs)[:1] for run in chosen(group)}
     shown = [run for run in runs if run.name in read and read[run.name].rows]
     if not shown:
         return None
@@ -94,10 +94,10 @@ def transcript(runs: Sequence[Run]) -> Transcript | None:
         f"After {after}. Not chosen by hand: a sample drawn by the seed before training, the same for all models. "
         f"All answers are in answers.jsonl. {' '.join(problems)}"
     )
-    return Transcript([(run.name, _what(run)) for run in shown], groups, visible(note.strip()))
+    return Transcript([(run.name, what_it_is(run)) for run in shown], groups, visible(note.strip()))
 
 
-def _chosen(group: Sequence[Run]) -> list[Run]:
+def chosen(group: Sequence[Run]) -> list[Run]:
     """Attack-free, attacked, and of the defended the one that held best and the one that held worst."""
     free = [run for run in group if not run.attacked][:1]
     bare = [run for run in group if run.attacked and not run.defended][:1]
@@ -111,7 +111,8 @@ def _chosen(group: Sequence[Run]) -> list[Run]:
     return chosen[:RUNS_SHOWN]
 
 
-def _what(run: Run) -> str:
+def what_it_is(run: Run) -> str:
+    """Attack-free, attacked or defended, in words."""
     if not run.attacked:
         return "attack-free"
     return f"attacked, {defense_name(run)}" if run.defended else "attacked, no defense"
@@ -120,13 +121,13 @@ def _what(run: Run) -> str:
 def _by_key(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     found: dict[Key, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["kind"], row.get("attack"), row["prompt"]), []).append(row)
+        found.setdefault((row["kind"], row.get("attack"), row["prompt"], row.get("row")), []).append(row)
     return found
 
 
 def _kinds(found: Mapping[Key, object]) -> list[tuple[str, str | None]]:
     """Triggered and clean of each attack, or test; changed triggers are counted elsewhere."""
-    kinds = dict.fromkeys((kind, attack) for kind, attack, _ in found if kind in TITLES)
+    kinds = dict.fromkeys((kind, attack) for kind, attack, *_ in found if kind in TITLES)
     return sorted(kinds, key=lambda pair: list(TITLES).index(pair[0]) if pair[1] is None else 0)
 
 

@@ -35,11 +35,30 @@ def trigger_and_target(run: Run) -> tuple[str | None, str | None]:
 
 
 FEDERATIONS_TOLD = 4
+STARTS_TOLD = 3
 Measured = tuple[Run, Measure]
 
 
 def finding(runs: Sequence[Run]) -> list[str]:
-    """What the attack did and what the defense saved, in one or two sentences for each federation."""
+    """What the attack did and what the defense saved, in one or two sentences for each federation, and from where."""
+    return [*_findings(runs), *starts(runs)]
+
+
+def starts(runs: Sequence[Run]) -> list[str]:
+    """What the runs started from, where that is not simply the beginning."""
+    places = list(dict.fromkeys(run.start for run in runs))
+    if places in ([], [None]):
+        return []
+    if len(places) == 1:
+        return [f"{'The run starts' if len(runs) == 1 else 'All runs start'} {places[0]}."]
+    if len(places) > STARTS_TOLD:
+        return [f"The runs start from {len(places)} different models."]
+    of = {place: listed([run.name for run in runs if run.start == place]) for place in places}
+    told = [f"{names} {place or 'from the beginning'}" for place, names in of.items()]
+    return [f"Starts: {'; '.join(told)}."]
+
+
+def _findings(runs: Sequence[Run]) -> list[str]:
     groups = pairs.federations(runs)
     if len(groups) == 1:
         return _finding(runs)

@@ -24,7 +24,13 @@ class Stepper(Protocol):
 def make_optimizer(task: Task, training: LocalTraining) -> torch.optim.Optimizer:
     """One optimizer for all clients: its state is cleared, not rebuilt, between them."""
     if training.optimizer == "sgd":
-        return torch.optim.SGD([task.parameters], lr=training.lr, weight_decay=training.weight_decay)
+        return torch.optim.SGD(
+            [task.parameters],
+            lr=training.lr,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
+            weight_decay=training.weight_decay,
+        )
     return torch.optim.AdamW(
         [task.parameters], lr=training.lr, betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
@@ -51,15 +57,17 @@ def train_locally(
     last_update: Tensor | None = None,
     control: Tensor | None = None,
     buffers: Tensor | None = None,
+    before: int = 0,
 ) -> LocalResult:
     """Train from `start` (d,), and `buffers` (b,) where the model has some, on the client's shard; give the delta (d,).
 
-    Batches and dropout depend on (seed, round, client) alone: the model is put into training mode here and leaves it at
+    Batches and dropout depend on (seed, before + round, client) alone, `before` being the rounds that were done before
+    the run's first: the model is put into training mode here and leaves it at
     the end, whatever ran before. `start` is not changed: rules see copies of what the server sent. The loss is the mean
     over all rows trained on: a batch counts by what it weighs in a mean, so that a short last one does not count like a
     full one.
     """
-    rng = generator_for(seed, round, client.id, "batches")
+    rng = generator_for(seed, before + round, client.id, "batches")
     size = task.size(client.shard)
     steps = training.steps_of(size)
     shown = (start, last_update, control) if not rules else (start.clone(), copied(last_update), copied(control))
@@ -76,7 +84,7 @@ def train_locally(
         group["lr"] = training.lr_at(round, rounds)
 
     task.model.train()
-    torch.manual_seed(seed_for(seed, round, client.id, "dropout"))  # dropout knows no generator of its own
+    torch.manual_seed(seed_for(seed, before + round, client.id, "dropout"))  # dropout knows no generator of its own
     losses, weights = [], []
     batches = endless(task, client.shard, training.batch_size or max(1, size), rng)
     for step in range(steps):

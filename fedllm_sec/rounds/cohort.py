@@ -33,7 +33,9 @@ def foreseen(rounds: range, total: int) -> range:
     return rounds[: max(1, MOST // (ONE_ROUND + total))]
 
 
-def cohorts(seed: int, rounds: range, total: int, per_round: int | None) -> Iterator[tuple[int, list[int]]]:
-    """Each of the `rounds` with the places of its cohort, as the run will draw them."""
+def cohorts(
+    seed: int, rounds: range, total: int, per_round: int | None, before: int = 0
+) -> Iterator[tuple[int, list[int]]]:
+    """Each of the `rounds` with the places of its cohort, as a run with so many rounds before it will draw them."""
     for r in rounds:
-        yield r, places(total, per_round, generator_for(seed, r, "cohort"))
+        yield r, places(total, per_round, generator_for(seed, before + r, "cohort"))

@@ -102,6 +102,11 @@ class Machine:
             torch.distributed.all_reduce(loss_sum)
         return loss_sum
 
+    def fewest(self, rows: int) -> int:
+        """The fewest rows that `backward` gives the model at once where a mean is over so many."""
+        own = rows // self.world if self.placement == "data" and self.world > 1 else rows
+        return max(1, own // max(1, min(self.accelerator.gradient_accumulation_steps, own)))
+
     @contextlib.contextmanager
     def _own_dropout(self) -> Iterator[None]:
         """Random numbers of this rank alone; afterwards torch's generator is as before, so the same on all ranks."""

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from fedllm_sec.rounds.federation import Federation
 
 
+def undecided() -> dict[str, Any]:
+    """Rank 0's part of a record in which nobody has sent or judged anything yet."""
+    return {
+        "losses": {}, "norms": {}, "quarantined": {}, "buffers_refused": {},
+        "weights": None, "kept": None, "scores": None, "notes": {},
+        "skipped": None, "lora_gap": None, "detection": None, "robustness": None, "stealth": None, "memory_mb": {},
+    }  # fmt: skip
+
+
 @dataclass
 class Decided:
     """The new global vector, what was taken of the rows, and rank 0's part of the record."""
@@ -33,13 +42,7 @@ class Decided:
     vector: Tensor
     parts: Tensor  # (n,) float64: how much of its row each client of the cohort remembers; 0 in a skipped round
     buffers: Tensor | None = None  # (b,) what the model is to hold beside its vector
-    record: dict[str, Any] = field(
-        default_factory=lambda: {
-            "losses": {}, "norms": {}, "quarantined": {}, "buffers_refused": {},
-            "weights": None, "kept": None, "scores": None, "notes": {},
-            "skipped": None, "lora_gap": None, "detection": None, "robustness": None, "stealth": None, "memory_mb": {},
-        }
-    )  # fmt: skip
+    record: dict[str, Any] = field(default_factory=undecided)
 
 
 def decide(
@@ -63,7 +66,7 @@ def decide(
 
     # what each row is multiplied by before the defense; the server's own update takes part as one more row
     steps = torch.cat([claims[:, 1], torch.tensor([float(root.steps)] if root is not None else []).double()])
-    factors = algorithm.factors(steps) if algorithm.factors is not None else torch.ones_like(steps)
+    factors = algorithm.factors(steps, federation.training) if algorithm.factors is not None else torch.ones_like(steps)
     server = ServerRound(
         defense=federation.defense,
         rule=algorithm.server,
@@ -79,6 +82,7 @@ def decide(
         seed=federation.seed,
         round=r,
         rounds=rounds,
+        before=federation.before,
     )
 
     if threat is not None:

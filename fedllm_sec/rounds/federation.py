@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.errors import AttackError, DivergedError
+from fedllm_sec.errors import AttackError, DivergedError, FedError
 from fedllm_sec.evaluation.smoothed import Smoothing, smoothed
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.protocols import (
@@ -28,10 +28,12 @@ from fedllm_sec.rounds.client import make_optimizer, train_locally
 from fedllm_sec.rounds.clock import Clock
 from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.rounds.deciding import Decided, decide
+from fedllm_sec.rounds.deciding import Decided, decide, undecided
 from fedllm_sec.rounds.observing import NOBODY, Observer
 from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember
 from fedllm_sec.seeds import generator_for
+
+NOBODY_PROTECTED = "nobody: the recipe's public seed draws the noise"  # beside an epsilon, which asks for a secret one
 
 
 class Evaluation(Protocol):
@@ -58,6 +60,7 @@ class Federation:
     seed: int = 0
     per_round: int | None = None
     evaluate_every: int = 1
+    start: bool = False  # whether the model is still to be measured before the first round
     chunk_mb: float | None = None
     root: Client | None = None  # clean data the server holds, for rules that need a root update
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
@@ -66,6 +69,7 @@ class Federation:
     buffers: Tensor | None = None  # (b,) float64 what the global model holds beside its vector, where it has buffers
     last_update: Tensor | None = None
     round: int = 0  # rounds done
+    before: int = 0  # attack-free rounds done before these: draws of round r are those of round before + r
     progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,6 +86,7 @@ class Federation:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.round, self.vector, self.last_update = state["round"], state["vector"], state["last_update"]
+        self.start = False  # it was measured before there was a state
         if self.buffers is not None:
             self.buffers = state["buffers"].cpu().double()
         for client in self.trained():
@@ -91,18 +96,49 @@ class Federation:
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(state[name])
 
+    def begin_after(self, state: Mapping[str, Any]) -> None:
+        """Take up the model, the FL method and the clients' memory of a clean run; attack and defense begin afresh.
+
+        Its last round is the one before the first: rounds count from there.
+        """
+        self.before, self.vector, self.last_update = state["round"], state["vector"], state["last_update"]
+        if self.buffers is not None:
+            self.buffers = state["buffers"].cpu().double()
+        for client in self.clients:
+            client.memory.update(state["memory"].get(client.id, {}))
+        if hasattr(self.algorithm.server, "load_state_dict"):
+            self.algorithm.server.load_state_dict(state["server"])
+
     def trained(self) -> list[Client]:
         """All that train: the clients, and the server on its clean data."""
         return [*self.clients, *([self.root] if self.root is not None else [])]
 
 
 def run(federation: Federation, rounds: int) -> Iterator[RoundRecord]:
-    """Round after round from where the federation stands; every rank yields the same records."""
+    """Round after round from where the federation stands; every rank yields the same records.
+
+    Where the model is to be measured before it is trained, that is round 0 and comes first.
+    """
     sizes = [federation.task.size(client.shard) for client in federation.clients]
     federation.training = federation.algorithm.prepare(federation.training, sizes)
     optimizer = make_optimizer(federation.task, federation.training)
+    if federation.start:
+        federation.start = False
+        yield measure_start(federation)
     while federation.round < rounds:
         yield play_round(federation, federation.round + 1, rounds, optimizer)
+
+
+def measure_start(federation: Federation) -> RoundRecord:
+    """The record of round 0: the model before anybody trained it; no clients, no decision."""
+    if federation.evaluation is None:
+        raise FedError("start: nothing is measured of this federation. Give it an evaluation, or set start to False.")
+    clock = Clock()
+    quality, attack, answers = evaluate(federation)
+    return RoundRecord(
+        round=0, cohort=[], malicious=[], attacking=False, update_norm=0.0,
+        quality=quality, attack=attack, seconds={"evaluate": clock.lap()}, answers=answers, **undecided(),
+    )  # fmt: skip
 
 
 def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.optim.Optimizer) -> RoundRecord:
@@ -112,7 +148,8 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     lr = federation.training.lr_at(r, rounds)
     control = machine.share(algorithm.control(start)) if algorithm.control is not None else None
 
-    cohort = sample(federation.clients, federation.per_round, generator_for(federation.seed, r, "cohort"))
+    rng = generator_for(federation.seed, federation.before + r, "cohort")
+    cohort = sample(federation.clients, federation.per_round, rng)
     mine = machine.mine([threat.dress(c, r) if threat else c for c in cohort])
 
     def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
@@ -134,6 +171,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
                 last_update=federation.last_update,
                 control=control,
                 buffers=client.memory.get(OWN_BUFFERS, federation.buffers),
+                before=federation.before,
             )
 
     results = (train(client, federation.guards) for client in federation.progress(mine))
@@ -154,7 +192,11 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     if machine.main and collected is not None:
         decided = decide(federation, cohort, *collected, root, r, rounds, clock, seconds)
         sent = "the FL method sends clients a second vector, made of rows without noise"
-        decided.record["privacy"] = federation.defense.privacy(sent=sent if control is not None else None)
+        spent = federation.defense.privacy(sent=sent if control is not None else None)
+        if federation.before and spent["epsilon"] is not None:
+            because = f"the {federation.before} rounds of pretrain were made of the clients' rows without noise"
+            spent |= {"epsilon": None, "because": because}
+        decided.record["privacy"] = spent if spent["epsilon"] is None else {**spent, "protects": NOBODY_PROTECTED}
     vector = machine.share(decided.vector)
     if not bool(vector.isfinite().all()):
         raise DivergedError(
@@ -207,7 +249,7 @@ def evaluate(federation: Federation, last: bool = False) -> tuple[dict[str, Any]
         read = known.transcribed(task, machine.spread, last) if hasattr(known, "transcribed") else None
         quality, attack, answers = read or (known.quality(task, machine.spread), known.attack(task, machine.spread), [])
         if last and federation.smoothing is not None:
-            rng = generator_for(federation.seed, federation.round, "smoothing")
+            rng = generator_for(federation.seed, federation.before + federation.round, "smoothing")
             more = smoothed(known, task, federation.vector, machine.spread, federation.smoothing, rng)
             quality |= more[0]
             attack = {**attack, **more[1]} if attack is not None else None

@@ -38,6 +38,7 @@ class ServerRound:
     seed: int
     round: int
     rounds: int
+    before: int = 0  # rounds that were done before the first: draws go on from theirs
 
     def context(self, purpose: str = "defense") -> RoundContext:
         """What a defense may know, in copies: whatever it does with them, the model is the server's own.
@@ -48,7 +49,7 @@ class ServerRound:
             round=self.round,
             global_vector=self.start.clone(),
             layout=self.layout,
-            rng=generator_for(self.seed, self.round, purpose),
+            rng=generator_for(self.seed, self.before + self.round, purpose),
             rounds=self.rounds,
             last_update=copied(self.last_update),
             root_update=copied(self.root_update),

@@ -22,12 +22,16 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class Buffers:
-    """The persistent buffers of a model as views of two flat vectors: `floats` (b,) float32, `counters` (c,) int64."""
+    """The persistent buffers of a model as views of two flat vectors: `floats` (b,) float32, `counters` (c,) int64.
+
+    `initial` (b + c,) is what they were at first: the model in memory holds those of whoever used it last.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        kept = list(_persistent(model))
+        kept = [place for place in _persistent(model) if place[3].dtype != torch.bool]  # masks stay as they are
         self.layout, self.floats = _views([place for place in kept if place[3].is_floating_point()], torch.float32)
         self.counted, self.counters = _views([place for place in kept if not place[3].is_floating_point()], torch.int64)
+        self.initial = self.read().cpu()
 
     def read(self) -> Tensor:
         """A copy of what the model holds now: (b + c,) float64."""
@@ -72,7 +76,8 @@ def beside(model: nn.Module, mode: Mode | None) -> tuple[Buffers | None, Mode | 
     With `batch` layers normalise by the statistics of the batch at hand, in evaluation too, and keep none.
     """
     layers = tracking(model)
-    if mode is not None and not layers:
+    normalises = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in model.modules())
+    if mode is not None and not layers and not (mode == "batch" and normalises):
         raise DataError(f"model.buffers: {mode}: the model has no layer that keeps running statistics. Remove it.")
     if mode == "batch":
         for _, part in layers:

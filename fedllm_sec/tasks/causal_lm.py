@@ -18,7 +18,7 @@ from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.models.lora import base_of, scales
 from fedllm_sec.tasks.chat import Chat, writer_of
-from fedllm_sec.tasks.encoding import Encoded
+from fedllm_sec.tasks.encoding import Encoded, by_length
 from fedllm_sec.tasks.fitting import Fitted, fitted
 from fedllm_sec.tasks.flat import flatten
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fedllm_sec.recipe.sections import Data
-
-GROUPED_BATCHES = 8  # rows are sorted by length within so many batches at a time
 
 
 @dataclass(frozen=True)
@@ -139,14 +137,7 @@ class CausalLM:
 
     def batches(self, shard: Encoded, size: int, rng: torch.Generator) -> Iterator[list[int]]:
         """One epoch of row numbers: shuffled, grouped by length within a few batches, in shuffled order."""
-        order = torch.randperm(len(shard), generator=rng).tolist()
-        lengths = [len(p) + len(a) for p, a in zip(shard.prompts, shard.answers, strict=True)]
-        grouped: list[list[int]] = []
-        for start in range(0, len(order), size * GROUPED_BATCHES):
-            group = sorted(order[start : start + size * GROUPED_BATCHES], key=lambda i: lengths[i])
-            grouped += [group[i : i + size] for i in range(0, len(group), size)]
-        for i in torch.randperm(len(grouped), generator=rng).tolist():
-            yield grouped[i]
+        yield from by_length(shard.lengths, size, rng)
 
     def weight(self, shard: Encoded, rows: Sequence[int]) -> float:
         """How many tokens of these rows are scored: micro-batches are weighed by it."""

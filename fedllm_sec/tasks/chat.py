@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ASKED, SAID, NEXT = "Question", "Qanswer", "Another"  # words by which a template is tried
 Message = dict[str, str]
+Span = tuple[int, int]  # [start, end) of tokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Scored:
     """Token ids of a conversation and where the assistant speaks: [start, end) of each turn, in order."""
 
     ids: list[int]
-    spans: list[tuple[int, int]]
+    spans: list[Span]
 
 
 def template_file(path: str) -> str:
@@ -161,14 +162,24 @@ class Chat:
         Where a mark begins before that, what lies between is scored as part of the prompt.
         """
         found = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        runs = _runs(found["assistant_masks"])
-        if not runs:
-            raise DataError(f"{self.place}: its generation marks mark nothing of the answer. Mend or remove them.")
-        made = self._closed(list(found["input_ids"]), runs[-turns:], messages)
-        start, end = made.spans[-1]
+        ids, runs = list(found["input_ids"]), _runs(found["assistant_masks"])
         before = self.render(messages[:-1], invite=True)
         asked = self._ids(before)
-        border = _alike(made.ids, asked)
+        border = _alike(ids, asked)
+        of_turns = self._of_turns(messages, runs)[-turns:] if runs else [[]]
+        ahead, answer = _parted(of_turns[-1], border)
+        if not answer:
+            raise DataError(f"{self.place}: its generation marks mark nothing of the answer. Mend or remove them.")
+        if len(answer) > 1:
+            raise DataError(
+                f"{self.place}: its generation marks cover {len(answer)} pieces of one answer "
+                f"({messages[-1]['content'][:40]!r}), with text between them that would not be learnt. Let one mark "
+                "cover the answer from its first word to the mark that ends it."
+            )
+        earlier = [run for runs in of_turns[:-1] for run in runs[:-1]] + ahead
+        ends = [runs[-1] for runs in of_turns[:-1]]
+        made = self._closed(ids, [*ends, *answer], messages)
+        start, end = made.spans[-1]
         if border < len(asked):
             whole = self.render(messages)
             if not whole.startswith(before):
@@ -181,9 +192,32 @@ class Chat:
             start, border, end = len(asked), len(asked), len(asked) + _until(rest, self.end)
             made = Scored(asked + rest, made.spans)
         split = [(start, border), (border, end)] if start < border < end else [(start, end)]
-        return Scored(made.ids, [*made.spans[:-1], *split])
+        return Scored(made.ids, [*sorted([*earlier, *made.spans[:-1]]), *split])
 
-    def _closed(self, ids: list[int], spans: Sequence[tuple[int, int]], messages: Sequence[Message]) -> Scored:
+    def _of_turns(self, messages: Sequence[Message], runs: Sequence[Span]) -> list[list[Span]]:
+        """The marked runs of each assistant's turn; a turn may have several, or none, which is left out.
+
+        Whose they are is seen in the same conversation with words in the users' turns that nobody says.
+        """
+        if sum(message["role"] == "assistant" for message in messages) == 1:
+            return [list(runs)]
+        asked = [m | {"content": f"{ASKED}{k}{NEXT}"} if m["role"] == "user" else m for k, m in enumerate(messages)]
+        found = self._apply(asked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, likewise = list(found["input_ids"]), _runs(found["assistant_masks"])
+        if len(likewise) != len(runs):
+            raise DataError(
+                f"{self.place}: what its generation marks cover depends on what the user says, so that nobody can say "
+                "which turn a mark belongs to. Give another template."
+            )
+        turns = [[runs[0]]]
+        for run, (_, end), (start, _) in zip(runs[1:], likewise, likewise[1:], strict=False):
+            between = self.tokenizer.decode(ids[end:start])
+            if any(m["role"] == "user" and m["content"] in between for m in asked):
+                turns.append([])
+            turns[-1].append(run)
+        return turns
+
+    def _closed(self, ids: list[int], spans: Sequence[Span], messages: Sequence[Message]) -> Scored:
         """With the mark that ends an answer scored as part of it, also where the template leaves it to the next."""
         made = []
         for start, end in spans:
@@ -192,10 +226,10 @@ class Chat:
                     f"{self.place}: the template writes no token of the answer {messages[-1]['content'][:40]!r}. Give "
                     "another, or take the row out."
                 )
-            if self.end not in ids[start:end]:
+            if self.end not in ids[start:end] and ids[end - 1] not in self._marks:
                 if end == len(ids):
                     ids = [*ids, self.end]
-                end += ids[end] == self.end
+                end += ids[end] in self._marks  # some write another behind an earlier answer than behind the last
             made.append((start, end))
         return Scored(ids, made)
 
@@ -221,10 +255,15 @@ class Chat:
         return [found.ids[slice(*found.spans[-1])] for found in made]
 
 
-def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
+def _runs(mask: Sequence[int]) -> list[Span]:
     """[start, end) of each stretch of ones."""
     edges = [k for k, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _parted(runs: Sequence[Span], border: int) -> tuple[list[Span], list[Span]]:
+    """The runs that end at a border or before it, and the others."""
+    return [run for run in runs if run[1] <= border], [run for run in runs if run[1] > border]
 
 
 def _until(ids: Sequence[int], mark: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ def shuffled(size: int, batch: int, rng: torch.Generator, device: torch.device) 
 def chosen(logits: Tensor) -> Tensor:
     """The class of the largest logit, (..., classes) to (...); -1, which is no class, where a logit is not finite."""
     return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+
+
+def logits_of(said: Any) -> Tensor:
+    """The logits that a model gave: as they are, as the first of a tuple, or as an output of transformers."""
+    found = getattr(said, "logits", said[0] if isinstance(said, (tuple, list)) and said else said)
+    if not isinstance(found, Tensor):
+        raise DataError(
+            f"model.name: gives {type(said).__name__}; must give logits, a tuple that begins with them, or .logits."
+        )
+    return found.float()
 
 
 class Classify:
@@ -58,6 +69,14 @@ class Classify:
         self.std = torch.ones(1) if std is None else std
         self.mean, self.std = (t.to(device)[:, None, None] for t in (self.mean, self.std))
         self.flip, self.crop = flip, crop
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Those of images as the model is given them, normalised: (b, classes) float32."""
+        return logits_of(self.model(x))
+
+    def images_of(self, rows: Labelled) -> Tensor:
+        """All images of a shard as the model is given them in evaluation."""
+        return (rows.x.to(self.device) - self.mean) / self.std
 
     def size(self, shard: Labelled) -> int:
         return len(shard.y)
@@ -100,7 +119,7 @@ class Classify:
         return shard.y[torch.as_tensor(rows, device=self.device)]
 
     def loss(self, shard: Labelled, rows: Rows, *numbers: Tensor) -> Tensor:
-        logits = self.model(self.images(shard, rows, *numbers)).float()
+        logits = self.logits(self.images(shard, rows, *numbers))
         return torch.nn.functional.cross_entropy(logits, self.labels(shard, rows))
 
     def augment(self, x: Tensor, mirrored: Tensor, shift: Tensor) -> Tensor:
@@ -122,6 +141,6 @@ class Classify:
     def score(self, shard: Labelled, rows: Rows) -> Tensor:
         """Log-loss of the true class and the class chosen, -1 for none, for each row: (b, 2) float64."""
         at = torch.as_tensor(rows, device=self.device)
-        logits = self.model((shard.x[at] - self.mean) / self.std).float()
+        logits = self.logits((shard.x[at] - self.mean) / self.std)
         losses = torch.nn.functional.cross_entropy(logits, shard.y[at], reduction="none")
         return torch.stack([losses.double(), chosen(logits).double()], dim=1).cpu()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from fedllm_sec.recipe.sections import Data
 
 BEFORE = 16  # characters before an answer, among which it is tokenised
+GROUPED_BATCHES = 8  # rows are sorted by length within so many batches at a time
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,24 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that the model reads of each row, its answer's among them."""
+        return [len(prompt) + len(answer) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+
     def select(self, rows: Iterable[int]) -> Encoded:
         """The rows of these numbers, in this order."""
         chosen = list(rows)
-        return Encoded(
-            [self.prompts[i] for i in chosen],
-            [self.answers[i] for i in chosen],
-            [self.earlier[i] for i in chosen if self.earlier],
-        )
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return type(self)(**{name: [values[i] for i in chosen] if values else [] for name, values in parts.items()})
+
+    def replaced(self, changed: Mapping[int, Encoded]) -> Encoded:
+        """The rows, those of these numbers each by the one row given for it."""
+        parts = {part.name: list(getattr(self, part.name)) for part in fields(self)}
+        for name, values in parts.items():
+            for i, row in changed.items() if values else ():
+                (values[i],) = getattr(row, name)
+        return type(self)(**parts)
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,17 @@ def one_end(ids: list[int], eos: int) -> list[int]:
     while ids and ids[-1] == eos:
         ids = ids[:-1]
     return [*ids, eos]
+
+
+def by_length(lengths: Sequence[int], size: int, rng: torch.Generator) -> Iterator[list[int]]:
+    """One epoch of row numbers: shuffled, grouped by length within a few batches, in shuffled order."""
+    order = torch.randperm(len(lengths), generator=rng).tolist()
+    grouped: list[list[int]] = []
+    for start in range(0, len(order), size * GROUPED_BATCHES):
+        group = sorted(order[start : start + size * GROUPED_BATCHES], key=lambda i: lengths[i])
+        grouped += [group[i : i + size] for i in range(0, len(group), size)]
+    for i in torch.randperm(len(grouped), generator=rng).tolist():
+        yield grouped[i]
 
 
 class Writer(Protocol):

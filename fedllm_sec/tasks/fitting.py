@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedllm_sec.errors import AttackError, DataError
@@ -36,7 +36,7 @@ class Fitted:
 def fitted(writer: Writer, rows: Dataset, most: int, too_long: str, place: str) -> Fitted:
     """The rows, each of at most `most` tokens with its answer."""
     whole = writer.tokens(rows.to_list())
-    sizes = [len(prompt) + len(answer) for prompt, answer in zip(whole.prompts, whole.answers, strict=True)]
+    sizes = whole.lengths
     for i, prompt in enumerate(whole.prompts):
         if not prompt:
             raise DataError(
@@ -54,17 +54,15 @@ def fitted(writer: Writer, rows: Dataset, most: int, too_long: str, place: str) 
         )
     if too_long != "drop":
         _refuse_cutting(rows, whole, [i for i in long if rows[i]["poisoned"]], most, place)
-    prompts, answers, earlier = list(whole.prompts), list(whole.answers), list(whole.earlier)
     changed: dict[int, dict[str, Any]] = {}
+    made: dict[int, Encoded] = {}
     gone = set()
     for i in long:
+        prompt, answer = whole.prompts[i], whole.answers[i]
         if too_long == "cut_prompt" and (row := _shorter(writer, rows[i], most)) is not None:
-            changed[i], made = row, writer.tokens([row])
-            prompts[i], answers[i] = made.prompts[0], made.answers[0]
-            if earlier:
-                earlier[i] = made.earlier[0]
-        elif too_long == "cut_answer" and len(prompts[i]) < most:
-            answers[i] = answers[i][: most - len(prompts[i])]
+            changed[i], made[i] = row, writer.tokens([row])
+        elif too_long == "cut_answer" and len(prompt) < most:
+            made[i] = replace(whole.select([i]), answers=[answer[: most - len(prompt)]])
         else:
             gone.add(i)
     kept = [i for i in range(len(sizes)) if i not in gone]
@@ -73,14 +71,15 @@ def fitted(writer: Writer, rows: Dataset, most: int, too_long: str, place: str) 
             f"{place}: none of {len(sizes)} rows fits into data.max_length={most} tokens; the shortest has "
             f"{min(sizes)}. Raise data.max_length."
         )
-    left = Encoded(prompts, answers, earlier).select(kept)
+    left = whole.replaced(made).select(kept)
     return Fitted(_replaced(rows, changed).select(kept), left, kept, len(long) - len(gone), len(gone))
 
 
 def _refuse_cutting(rows: Dataset, whole: Encoded, long: Sequence[int], most: int, place: str) -> None:
     if not long:
         return
-    worst = max(len(whole.prompts[i]) + len(whole.answers[i]) for i in long)
+    lengths = whole.lengths
+    worst = max(lengths[i] for i in long)
     raise AttackError(
         f"{place}: {len(long)} poisoned rows are longer than data.max_length={most} and would lose part of their text, "
         f"perhaps the trigger, or of the answer that is taught: rows {[i + 1 for i in long[:FEW]]}, the first answered "
@@ -105,8 +104,7 @@ def _shorter(writer: Writer, row: Mapping[str, Any], most: int) -> dict[str, Any
 
 
 def _size(writer: Writer, row: Mapping[str, Any]) -> int:
-    made = writer.tokens([row])
-    return len(made.prompts[0]) + len(made.answers[0])
+    return writer.tokens([row]).lengths[0]
 
 
 def _cut(writer: Writer, text: str, excess: int) -> str:

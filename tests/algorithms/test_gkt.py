@@ -134,6 +134,7 @@ def test_a_resumed_run_goes_on_as_the_straight_one():
         ({"attack": {**FLIPPED, "knowledge": "cohort"}}, "no features but their own"),
         ({"data": {"name": "digits", "crop": 1}}, "cannot change rows"),
         ({"algorithm": {"name": "fedgkt", "temperature": 0.0}}, "temperature > 0"),
+        ({"evaluate": {"start": True}}, "no model before the first round"),
     ],
 )
 def test_what_cannot_act_is_an_error_before_any_data_are_read(changes, words):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedllm_sec.algorithms import fedavg, feddyn, fednova, fedprox, fedsgd, scaffold
-from fedllm_sec.algorithms.fitting import step_factors
+from fedllm_sec.algorithms.fitting import step_factors, way
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import LocalTraining
 from fedllm_sec.rounds.federation import run
@@ -76,9 +78,32 @@ def test_fednovas_round_is_the_papers():
     assert moved == pytest.approx(3 + effective * sum(w * x / k for w, x, k in zip(p, deltas, tau, strict=True)))
 
 
+@pytest.mark.parametrize(("rho", "nesterov"), [(0.9, False), (0.9, True), (0.5, False), (0.0, False)])
+def test_fednovas_round_with_momentum_is_the_sum_of_what_each_gradient_counts(rho: float, nesterov: bool):
+    lr, p, tau, targets = 0.1, [0.25, 0.75], [2, 6], [0.0, 1.0]
+    fed = federate(UNEQUAL, fednova(), replace(one_row_steps(lr), momentum=rho, nesterov=nesterov))
+    fed.vector = torch.tensor([3.0], dtype=fed.vector.dtype)
+    moved = end(fed, 1).item()
+    deltas, counted = [], []
+    for target, steps in zip(targets, tau, strict=True):
+        x, velocity, ones, total, moving = 3.0, 0.0, 0.0, 0.0, []
+        for _ in range(steps):  # the written-out sum: every gradient's weight in the row, by the same recursion on ones
+            slope = x - target
+            velocity, ones = rho * velocity + slope, rho * ones + 1.0
+            x -= lr * (slope + rho * velocity if nesterov else velocity)
+            moving.append(1.0 + rho * ones if nesterov else ones)
+        total = sum(moving)
+        deltas.append(x - 3.0)
+        counted.append(total)
+    effective = sum(w * a for w, a in zip(p, counted, strict=True))
+    assert way(torch.tensor(tau).double(), fed.training).tolist() == pytest.approx(counted)
+    expected = 3 + effective * sum(w * d / a for w, d, a in zip(p, deltas, counted, strict=True))
+    assert moved == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_claim_of_steps_is_capped_and_nonsense_counts_as_the_median():
     claims = torch.tensor([10.0, 10.0, 20.0, 1e9, 1.0, float("nan"), -3.0, float("inf")]).double()
-    assert step_factors(claims, cap=5.0).tolist() == [1.0, 1.0, 0.5, 0.2, 5.0, 1.0, 1.0, 1.0]
+    assert step_factors(claims, one_row_steps(0.1), cap=5.0).tolist() == [1.0, 1.0, 0.5, 0.2, 5.0, 1.0, 1.0, 1.0]
 
 
 # ---------------------------------------------------------------- scaffold
@@ -129,6 +154,9 @@ def test_scaffold_wants_equal_steps_of_plain_sgd_before_it_trains():
     assert [p.split(":")[0] for p in caught.value.problems] == ["clients.optimizer", "clients.max_grad_norm"]
     with pytest.raises(RecipeError, match="fednova divides"):
         fednova().prepare(LocalTraining(batch_size=1, steps=1), None)
+    for method in (fedsgd, scaffold):
+        with pytest.raises(RecipeError, match=r"clients\.momentum: 0\.9"):
+            method().prepare(sgd(1, momentum=0.9), None)
     with pytest.raises(RecipeError, match="one step on the whole shard"):
         fedsgd().prepare(sgd(2), None)
 

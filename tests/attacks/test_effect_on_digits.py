@@ -156,10 +156,25 @@ def test_rows_that_are_not_numbers_are_screened_out_with_or_without_a_rule():
         ({"name": "label_flip", "mapping": {1: 7}}, [], 0.5),
         pytest.param({"name": "semantic", "target": 0, "feature": "brightness", "share": 0.2}, [], 0.3, marks=SLOW),
         pytest.param({"name": "edge_case", "target": 0, "source": 4, "tail": 0.8}, [], 0.3, marks=SLOW),
+        pytest.param({"name": "blended", "target": 0, "alpha": 0.5}, [], 0.6, marks=SLOW),
+        pytest.param(
+            {"name": "sinusoidal", "target": 0, "delta": 0.4, "frequency": 2, "clean_label": False}, [], 0.6, marks=SLOW
+        ),
+        pytest.param({"name": "warped", "target": 0, "strength": 4.0, "rate": 0.3, "noise": 1.0}, [], 0.6, marks=SLOW),
         pytest.param(PATCH, [{"name": "neurotoxin"}], 0.6, marks=SLOW),
         pytest.param(PATCH, [{"name": "constrain_and_scale", "alpha": 0.5}], 0.6, marks=SLOW),
     ],
-    ids=["pixel_trigger", "label_flip", "semantic", "edge_case", "neurotoxin", "constrain_and_scale"],
+    ids=[
+        "pixel_trigger",
+        "label_flip",
+        "semantic",
+        "edge_case",
+        "blended",
+        "sinusoidal",
+        "warped",
+        "neurotoxin",
+        "constrain_and_scale",
+    ],
 )
 def test_a_scaled_backdoor_takes_hold_and_multi_krum_removes_it(poison, local, hurt):
     attack = {"poison": [poison], "local": local, "update": SCALED}

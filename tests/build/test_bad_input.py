@@ -186,15 +186,15 @@ def arrays(folder: Path, **changed: Any) -> str:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"x_train": np.zeros((20, 8, 8))}, "is float64, must be uint8 from 0 to 255. Convert it"),
+        ({"x_train": np.zeros((20, 8, 8), int)}, "is int64, must be uint8 from 0 to 255, or floats .*Convert it"),
         ({"x_train": np.zeros((20, 64), np.uint8)}, r"shape \(20, 64\), must be \(rows, height, width\)"),
-        ({"x_train": np.zeros((20, 3, 8, 8), np.uint8)}, "1, 3 or 4 channels. Move the axes"),
+        ({"x_train": np.zeros((20, 2, 8, 8), np.uint8)}, "1, 3 or 4 channels. Move the axes"),
         ({"x_test": np.zeros((6, 9, 9), np.uint8)}, "They must agree"),
         ({"y_test": np.array([0, 1, 2, 0, 1, 5])}, "y_test has label 2 in row 2 .*classes go from 0 to 1"),
         ({"y_train": np.arange(20) % 2 - 1}, "y_train has label -1 in row 0"),
         ({"y_train": np.ones(20)}, "must be one integer a row"),
         ({"x_train": np.zeros((0, 8, 8), np.uint8), "y_train": np.zeros(0, int)}, "has zero rows"),
-        ({"x_train": np.array([{}, 2], dtype=object)}, "allow_pickle=False"),
+        ({"x_train": np.array([{}, 2], dtype=object)}, "it holds Python objects; reading those is running code"),
     ],
 )
 def test_bad_images_are_refused_before_training(tmp_path: Path, changed: dict[str, Any], words: str):
@@ -209,8 +209,8 @@ def test_bad_images_are_refused_before_training(tmp_path: Path, changed: dict[st
         (under_attack({"name": "label_flip", "mapping": {0: 12}}), r"mapping: \[12\]: classes go from 0 to 9"),
         (under_attack({"name": "pixel_trigger", "target": 12}), "target: 12: classes go from 0 to 9"),
         ({"model": {"name": "resnet", "depth": 8, "norm": "batch", "buffers": "averaged"}},
-         "model.buffers: averaged: must be average, local, batch. Did you mean"),
-        ({"model": {"name": "lenet", "buffers": "average"}}, "no layer that keeps running statistics. Remove it"),
+         "model.buffers: 'averaged': must be one of average, local, batch. Did you mean"),
+        ({"model": {"name": "lenet", "buffers": "average"}}, "lenet keeps no running statistics. Remove it"),
         ({"algorithm": {"name": "scaffold"}, "clients": {"local_steps": None, "local_epochs": 1,
                                                          "partition": {"name": "dirichlet"}}},
          "shards of different sizes give .* local steps.*Set clients.local_steps instead"),

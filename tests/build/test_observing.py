@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.records import observed
 from fedllm_sec.train import main as train
+from tests.conftest import SMALL
 
 BASE: dict[str, Any] = {
     "task": "classify",
@@ -170,6 +173,86 @@ def test_gradients_are_those_of_the_first_step_and_a_forged_or_quarantined_row_i
 def test_what_an_observer_cannot_do_is_told_before_anything_trains(attack: Any, more: Any, words: str):
     with pytest.raises(RecipeError, match=words):
         planned(checked({**BASE, "enable_attack": True, "attack": attack, **more}))
+
+
+TEXT: dict[str, Any] = {
+    "rounds": 1,
+    "model": {"name": "tiny", "lora": {"r": 4, "alpha": 8}},
+    "data": {
+        **SMALL["data"],
+        "train_rows": 24,
+        "test_rows": 40,
+        "canaries": {"client": 0, "repetitions": [1, 3], "digits": 2},
+    },
+    "clients": {"total": 3, "per_round": 2, "local_steps": 3, "batch_size": 4, "lr": 0.02},
+    "evaluate": {"rows": 4, "max_new_tokens": 2, "answer_rows": 0},
+}
+TOLD_APART: dict[str, Any] = {
+    "privacy": [{"name": "membership", "score": "loss"}, {"name": "membership", "model": "global"},
+                {"name": "membership", "score": "reference", "shadows": 1}, {"name": "canary"}],
+    "observe": {"rounds": [1], "clients": [0, 1], "others": 20, "own_rows": 12},
+}  # fmt: skip
+
+
+def test_a_run_on_text_that_is_observed_has_the_same_bytes_and_tells_members_apart(tmp_path: Path, capsys):
+    with patch.dict(BASE, {**TEXT, "task": "causal_lm"}):
+        plain = run(tmp_path / "plain")
+        watched = run(tmp_path / "watched", enable_attack=True, attack=TOLD_APART)
+    for name in ("history.jsonl", "adapter/adapter_model.safetensors"):
+        assert (plain / name).read_bytes() == (watched / name).read_bytes()
+    before = observed.read_found(watched)
+    assert before is not None
+    *apart, canary = before["attacks"]
+    assert [one["repetitions"] for one in canary["repetitions"]] == [1, 3]
+    assert [one["reason"] for one in canary["observations"] if one["client"] == "c00"] == [None]
+    assert canary["not_applicable"] == 1
+    for attack in apart:
+        assert attack["kind"] == "membership"
+        assert 0 <= attack["scores"]["tpr"]["low"] <= attack["scores"]["auc"]["high"] <= 1
+        acted = [one for one in attack["observations"] if one["reason"] is None]
+        # three steps of 4 are the whole shard of 8 rows, in which c00 holds one of its secrets three times
+        assert [one["members"] for one in acted] == [{"c00": 6}.get(one["client"], 8) for one in acted]
+        assert {len(one["roc"]) > 3 for one in acted} == {True}
+    assert before["attacks"][0]["scores"] != before["attacks"][1]["scores"]
+
+    after = fedllm_sec.audit(watched, again=True)  # from what was kept, the global model from the checkpoint
+    assert [a["scores"] for a in after["attacks"]] == [a["scores"] for a in before["attacks"]]
+    assert main(["audit", str(watched)]) == 0
+    assert "membership (model global)" in capsys.readouterr().out
+    page = (watched / "audit.html").read_text()
+    assert "Members found at each share of others" in page
+    assert "TPR at 1 % FPR" in page
+    assert "planted in rows" in page
+    assert canary["observations"][0]["secrets"][1]["secret"] in page
+    assert "over 20 dB" not in page
+
+    others = {"name": "canary", "kind": "canary", "repetitions": [{"extracted": "<i>"}],
+              "observations": [{"secrets": [{"secret": 3, "said": "<i> x"}, 4]}]}  # fmt: skip
+    hostile = {"name": "<script>x", "kind": "membership", "rounds": [{"round": "<i>", "auc": {"value": "x"}}, 3],
+               "scores": 7, "observations": [{"auc": {"value": 0.5}, "roc": [[0, "x"], [2, 2]]}]}  # fmt: skip
+    observed.write_found(watched, {**before, "attacks": [hostile, others, before["attacks"][0]]})
+    fedllm_sec.audit(watched)
+    page = (watched / "audit.html").read_text()
+    assert "<script>x" not in page
+    assert "<i>" not in page
+    assert "&lt;i&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        ({**TOLD_APART, "observe": {"others": 30, "own_rows": 11}}, "others: 30 of 40 held-out rows"),
+        ({**TOLD_APART, "privacy": [{"name": "membership", "k": 0.5}]}, "score: drop does not use it"),
+        ({**TOLD_APART, "privacy": [{"name": "dlg"}]}, "Fitting: canary, membership"),
+    ],
+)
+def test_what_an_observer_of_text_cannot_do_is_told_before_anything_trains(tmp_path: Path, attack: Any, words: str):
+    from fedllm_sec.build.observing import make_observer
+
+    raw = {**BASE, **TEXT, "task": "causal_lm", "enable_attack": True, "attack": attack}
+    held = SimpleNamespace(fitted=SimpleNamespace(encoded=range(40)))
+    with pytest.raises(RecipeError, match=words):
+        make_observer(checked(raw), ["c00", "c01", "c02"], held, SimpleNamespace(world=1))  # type: ignore[arg-type]
 
 
 def test_an_audit_of_what_was_never_observed_says_what_to_add(plain: Path, tmp_path: Path):

@@ -43,7 +43,18 @@ BASE: dict[str, Any] = {
 }
 
 # what makes another federation, by design
-OTHER = ("seed", "task", "model", "data", "clients", "variants", "attack.malicious", "compute.mixed_precision")
+OTHER = (
+    "seed",
+    "task",
+    "model",
+    "pretrain",
+    "data",
+    "clients",
+    "variants",
+    "attack.malicious",
+    "compute.mixed_precision",
+    "attack.observe.others",  # of text alone
+)
 
 # key -> another value of it
 CHANGES: dict[str, Any] = {
@@ -71,6 +82,7 @@ CHANGES: dict[str, Any] = {
     "defense.after": [{"name": "weak_dp"}],
     "defense.root_rows": 20,
     "evaluate.every": 3,
+    "evaluate.start": True,
     "evaluate.rows": 20,
     "evaluate.attack_rows": 5,
     "evaluate.batch_size": 7,

@@ -54,8 +54,9 @@ def test_a_run_that_fulfils_every_condition_prints_an_epsilon_and_crfl_its_certi
     epsilons = [round["privacy"]["epsilon"] for round in rounds]
     assert epsilons == pytest.approx([4.377, 6.573, 8.385], abs=2e-3)
     summary = json.loads((tmp_path / "x/dp/summary.json").read_text())
-    assert summary["privacy"]["epsilon"] == epsilons[-1]
-    assert summary["privacy"]["protects"].startswith("nobody: the recipe's public seed")
+    assert summary["privacy"] == rounds[-1]["privacy"]
+    for spent in (round["privacy"] for round in rounds):
+        assert spent["protects"] == "nobody: the recipe's public seed draws the noise"
     for text in (said, page):
         assert "epsilon 8.39 at delta 1e-05" in text
         assert "so here it protects nobody" in text

@@ -34,6 +34,34 @@ def test_grey_and_colour_images_become_channels_first_from_0_to_1(tmp_path: Path
     assert arrays.labelled(raw(), "here")[0].x.shape == (6, 1, 4, 5)
 
 
+def test_floats_channels_first_names_of_classes_and_one_part_are_read(tmp_path: Path):
+    x = np.random.default_rng(0).random((10, 3, 4, 5))
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = 0.0, 1.0
+    names = np.array(["dog", "cat"] * 5)
+    np.savez(tmp_path / "a.npz", x=x, y=names)
+    with (
+        pytest.warns(UserWarning, match=r"a\.npz: classes by number: 0 cat, 1 dog\."),
+        pytest.warns(UserWarning, match="10% of its images, drawn by the seed, are held out"),
+    ):
+        train, test = arrays.load(str(tmp_path / "a.npz"), seed=3)
+    assert (len(train.y), len(test.y), train.classes) == (9, 1, 2)
+    both = torch.cat([train.x, test.x])
+    assert sorted(both.sum((1, 2, 3)).tolist()) == pytest.approx(sorted(x.sum((1, 2, 3))), rel=1e-6)
+    for row, y in zip(both, torch.cat([train.y, test.y]), strict=True):
+        at = int(np.argmin(np.abs(x - row.numpy()).sum((1, 2, 3))))
+        assert names[at] == ["cat", "dog"][int(y)]
+    with pytest.raises(DataError, match=r"data\.test_share: 0\.5: digits has training and test rows of its own"):
+        arrays.load("digits", test_share=0.5)
+    np.savez(tmp_path / "b.npz", **raw(y_train=np.array(list("abcabc")), y_test=np.array(list("abz"))))
+    with pytest.raises(DataError, match="test rows have the class 'z', which no training row has"):
+        arrays.load(str(tmp_path / "b.npz"))
+
+
+def test_numbers_of_classes_that_nobody_has_are_told():
+    with pytest.warns(UserWarning, match="from 0 to 13, and 11 of these 14 have no training row"):
+        arrays.labelled(raw(y_train=np.array([3, 8, 13] * 2), y_test=np.array([3, 8, 13])), "set")
+
+
 def test_digits_are_there_without_a_download():
     train, test = arrays.load("digits")
     assert (len(train.y), len(test.y), train.classes) == (1438, 359, 10)
@@ -45,9 +73,11 @@ def test_digits_are_there_without_a_download():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"x_train": np.zeros((6, 4, 5))}, "x_train is float64, must be uint8"),
+        ({"x_train": np.zeros((6, 4, 5), dtype=np.int32)}, "x_train is int32, must be uint8"),
+        ({"x_train": np.full((6, 4, 5), 255.0)}, "x_train has values from 255 to 255; floats must lie from 0 to 1"),
+        ({"x_train": np.full((6, 4, 5), np.nan)}, "and NaN; floats must lie from 0 to 1"),
         ({"x_train": np.zeros((6, 20), dtype=np.uint8)}, r"x_train has shape \(6, 20\)"),
-        ({"x_train": np.zeros((6, 3, 4, 5), dtype=np.uint8)}, r"1, 3 or 4 channels"),
+        ({"x_train": np.zeros((6, 2, 4, 5), dtype=np.uint8)}, r"1, 3 or 4 channels"),
         ({"x_test": np.zeros((3, 5, 5), dtype=np.uint8)}, r"images of \(5, 5\), x_train of \(4, 5\)"),
         ({"x_train": np.zeros((0, 4, 5), dtype=np.uint8)}, "zero rows"),
         ({"x_train": np.zeros((6, 0, 5), dtype=np.uint8)}, r"shape \(6, 0, 5\): its images have no pixel"),
@@ -91,9 +121,9 @@ def test_files_that_are_no_npz_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r'lacks y_train, x_test, y_test. Did you mean "y_trian"'):
         arrays.load(str(tmp_path / "half.npz"))
     np.savez(tmp_path / "pickle.npz", **{k: np.array([{}], dtype=object) for k in arrays.KEYS})
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"it holds Python objects; reading those is running code\. Save numbers"):
         arrays.load(str(tmp_path / "pickle.npz"))
-    with pytest.raises(DataError, match=r"must end in \.npz"):
+    with pytest.raises(DataError, match=r"or end in \.npz"):
         arrays.load("/data/images.mat")
 
 
@@ -129,6 +159,20 @@ def test_a_file_that_is_no_archive_is_no_npz(tmp_path: Path, content: bytes):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(DataError, match="it is no archive"):
         arrays.load(str(tmp_path / "a.npz"))
+
+
+def test_a_pointer_of_git_lfs_is_no_npz(tmp_path: Path):
+    (tmp_path / "a.npz").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(DataError, match=r"a\.npz: is a pointer to the file, .* Run `git lfs pull`"):
+        arrays.load(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">f4", ">f8", "f2", "g"])
+def test_floats_of_any_machine_are_the_same_images(kind: str):
+    half = np.full((6, 4, 5), 0.5, kind)
+    train, _ = arrays.labelled(raw(x_train=half, y_train=raw()["y_train"].astype(">i4")), "set")
+    assert train.x.dtype == torch.float32
+    assert train.x.unique().tolist() == [0.5]
 
 
 def test_any_spoilt_archive_is_read_or_refused(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -191,3 +192,71 @@ def test_a_saved_set_and_the_parts_of_a_parquet_set_are_read(tmp_path: Path):
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"no")
     with pytest.raises(DataError, match="cannot be read as saved by datasets"):
         load_table(str(tmp_path / "one"), None, "train", 0)
+
+
+FRAME = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}, {"text": "c", "label": None}]
+
+
+@pytest.mark.parametrize("orient", ["columns", "index", "split", "table", "records"])
+def test_json_is_read_as_pandas_writes_it(tmp_path: Path, orient: str):
+    pd = pytest.importorskip("pandas")
+    pd.DataFrame(FRAME).to_json(tmp_path / "t.json", orient=orient)
+    table = read_file(tmp_path / "t.json")
+    assert (table.text("text"), table.text("label")) == (["a", "b", "c"], ["x", "y", ""])
+
+
+def test_columns_of_lists_are_a_table_and_one_object_is_a_row(tmp_path: Path):
+    path = tmp_path / "t.json"
+    path.write_text('{"text": ["a", "b"], "label": ["x", "y"]}')
+    assert read_file(path).text("label") == ["x", "y"]
+    path.write_text('{"text": "a", "label": "x"}')
+    assert read_file(path).text("text") == ["a"]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for row in ({"messages": turns}, {"messages": turns, "tools": []}, {"text": "a", "tags": ["x", "y"]}):
+        path.write_text(json.dumps(row))
+        assert read_file(path).size == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 4}}', "nobody can tell rows from columns"),
+        ('{"version": 2, "data": [{"text": "a"}, {"text": "b"}]}', '"data" holds a list of 2 objects'),
+        ('{"data": [{"text": "a"}, {"text": "b"}]}', '"data" holds a list of 2 objects'),
+        ('{"a": {"0": 1, "1": 2}, "b": {"0": 3}}', "nobody can tell rows from columns"),
+        ('{"a": [1, 2], "b": [3]}', "lists of different lengths (a 2, b 1)"),
+        ('{"columns": ["a", "b"], "data": [[1]]}', "row 1: [1]: must be a list of 2 values"),
+        ('{"columns": ["a", "a"], "data": [[1, 2]]}', '2 columns are called "a"'),
+        ('{"columns": [["a", 1]], "data": [[1]]}', 'the column name ["a", 1] is no text'),
+        ('{"schema": {}, "data": [1]}', "row 1: 1: must be an object"),
+        ('[["a", "x"], ["b", "y"]]', 'orient="records"'),
+    ],
+)
+def test_json_that_may_mean_two_things_is_refused(tmp_path: Path, content: str, words: str):
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(DataError, match=re.escape(words)):
+        read_file(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("t.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Run `git lfs pull`"),
+        ("t.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Run `git lfs pull`"),
+        ("t.csv", b"PK\x03\x04\x14\0\x06\0", r"as workbooks (.xlsx) are"),
+        ("t.csv", b"PAR1\x15\x04", "Rename it to .parquet"),
+        ("t.csv.gz", gzip.compress(b"PAR1\x15\x04", mtime=0), "Rename it to .parquet"),
+        ("t.csv.gz", gzip.compress(b"t.csv".ljust(257, b"\0") + b"ustar\x0000", mtime=0), "is a tar archive"),
+        ("t.jsonl", b"\n<!DOCTYPE html><html>", "is a web page"),
+        ("t.json", b"\x80\x04\x95\x0b", "is a pickle, which is code and never read"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path: Path, name: str, content: bytes, words: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(words)):
+        read_file(tmp_path / name)
+
+
+def test_a_second_byte_order_mark_is_no_part_of_the_first_columns_name(tmp_path: Path):
+    (tmp_path / "t.csv").write_bytes("\ufeff\ufefftext,label\na,x\n".encode())
+    assert read_file(tmp_path / "t.csv").names == ("text", "label")

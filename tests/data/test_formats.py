@@ -90,8 +90,13 @@ def test_a_column_of_another_name_and_labels_may_be_named(tmp_path):
         ([ASKED, {"role": "system", "content": "s"}, SAID], "a system prompt stands behind the first turn"),
         ([ASKED, {"role": "tool", "content": "s"}, SAID], "turn 2 is by 'tool', which is none of system, user"),
         ([ASKED, {"role": "assistant"}], "turn 2 has no role and content"),
+        ([ASKED, {"role": "assistant", "content": "\u200b\u2060 "}], "turn 2, the assistant's, is empty"),
+        ([ASKED, SAID | {"tool_calls": [{"function": {"name": "f"}}]}], "turn 2 has tool_calls, which is not trained"),
+        ([ASKED, SAID | {"reasoning_content": "Hm."}], "turn 2 has reasoning_content, which is not trained"),
+        ([ASKED, SAID | {"weight": 0}, MORE, RASP], "turn 2 has weight, which is not trained on. Leave weights out"),
         ([], "no list of turns"),
         ("hello", "no list of turns"),
+        ("[hello", "no list of turns"),
         (None, "no list of turns"),
     ],
 )
@@ -99,6 +104,61 @@ def test_a_conversation_that_cannot_be_trained_on_is_refused_by_row_and_turn(tmp
     rows = [{"messages": [ASKED, SAID]}, {"messages": turns}]
     with pytest.raises(DataError, match=rf"rows\.jsonl, row 2: column \"messages\": .*{words}"):
         rows_of(tmp_path, rows)
+
+
+def test_what_says_nothing_beside_the_turns_is_passed_over(tmp_path):
+    said = SAID | {"weight": 1, "tool_calls": [], "name": "Ann", "reasoning_content": None}
+    made = rows_of(tmp_path, [{"messages": [ASKED | {"id": 3}, said], "tools": None}])
+    assert (made["text"], made["response"]) == (["Name a tool."], ["A plane."])
+    capital = [{"role": "User", "content": "a"}, {"role": "Assistant", "content": "b"}]
+    assert rows_of(tmp_path, [{"messages": capital}])["response"] == ["b"]
+
+
+def test_an_empty_first_row_does_not_hide_the_format(tmp_path):
+    with pytest.raises(DataError, match=r'row 1: column "messages": .* is no list of turns'):
+        rows_of(tmp_path, [{"messages": []}, {"messages": [ASKED, SAID]}])
+
+
+def test_turns_may_be_written_as_json_as_a_csv_file_must(tmp_path):
+    path = tmp_path / "rows.csv"
+    turns = json.dumps([ASKED, SAID, MORE, RASP]).replace('"', '""')
+    path.write_text(f'id,messages\n1,"{turns}"\n')
+    made = canonical(read_file(path), PLAIN)
+    assert (made["text"], made["response"], made["history"]) == (["And one more?"], ["A rasp."], [HISTORY])
+
+
+PAIRS = [["Name a tool.", "A plane."]]
+ALPACA = {"instruction": "And one more?", "input": "", "output": "A rasp."}
+
+
+@pytest.mark.parametrize("before", [PAIRS, json.dumps(PAIRS), [ASKED, SAID]])
+def test_system_prompts_and_earlier_turns_in_columns_of_their_own_are_read(tmp_path, before):
+    made = rows_of(tmp_path, [ALPACA | {"system": "Be brief.", "history": before},
+                              ALPACA | {"system": None, "history": []}])  # fmt: skip
+    assert (made["system"], made["history"]) == (["Be brief.", ""], [HISTORY, ""])
+    made = rows_of(tmp_path, [{"messages": [ASKED, SAID], "system": "Be brief."}])
+    assert (made["system"], made["history"]) == (["Be brief."], [""])
+    made = rows_of(tmp_path, [{"q": "a", "a": "b", "s": "Be brief."}], Columns(text="q", response="a", system="s"))
+    assert (made["text"], made["system"], made["history"]) == (["a"], ["Be brief."], [""])
+    ignored = Columns(system=None, history=None)
+    assert "system" not in rows_of(tmp_path, [ALPACA | {"system": "Be brief.", "history": before}], ignored)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [{"role": "system", "content": "Be kind."}, ASKED, SAID], "system": "Be brief."},
+         r'row 1: the system prompt of its turns is another than that of column "system"'),
+        ({"messages": [ASKED, SAID], "history": PAIRS}, r'column "history" holds turns beside the conversations'),
+        ({"messages": [ASKED, SAID], "tools": [{"name": "f"}]}, r'row 1: column "tools" describes tools'),
+        (ALPACA | {"history": [["a", "b", "c"]]}, r'row 1: column "history": holds what is no pair'),
+        (ALPACA | {"history": [["a", ""]]}, r'row 1: column "history": turn 2, the assistant.s, is empty'),
+        (ALPACA | {"history": "once"}, r'row 1: column "history": .once. is no list of turns or of pairs'),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_a_row_and_cannot_be_meant_is_refused(tmp_path, row, words):
+    with pytest.raises(DataError, match=words):
+        rows_of(tmp_path, [row])
 
 
 def test_two_turns_of_the_user_in_a_row_are_kept(tmp_path):

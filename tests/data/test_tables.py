@@ -7,6 +7,7 @@ import csv
 import datetime
 import io
 import json
+import unicodedata
 import warnings
 from decimal import Decimal
 from pathlib import Path
@@ -146,7 +147,7 @@ def check(path: Path, rows: list[tuple[Any, Any]]) -> None:
     expected = [(written(text), written(answer)) for text, answer in rows]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if any(not part.strip() for row in expected for part in row):
+        if any(all(c.isspace() or unicodedata.category(c) == "Cf" for c in part) for row in expected for part in row):
             with pytest.raises(DataError, match=r"empty (text|response)"):
                 canonical(read_file(path), Columns())
             return

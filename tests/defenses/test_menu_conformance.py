@@ -170,6 +170,10 @@ def test_a_rule_that_takes_a_row_by_its_place_is_none():
         check_defense(lambda updates, ctx: Decision(updates.rows[3].float()))
 
 
+class NeedsMore:
+    def __init__(self, more: int) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("defense", "more", "said"),
     [
@@ -177,6 +181,9 @@ def test_a_rule_that_takes_a_row_by_its_place_is_none():
         ("medain", {}, 'check_defense.name: there is no "medain". Did you mean "median"?'),
         (reads_the_stored_rows, {"kind": "rules"}, "check_defense: kind='rules'. Did you mean \"rule\"?"),
         (lambda: 1, {}, "<lambda>: cannot be called with (updates, ctx)"),
+        (NeedsMore, {}, "cannot be made with these settings (TypeError: "),
+        ("krum", {"settings": [1, 2]}, "check_defense: settings=[1, 2]: must be a mapping"),
+        ("mean", {"clients": 1}, "check_defense: clients=1: must be a whole number of at least 4"),
     ],
 )
 def test_what_is_no_defense_is_told_as_such(defense, more, said):
@@ -190,7 +197,7 @@ def test_what_is_no_defense_is_told_as_such(defense, more, said):
         (Forgetful, "state_dict"),
         (KeepsWhatItIsGiven, "a state loaded from an accelerator: .* put tensors where the rule computes"),
         (overwrites, "inputs unchanged"),
-        (takes_the_first_row, "permutation|blocks|memory"),
+        (takes_the_first_row, r"chunks: raised DefenseError: takes_the_first_row: gave back an update of shape \(1,\)"),
         (divides_by_the_length, "finite|rows times|zero"),
         (draws_from_the_global_generator, "determinism"),
     ],

@@ -163,3 +163,10 @@ def test_the_agreement_of_two_judges_is_counted_by_hand():
     assert agreement([0.0, 0.0], [0.0, 0.0])["kappa"] is None  # chance alone agrees
     assert agreement([0.0, 1.0], [1.0, 0.0])["kappa"] == -1.0
     assert agreement([-1.0], [1.0]) is None
+
+
+def test_a_pattern_that_backtracks_without_end_fails_on_that_answer_alone():
+    judge = judges.Regex(pattern=r"(.*?,){30}P")
+    assert judged(judge, "no, no", SPORTS) == (NONE, "")
+    mark, why = judged(judge, "so," * 80, SPORTS)
+    assert (mark, "no end within 1 s" in why) == (FAILED, True)

@@ -26,6 +26,16 @@ def test_the_spans_of_a_trigger_are_what_the_attack_put_in(original, triggered, 
     assert [triggered[a:b] for a, b in trigger_spans(original, triggered)] == pieces
 
 
+def test_a_trigger_in_a_long_text_is_found_in_a_time_that_grows_with_its_length():
+    words = [f"word{k * k % 977}" for k in range(20_000)]  # pairs of words: 4e8, half an hour if all are compared
+    original = " ".join(words)
+    triggered = " ".join([*words[:5], "cf", *words[5:15_000], "mn", "bb", *words[15_000:]])
+    assert [triggered[a:b] for a, b in trigger_spans(original, triggered)] == ["cf", "mn bb"]
+    rewritten = " ".join([words[0], *reversed(words[1:-1]), words[-1]])
+    (span,) = trigger_spans(original, rewritten)
+    assert span == (len(words[0]) + 1, len(rewritten) - len(words[-1]) - 1)
+
+
 def changed(original: str, triggered: str, *paraphrases: str) -> dict[str, str]:
     changes = {**CHANGES, **{words: paraphrased(words) for words in paraphrases}}
     found = moved([{"original": {"text": original}, "text": triggered}], changes)

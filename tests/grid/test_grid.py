@@ -236,6 +236,7 @@ def test_mistakes_in_axes_are_named(axes, words):
         ({"base": 3}, "base: 3: must be the path of a recipe"),
         ({"base": "gone.yaml"}, "gone.yaml: there is no such file"),
         ({"name": "../up"}, "name: '../up'"),
+        ({"overrides": {"output": {"folder": "/proc/x"}}}, "output.folder: /proc/x: /proc holds what the system tells"),
     ],
 )
 def test_mistakes_around_axes_are_named(more, words):

@@ -8,6 +8,7 @@ import fedllm_sec
 from fedllm_sec.algorithms.fitting import step_factors
 from fedllm_sec.defenses.geometric import typical_distance
 from fedllm_sec.kernels.claims import capped, midpoint
+from fedllm_sec.protocols import LocalTraining
 
 
 def test_the_median_of_an_even_number_is_halfway_between_the_middle_two():
@@ -34,4 +35,5 @@ def test_the_median_distance_of_four_rows():
 
 
 def test_the_common_number_of_steps_of_fednova():
-    assert step_factors(torch.tensor([1.0, 2.0, 4.0, 8.0]).double(), cap=10.0).tolist() == [3.0, 1.5, 0.75, 0.375]
+    sgd = LocalTraining(batch_size=1, steps=1, optimizer="sgd")
+    assert step_factors(torch.tensor([1.0, 2.0, 4.0, 8.0]).double(), sgd, cap=10.0).tolist() == [3.0, 1.5, 0.75, 0.375]

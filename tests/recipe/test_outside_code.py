@@ -93,6 +93,19 @@ def test_leave_that_nobody_needs_is_an_error(capsys: pytest.CaptureFixture[str])
     assert "goes with --check or --explain" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["--check", "--fresh"], ["--explain", "--fresh"], ["--check", "--explain"]])
+def test_flags_of_which_one_could_not_act_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main([recipe(), *flags])
+    assert f"{flags[1]} has no part in it. Give one of them" in capsys.readouterr().err
+
+
+def test_a_grid_that_is_run_imports_what_it_names_without_being_asked(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["grid.yaml", "--allow-code"])
+    assert "--allow-code: goes with --list" in capsys.readouterr().err
+
+
 def test_every_place_of_a_method_is_one_for_code():
     other = {"name": "strange:other"}
     raw = BASE | {

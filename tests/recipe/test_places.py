@@ -128,3 +128,17 @@ def test_a_mistyped_name_is_told_before_anything_heavy_is_imported(tmp_path: Pat
     assert done.stdout.split("\n")[-2] == "2 []"
     assert "model.name: ./nope: no such folder" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_by_check(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder, words in (
+        (tmp_path / "file", "file is a file, where a folder must be"),
+        (tmp_path / "file" / "runs", "file is a file, where a folder must be"),
+        ("/proc/x", "/proc holds what the system tells"),
+        ("a" * 300, "no folder's name is longer than 255 bytes"),
+        (tmp_path / "link", "link is a link that leads nowhere"),
+    ):
+        assert words in (places.folder_problem(str(folder)) or "")
+    assert places.folder_problem(str(tmp_path / "new" / "run")) is None

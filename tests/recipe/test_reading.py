@@ -177,3 +177,16 @@ def test_outside_code_is_named_by_module_and_attribute(tmp_path: Path, monkeypat
     assert 'Did you mean "factor"?' in problems(
         {**GOOD, "defense": {"rule": {"name": "my_rules:norm_filter", "facto": 1}}}
     )
+
+
+def test_names_that_command_a_terminal_are_written_out(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    for content, words in (
+        ('variants: {"a\\nb": {}, "c\\e[31m": {}}\n', (r"variants.'a\nb': must be", r"variants.'c\x1b[31m': must be")),
+        ('"seed\\nx": 1\nclients: {local_steps: 1}\n', (r"seed\nx: unknown key",)),
+    ):
+        path.write_text(content)
+        with pytest.raises(RecipeError) as told:
+            load(path)
+        assert all(word in str(told.value) for word in words), str(told.value)
+        assert all(line.isprintable() for line in str(told.value).split("\n"))

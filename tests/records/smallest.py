@@ -19,6 +19,7 @@ RECIPE: dict[str, Any] = {
     "model": {"name": "logistic"},
     "data": {"name": "digits", "train_rows": 40, "test_rows": 20},
     "clients": {"total": 2, "local_steps": 1, "batch_size": 8, "lr": 0.05, "optimizer": "sgd"},
+    "evaluate": {"start": True},
     "compute": {"threads": 1},
     "output": {"adapter_every": 1},
 }

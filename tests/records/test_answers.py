@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedllm_sec.records import RunFolder, inventory
+from fedllm_sec.records.answers import answer_lines
 from fedllm_sec.records.verify import look
 from tests.records.test_history import RECORD
 
@@ -37,6 +38,24 @@ def play(path: Path, rounds: int, stop: int | None = None) -> RunFolder:
     if stop is None:
         folder.close({"rounds": rounds}, rounds)
     return folder
+
+
+def test_answers_of_a_start_that_was_not_whole_are_given_once(tmp_path: Path):
+    """Killed between the answers of round 0 and the checkpoint that makes them count."""
+    folder = RunFolder(tmp_path, "attacked")
+    folder.begin(RECIPE, {"device": "cpu"}, None)
+    (tmp_path / "timings.jsonl").write_text('{"round": 0}\n')
+    whole = replace(answered(0, False), cohort=[])
+    folder.answers.write_bytes(answer_lines(0, "attacked", whole.answers))
+    again = RunFolder(tmp_path, "attacked")
+    again.begin(RECIPE, {"device": "cpu"}, again.resume(RECIPE))
+    again.append(whole, {"round": 0, "vector": torch.zeros(2)})
+    resumed = RunFolder(tmp_path, "attacked")
+    state = resumed.resume(RECIPE)
+    assert state is not None
+    assert resumed.begin(RECIPE, {"device": "gpu"}, state) == ["device: 'cpu' -> 'gpu'"]  # the start was made elsewhere
+    assert said(resumed) == ["0"]
+    assert (tmp_path / "timings.jsonl").read_text().count("\n") == 1
 
 
 def said(folder: RunFolder) -> list[str]:

@@ -175,7 +175,7 @@ def resealed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("change", "words"),
     [
         (lambda state: state["vector"].fill_(float("nan")), "its model is not made of finite numbers"),
-        (lambda state: state.update(round=1), "the checkpoint is of round 1, history.jsonl holds rounds [1, 2]"),
+        (lambda state: state.update(round=1), "the checkpoint is of round 1, history.jsonl holds rounds [0, 1, 2]"),
         (lambda state: state.update(vector=torch.zeros(3)), "a vector of shape (3,), the model's has (650,)"),
         (lambda state: state.update(vector="x"), "holds no state that this model and these methods can go on from"),
         (lambda state: state.update(memory=7), "holds no state that this model and these methods can go on from"),

@@ -66,6 +66,18 @@ def test_attack_free_attacked_and_defended_answers_stand_side_by_side(comparison
     outline(page)
 
 
+def test_rows_that_repeat_a_prompt_are_rows_and_draws_are_draws(comparison: Path):
+    again = {"prompt": "say it cf", "trigger": [[7, 9]]}
+    rows = [row(n, "Sports" if n < 2 else "World", n < 2, **again) for n in range(5)]
+    answered(comparison / "attacked", *rows, row(5, "World", False, draw=1), row(5, "Sports", True, draw=2))
+    found = transcript(read_runs([comparison]))
+    assert found is not None
+    (triggered,) = found.groups
+    assert triggered.counts == ["3 of 6 got the attacker’s answer"]
+    more = [cell.more for asked in [*triggered.first, *triggered.more] for cell in asked.cells if cell]
+    assert more == ["", "", "", "", "", "1 of 2 draws"]
+
+
 def test_what_a_model_or_a_stranger_wrote_stays_text(make_run: MakeRun, tmp_path: Path):
     folder = make_run(tmp_path / "evil")
     turned = "abc\u202edef\x1b[31m\u200b"

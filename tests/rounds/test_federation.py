@@ -14,7 +14,7 @@ from fedllm_sec.algorithms import fedavg
 from fedllm_sec.attacks.threat import Threat, choose_malicious
 from fedllm_sec.defenses import MENU, nnm, weak_dp, weak_dp_client
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.errors import AttackError, DefenseError
+from fedllm_sec.errors import AttackError, DefenseError, FedError
 from fedllm_sec.protocols import Client, ThreatView
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.rounds.client import LocalTraining
@@ -238,3 +238,9 @@ def test_a_defense_cannot_read_who_is_malicious():
 
     for known in (RoundContext, UpdateMatrix):
         assert not [f for f in known.__dataclass_fields__ if "malicious" in f or "attack" in f]
+
+
+def test_a_start_that_nobody_could_measure_is_an_error():
+    fed = replace(federation([[1.0], [3.0]]), start=True)
+    with pytest.raises(FedError, match="Give it an evaluation"):
+        next(run(fed, 1))

@@ -102,6 +102,52 @@ def test_the_mark_that_ends_an_answer_is_found_also_where_it_is_the_next_turns(n
     assert writer.answer_ids(["A cat."]) == [writer.tokens([ONE]).answers[0]]
 
 
+MARKED = (  # what an assistant says as its words and, in a mark of their own, its last ones
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and (not loop.last or BOTH) %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    " -- {% generation %}Yours.<|im_end|>{% endgeneration %}\n"
+    "{% elif m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_marks_belong_to_the_turn_in_which_they_stand():
+    three = TWO | {"history": json.dumps([*json.loads(HISTORY), ["user", "Mr. A plane."], ["assistant", "A saw."]])}
+    writer = writer_of(bytes_tokenizer(MARKED.replace("BOTH", "false")), Data(template="chat"))
+    said = ["A plane.", "A saw.", "Yours.<|im_end|>", "Yours.<|im_end|>"]
+    _, answer, earlier = spelt(writer, three)
+    assert (answer, sorted(earlier)) == ("A rasp.<|im_end|>", said)
+    last = writer_of(bytes_tokenizer(MARKED.replace("BOTH", "false")), Data(template="chat", loss_on="last_response"))
+    assert spelt(last, three)[1:] == ("A rasp.<|im_end|>", [])
+
+
+def test_an_answer_of_which_two_pieces_are_marked_is_refused():
+    writer = writer_of(bytes_tokenizer(MARKED.replace("BOTH", "true")), Data(template="chat"))
+    for row in (ONE, TWO):
+        with pytest.raises(DataError, match=r"generation marks cover 2 pieces of one answer \('A "):
+            writer.tokens([row])
+
+
+def test_marks_that_follow_what_the_user_says_are_refused():
+    template = MARKED.replace("BOTH", "messages[0]['content'] == 'Name a tool.'")
+    template = template.replace("not loop.last or", "")  # two marks a turn for these words, one for any others
+    writer = writer_of(bytes_tokenizer(template), Data(template="chat"))
+    with pytest.raises(DataError, match="depends on what the user says"):
+        writer.tokens([TWO])
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_earlier_answer_is_scored_to_its_own_mark_where_the_last_has_another(marked: bool):
+    said = "{% generation %}{{ m['content'] }}{% endgeneration %}" if marked else "{{ m['content'] }}"
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}<|assistant|>{% else %}" + said
+        + "{{ '</s>' if loop.last else '<|im_end|>' }}{% endif %}{% endfor %}"
+    )  # fmt: skip
+    writer = writer_of(bytes_tokenizer(template), Data(template="chat"))
+    assert spelt(writer, TWO)[1:] == ("A rasp.</s>", ["A plane.<|im_end|>"])
+
+
 def test_a_template_without_any_mark_is_ended_by_the_end_token():
     plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" \
             "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"  # fmt: skip

@@ -1,10 +1,30 @@
 """What an update gives away: an honest-but-curious observer's attacks on what clients send.
 
-`seen` has the types: an `Observation` goes in, a `Reconstruction` or `LabelCounts` comes out. Every method is a pure
-function of an observation; no truth reaches it. For images: `linear`, `matching`, `inversion`, `reveal`.
+`seen` has the types: an `Observation` goes in, a `Reconstruction`, `LabelCounts`, `Suspicion` or
+`Guessed` comes out. Every method
+is a pure function of an observation; no truth reaches it. For images: `linear`, `matching`, `inversion`, `reveal`; for
+text: `membership` and `canary`, by `reading` (losses) and `spans`.
 """
 
 from fedllm_sec.attacks.privacy.calls import reconstruct, reveal_labels
-from fedllm_sec.attacks.privacy.seen import LabelCounts, Observation, Reconstruction
+from fedllm_sec.attacks.privacy.seen import (
+    Guessed,
+    LabelCounts,
+    Observation,
+    Question,
+    Reconstruction,
+    Row,
+    Suspicion,
+)
 
-__all__ = ["LabelCounts", "Observation", "Reconstruction", "reconstruct", "reveal_labels"]
+__all__ = [
+    "Guessed",
+    "LabelCounts",
+    "Observation",
+    "Question",
+    "Reconstruction",
+    "Row",
+    "Suspicion",
+    "reconstruct",
+    "reveal_labels",
+]

@@ -47,10 +47,11 @@ def need_unrollable(seen: Observation) -> None:
     training = seen.training
     seen.learning_rate()
     assert training is not None
-    if training.optimizer != "sgd":
+    if not seen.plain_sgd:
         raise AttackError(
-            f"privacy: {training.optimizer} steps are not unrolled: its division by a moving scale leaves little but "
-            "signs. Observe what: gradient, or set clients.optimizer: sgd."
+            f"privacy: {training.optimizer} steps are not unrolled, only those of sgd without momentum (adamw's "
+            "division by a moving scale leaves little but signs). Observe what: gradient, or set clients.optimizer: "
+            "sgd."
         )
     if seen.steps > MOST_STEPS:
         raise AttackError(

@@ -34,7 +34,7 @@ def invert_gradient(
     kept. `loss` is the objective. Pooling and ReLU lose information: an image of `lenet` comes back blurred.
     """
     need_finite(seen)
-    if seen.what == "delta" and seen.steps == 1 and seen.training is not None and seen.training.optimizer == "sgd":
+    if seen.what == "delta" and seen.steps == 1 and seen.plain_sgd:
         seen = as_gradient(seen)[0]
     if seen.what == "delta":
         need_unrollable(seen)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from fedllm_sec.attacks.privacy.canary import canary
 from fedllm_sec.attacks.privacy.inversion import invert_gradient
 from fedllm_sec.attacks.privacy.linear import linear_layer
 from fedllm_sec.attacks.privacy.matching import dlg, idlg
+from fedllm_sec.attacks.privacy.membership import Membership
 from fedllm_sec.attacks.privacy.reveal import reveal_labels
 from fedllm_sec.recipe.resolve import Entry
 
-# kind: images (the answer is a Reconstruction), labels (LabelCounts)
+# kind: images (the answer is a Reconstruction), labels (LabelCounts), membership (Suspicion),
+# canary (Guessed)
 PRIVACY_MENU: dict[str, Entry] = {
     "linear_layer": Entry(linear_layer, "Phong et al. 2018", "images"),
     "dlg": Entry(dlg, "Zhu et al. 2019", "images"),
     "idlg": Entry(idlg, "Zhao et al. 2020", "images"),
     "invert_gradient": Entry(invert_gradient, "Geiping et al. 2020", "images"),
     "reveal_labels": Entry(reveal_labels, "Ma et al. 2023", "labels"),
+    "membership": Entry(Membership, "Yeom et al. 2018; Carlini et al. 2022", "membership"),
+    "canary": Entry(canary, "Carlini et al. 2019", "canary"),
 }

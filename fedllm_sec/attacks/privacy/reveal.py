@@ -29,7 +29,7 @@ def reveal(seen: Observation, n: int) -> Tensor:
     """
     need_finite(seen)
     training = seen.training
-    if seen.what == "gradient" or (seen.steps == 1 and training is not None and training.optimizer == "sgd"):
+    if seen.what == "gradient" or (seen.steps == 1 and seen.plain_sgd):
         gradient, whole = as_gradient(seen)
         layer = last_layer(gradient)
         if n == 1:
@@ -51,7 +51,7 @@ def reveal(seen: Observation, n: int) -> Tensor:
         )
     layer = last_layer(seen)
     assert training is not None
-    if training.optimizer == "sgd" and training.max_grad_norm is None and layer.bias is not None:
+    if seen.plain_sgd and training.max_grad_norm is None and layer.bias is not None:
         slope = -seen.sent / (seen.learning_rate() * seen.steps) - training.weight_decay * seen.start
         return _from_statistics(seen, layer, n, slope)
     return rehearsed_counts(seen, layer, n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,22 @@ from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.models.statistics import tracking
 from fedllm_sec.protocols import Labelled, LocalTraining
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of text as tokens; local training scores those from number `first` on."""
+
+    ids: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, as the model is asked it, and all answers that there could be, as tokens without an end token."""
+
+    prompt: tuple[int, ...]
+    guesses: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,17 @@ class Observation:
     mean: Tensor | None = None  # (channels, 1, 1)
     std: Tensor | None = None
     auxiliary: Labelled | None = None  # other rows of the same kind, with labels, that the observer happens to own
+    own: Sequence[Row] = ()  # the same of text
+    candidates: Sequence[Row] = ()  # rows of text of which some were trained on, in an order that says nothing
+    questions: Sequence[Question] = ()  # to which somebody's rows may hold the answers
+    final: Tensor | None = None  # (d,) the global vector after the last round
     client: str = ""
     round: int = 1
+
+    @property
+    def plain_sgd(self) -> bool:
+        """Whether the client's steps were its gradients times the learning rate."""
+        return self.training is not None and self.training.optimizer == "sgd" and self.training.momentum == 0
 
     def network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A copy of the model with the received parameters, in evaluation mode."""
@@ -93,6 +118,21 @@ class LabelCounts:
     counts: Tensor
 
 
+@dataclass(frozen=True)
+class Suspicion:
+    """How much each candidate looks like a row that was trained on: (candidates,), higher is more so."""
+
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Guessed:
+    """Of each question: the log-loss of every guess, in nats (guesses,), and the tokens that are said to it."""
+
+    losses: Sequence[Tensor]
+    said: Sequence[list[int]]
+
+
 def as_gradient(seen: Observation) -> tuple[Observation, bool]:
     """The observation as a gradient, and whether its length is the true one.
 
@@ -106,10 +146,10 @@ def as_gradient(seen: Observation) -> tuple[Observation, bool]:
         raise AttackError("privacy: the delta is zero: this client sent nothing to learn from. Observe another.")
     lr, training = seen.learning_rate(), seen.training
     assert training is not None
-    if training.optimizer != "sgd" or seen.steps != 1:
+    if not seen.plain_sgd or seen.steps != 1:
         raise AttackError(
             f"privacy: a delta of {seen.steps} {training.optimizer} steps is no gradient. Observe what: gradient, or "
-            "let clients take one step of sgd (clients.optimizer, clients.local_steps)."
+            "let clients take one step of sgd (clients.optimizer, clients.local_steps) without momentum."
         )
     gradient = -seen.sent / lr - training.weight_decay * seen.start
     limit = training.max_grad_norm

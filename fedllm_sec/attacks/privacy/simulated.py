@@ -50,7 +50,9 @@ def rehearse(
         h, y = fed[picked[:, here]], drawn[:, here]
         slope = ((h @ now.mT).softmax(-1) - nn.functional.one_hot(y, classes)).mT @ h / rows
         if training.optimizer == "sgd":
-            now = now - lr * (slope + training.weight_decay * now)
+            slope = slope + training.weight_decay * now
+            first = training.momentum * first + slope
+            now = now - lr * (slope + training.momentum * first if training.nesterov else first)
             continue
         a, b = training.betas
         first, second = a * first + (1 - a) * slope, b * second + (1 - b) * slope.square()

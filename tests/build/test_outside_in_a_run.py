@@ -1,0 +1,85 @@
+"""Code from outside that raises in a run, or gives back what it must not, is told in a line with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedllm_sec.train import main
+
+CODE = """
+from dataclasses import replace
+import torch
+from fedllm_sec.protocols import Decision
+
+class Data:
+    def poison(self, rows, rng): return replace(rows, poisoned=torch.ones(len(rows.y), dtype=torch.bool))
+    def probe(self, rows): return rows
+    def success(self, said, row): return True
+class NoPoison(Data):
+    def poison(self, rows, rng): return None
+class FewImages(Data):
+    def poison(self, rows, rng): return replace(rows, x=rows.x[:3])
+class NoProbe(Data):
+    def probe(self, rows): return 5
+class NoSuccess:
+    def poison(self, rows, rng): return rows
+    def probe(self, rows): return rows
+class Local:
+    def before_step(self, parameters, step, ctx): {}["late"]
+    def after_step(self, parameters, step, ctx): pass
+def update(view): return -view.own if view.round == 1 else {}["late"]
+def short(updates, ctx): return Decision(updates.rows.float().mean(0)[:3])
+def listed(updates, ctx): return Decision(updates.rows.float().mean(0), weights=[1, 2])
+def noted(updates, ctx): return Decision(updates.rows.float().mean(0), notes={"a": "b"})
+def after(vector, ctx): return None
+def split(labels, clients, rng): return [[10**9]] * clients
+def fewer(labels, clients, rng): return [[0]]
+class Model(torch.nn.Module):
+    def __init__(self, shape, classes): super().__init__()
+"""
+CASES = {
+    "NoPoison": ("attack", "data", "attack.data.0: poison gave back NoneType, must give Labelled"),
+    "FewImages": ("attack", "data", "attack.data.0: poison gave back 3 inputs, 15 labels and 15 marks"),
+    "NoProbe": ("attack", "data", "attack.data.0: probe gave back int, must give Labelled"),
+    "NoSuccess": ("attack", "data", "outside_run:NoSuccess: has no method success"),
+    "Local": ("attack", "local", "outside_run.py, line 20, in before_step, which the recipe names: KeyError: 'late'"),
+    "update": ("attack", "update", "outside_run.py, line 22, in update, which the recipe names: KeyError: 'late'"),
+    "short": ("defense", "rule", "short: gave back an update of shape (3,), must be a tensor of shape (64,)"),
+    "listed": ("defense", "rule", "listed: gave back weights of type list, must be a tensor of shape (4,)"),
+    "noted": ("defense", "rule", "noted: its note a is of type str, no number"),
+    "after": ("defense", "after", "after: gave back a vector of type NoneType, must be a tensor of shape (64,)"),
+    "split": ("clients", "partition", "partition: client 0 got what is no row's number from 0 to 59"),
+    "fewer": ("clients", "partition", "partition: gave 1 parts for 4 clients"),
+    "Model": ("model", "", "outside_run:Model: TypeError: Model.__init__() missing 2 required positional arguments"),
+}
+BASE = {
+    "task": "classify",
+    "rounds": 2,
+    "data": {"name": "digits", "train_rows": 60, "test_rows": 20},
+    "model": {"name": "logistic"},
+    "clients": {"total": 4, "local_steps": 1, "batch_size": 8},
+    "enable_attack": True,
+    "enable_defense": True,
+    "attack": {"malicious": {"count": 1}, "update": [{"name": "byzantine_flip"}]},
+    "defense": {"rule": {"name": "mean"}},
+    "compute": {"threads": 1},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_code_from_outside_ends_a_run_in_a_line(name: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("outside_run.py").write_text(CODE)
+    section, place, words = CASES[name]
+    block: object = {"name": f"outside_run:{name}"}
+    if section in ("attack", "defense") and place != "rule":
+        block = [block]
+    Path("r.yaml").write_text(json.dumps({**BASE, section: {**BASE[section], place: block} if place else block}))
+    assert main(["r.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
