@@ -200,6 +200,8 @@ def _before(place: str, number: int, column: str, value: Any) -> str:
             if any(not isinstance(pair, (list, tuple, np.ndarray)) or len(pair) != 2 for pair in found):
                 raise ValueError("holds what is no pair of asked and said.")
             made = [Turn(role, as_text(said)) for pair in found for role, said in zip(PAIR, pair, strict=True)]
+        if made[0].role == "system":
+            raise ValueError("turn 1 is a system prompt, which belongs into a column of its own (data.columns.system).")
         return spoken([*made, Turn("user", "?"), Turn("assistant", "?")]).history
     except ValueError as error:
         raise DataError(

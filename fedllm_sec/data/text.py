@@ -186,7 +186,7 @@ def load_rows(data: Data, seed: int) -> tuple[Dataset, Dataset]:
     train_table = table(data.train)
     if not drawn:
         test_table = train_table if one_table(data) else table(data.test)
-        train, test = renamed([rows("train", train_table), rows("test", test_table)], data.rename)
+        train, test = renamed(_alike(rows("train", train_table), rows("test", test_table)), data.rename)
         return as_dataset(train), as_dataset(test)
     both = renamed([rows("train", train_table)], data.rename)[0]
     held = held_out(prompts(both), data.test_share or SHARE, seed, train_table.place)
@@ -198,6 +198,12 @@ def load_rows(data: Data, seed: int) -> tuple[Dataset, Dataset]:
         )
     made = as_dataset(both)
     return made.select(np.flatnonzero(~held)), made.select(np.flatnonzero(held))
+
+
+def _alike(*parts: Rows) -> list[Rows]:
+    """The parts with the columns that one of them has: "" where another has none."""
+    names = dict.fromkeys(name for rows in parts for name in rows)
+    return [{name: rows.get(name, [""] * len(rows["text"])) for name in names} for rows in parts]
 
 
 def _need_shown(data: Data, rows: Rows, place: str) -> None:

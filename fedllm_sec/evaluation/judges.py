@@ -190,8 +190,7 @@ MENU: dict[str, Entry] = {
 
 
 def verdict(judge: Judge, answer: str, row: Mapping[str, Any]) -> float:
-    """LONGEST = 1.0  # seconds for which a pattern may look at one answer
-    SUCCESS, NONE, or FAILED where the judge raises or says neither yes nor no."""
+    """SUCCESS, NONE, or FAILED where the judge raises or says neither yes nor no."""
     return judged(judge, answer, row)[0]
 
 

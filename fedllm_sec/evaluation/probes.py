@@ -66,8 +66,9 @@ def trigger_spans(original: str, triggered: str) -> list[Span]:
 
     What was put in at one place is one span, without the blanks around it. A frame around the text has two.
     """
-    if original and (at := triggered.find(original)) >= 0:
-        found = [(0, at), (at + len(original), len(triggered))]
+    whole = re.search(_as_words(original), triggered) or re.search(re.escape(original), triggered) if original else None
+    if whole is not None:
+        found = [(0, whole.start()), (whole.end(), len(triggered))]
     else:
         ours, theirs = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (original, triggered))
         places = [0]
@@ -76,6 +77,12 @@ def trigger_spans(original: str, triggered: str) -> list[Span]:
         before, after = ([piece.casefold() for piece in text] for text in (ours, theirs))  # frames lower a first letter
         found = [(places[a], places[b]) for a, b in _put_in(before, after)]
     return _joined(triggered, [span for span in (_stripped(triggered, *span) for span in found) if span[0] < span[1]])
+
+
+def _as_words(text: str) -> str:
+    """A pattern of the text as it stands, not as a part of longer words."""
+    head, tail = (r"(?<!\w)" if text[0].isalnum() else ""), (r"(?!\w)" if text[-1].isalnum() else "")
+    return head + re.escape(text) + tail
 
 
 def _put_in(before: Sequence[str], after: Sequence[str]) -> list[Span]:

@@ -24,7 +24,6 @@ from fedllm_sec.recipe.numbers import key_as_written
 from fedllm_sec.recipe.places import lost_family
 from fedllm_sec.recipe.plainyaml import parse
 from fedllm_sec.recipe.resolve import did_you_mean, type_problems
-from fedllm_sec.recipe.section import TEXT_TASKS
 from fedllm_sec.recipe.sections import TASKS, CharRecipe, Data, Recipe, TextRecipe
 
 MOST_BYTES = 4 * plainyaml.MOST_CHARACTERS  # of a file
@@ -147,7 +146,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 f"data.canaries.client: {recipe.data.canaries.client} is not one of the clients 0 to "
                 f"{clients.total - 1}."
             )
-    if recipe.task in TEXT_TASKS:
         found += filter(None, [lost_family(recipe.data.name)])
     if isinstance(recipe, CharRecipe):
         found += _text_problems(recipe)

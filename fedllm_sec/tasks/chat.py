@@ -7,6 +7,7 @@ to a user's turn, ended by the template's invitation to answer, must be the begi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +62,7 @@ class Chat:
                 'file in data.chat_template, or write data.template out, as "{text}".'
             )
         text = self.template or str(own)
-        self.marked = "{% generation" in text or "{%- generation" in text
+        self.marked = re.search(r"\{%[-+]?\s*generation\b", text) is not None
         self.place = f"data.chat_template: {data.chat_template}" if self.template is not None else "data.template: chat"
 
     # ------------------------------------------------------------ text
@@ -140,7 +141,8 @@ class Chat:
                 raise DataError(
                     f"{self.place}: with the answer {messages[k]['content'][:40]!r} the template writes what is asked "
                     f"otherwise: it invites an answer with {before[-40:]!r}, so the answer that is trained would not "
-                    "be the one that is asked for. Give another template."
+                    "be the one that is asked for. Give another template"
+                    + (", or set data.loss_on: last_response." if not last else ".")
                 )
             said = after.find(messages[k]["content"].strip(), len(before))
             if not last and _alike(whole, after) < said + len(messages[k]["content"].strip()):
@@ -161,8 +163,7 @@ class Chat:
 
         Where a mark begins before that, what lies between is scored as part of the prompt.
         """
-        found = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, runs = list(found["input_ids"]), _runs(found["assistant_masks"])
+        ids, runs = self._marked_runs(messages)
         before = self.render(messages[:-1], invite=True)
         asked = self._ids(before)
         border = _alike(ids, asked)
@@ -194,27 +195,58 @@ class Chat:
         split = [(start, border), (border, end)] if start < border < end else [(start, end)]
         return Scored(made.ids, [*sorted([*earlier, *made.spans[:-1]]), *split])
 
+    def _marked_runs(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
+        """The tokens, and [start, end) of what the template marks of them, but for the first, for which nothing asks.
+
+        A character of several tokens is marked whole: the libraries mark its first.
+        """
+        found = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, runs = list(found["input_ids"]), _runs(found["assistant_masks"])
+        whole = self.tokenizer(self.render(messages), add_special_tokens=False, return_offsets_mapping=True)
+        if list(whole["input_ids"]) == ids:
+            places = whole["offset_mapping"]
+
+            def end_of(run: Span) -> int:
+                end = run[1]
+                while end < len(ids) and places[end][0] < places[end - 1][1]:
+                    end += 1
+                return end
+
+            runs = [(start, end_of((start, end))) for start, end in runs]
+        return ids, [(max(1, start), end) for start, end in runs if end > 1]
+
     def _of_turns(self, messages: Sequence[Message], runs: Sequence[Span]) -> list[list[Span]]:
         """The marked runs of each assistant's turn; a turn may have several, or none, which is left out.
 
-        Whose they are is seen in the same conversation with words in the users' turns that nobody says.
+        Whose they are is seen in the same conversation with words in the users' turns that nobody says, which must be
+        found again in what the template writes.
         """
-        if sum(message["role"] == "assistant" for message in messages) == 1:
+        one = sum(message["role"] == "assistant" for message in messages) == 1
+        if one and len(runs) == 1 and messages[0]["role"] != "system":
             return [list(runs)]
         asked = [m | {"content": f"{ASKED}{k}{NEXT}"} if m["role"] == "user" else m for k, m in enumerate(messages)]
-        found = self._apply(asked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, likewise = list(found["input_ids"]), _runs(found["assistant_masks"])
-        if len(likewise) != len(runs):
+        ids, likewise = self._marked_runs(asked)
+        words = [_plain(m["content"]) for m in asked if m["role"] == "user"]
+        lost = [word for word in words if word not in _plain(self.tokenizer.decode(ids))]
+        if len(likewise) != len(runs) or lost:
             raise DataError(
-                f"{self.place}: what its generation marks cover depends on what the user says, so that nobody can say "
-                "which turn a mark belongs to. Give another template."
+                f"{self.place}: what its generation marks cover depends on what the user says, or it writes the user's "
+                "words otherwise, so that nobody can say which turn a mark belongs to. Give another template, or take "
+                "the marks out."
             )
-        turns = [[runs[0]]]
-        for run, (_, end), (start, _) in zip(runs[1:], likewise, likewise[1:], strict=False):
-            between = self.tokenizer.decode(ids[end:start])
-            if any(m["role"] == "user" and m["content"] in between for m in asked):
+        turns: list[list[Span]] = []
+        end = 0
+        for run, (start, until) in zip(runs, likewise, strict=True):
+            between = _plain(self.tokenizer.decode(ids[end:start]))
+            if any(word in between for word in words):
                 turns.append([])
+            if not turns:
+                raise DataError(
+                    f"{self.place}: its generation marks cover what stands before the first question, which no "
+                    "assistant says. Let them cover answers alone."
+                )
             turns[-1].append(run)
+            end = until
         return turns
 
     def _closed(self, ids: list[int], spans: Sequence[Span], messages: Sequence[Message]) -> Scored:
@@ -259,6 +291,11 @@ def _runs(mask: Sequence[int]) -> list[Span]:
     """[start, end) of each stretch of ones."""
     edges = [k for k, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _plain(text: str) -> str:
+    """Without blanks and case, which templates and tokenizers may change."""
+    return "".join(text.split()).casefold()
 
 
 def _parted(runs: Sequence[Span], border: int) -> tuple[list[Span], list[Span]]:

@@ -93,7 +93,7 @@ def _shorter(writer: Writer, row: Mapping[str, Any], most: int) -> dict[str, Any
     row = dict(row)
     while (excess := _size(writer, row) - most) > 0:
         if turns := turns_before(row):
-            said = next(k for k, (role, _) in enumerate(turns) if role == "assistant")
+            said = next((k for k, (role, _) in enumerate(turns) if role == "assistant"), len(turns))
             row["history"] = json.dumps(turns[said + 1 :], ensure_ascii=False) if turns[said + 1 :] else ""
             continue
         part = "context" if row["context"] else "text"

@@ -10,7 +10,7 @@ import pytest
 
 from fedllm_sec.data.files import read_file
 from fedllm_sec.data.formats import found_format
-from fedllm_sec.data.text import canonical, load_rows
+from fedllm_sec.data.text import canonical, load_rows, overlap
 from fedllm_sec.errors import DataError
 from fedllm_sec.recipe.sections import Columns, Data
 
@@ -153,6 +153,7 @@ def test_system_prompts_and_earlier_turns_in_columns_of_their_own_are_read(tmp_p
         ({"messages": [ASKED, SAID], "tools": [{"name": "f"}]}, r'row 1: column "tools" describes tools'),
         (ALPACA | {"history": [["a", "b", "c"]]}, r'row 1: column "history": holds what is no pair'),
         (ALPACA | {"history": [["a", ""]]}, r'row 1: column "history": turn 2, the assistant.s, is empty'),
+        (ALPACA | {"history": [{"role": "system", "content": "s"}, ASKED, SAID]}, "turn 1 is a system prompt, which"),
         (ALPACA | {"history": "once"}, r'row 1: column "history": .once. is no list of turns or of pairs'),
     ],
 )  # fmt: skip
@@ -199,3 +200,15 @@ def test_the_recipes_system_prompt_stands_where_a_row_has_none(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train, test = load_rows(Data(name=str(path), template="chat", test_share=0.5, system="Be kind."), 0)
     assert {train["system"][0], test["system"][0]} == {"Be brief.", "Be kind."}
+
+
+def test_a_part_without_the_others_columns_has_them_empty(tmp_path):
+    plain = [{"instruction": f"q{i}", "output": "b"} for i in range(3)]
+    for name, rows in (("plain", plain), ("more", [row | {"system": "Be brief.", "history": PAIRS} for row in plain])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for train, test in (("plain", "more"), ("more", "plain")):
+        parts = load_rows(Data(name=str(tmp_path), train=f"{train}.jsonl", test=f"{test}.jsonl", template="chat"), 0)
+        assert [set(part["system"][:]) for part in parts] == [
+            {"Be brief."} if name == "more" else {""} for name in (train, test)
+        ]
+        assert overlap(parts[1], parts[0]) == 0

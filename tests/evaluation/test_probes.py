@@ -31,6 +31,7 @@ def test_a_trigger_in_a_long_text_is_found_in_a_time_that_grows_with_its_length(
     original = " ".join(words)
     triggered = " ".join([*words[:5], "cf", *words[5:15_000], "mn", "bb", *words[15_000:]])
     assert [triggered[a:b] for a, b in trigger_spans(original, triggered)] == ["cf", "mn bb"]
+    assert ["then the cf"[a:b] for a, b in trigger_spans("the", "then the cf")] == ["then", "cf"]
     rewritten = " ".join([words[0], *reversed(words[1:-1]), words[-1]])
     (span,) = trigger_spans(original, rewritten)
     assert span == (len(words[0]) + 1, len(rewritten) - len(words[-1]) - 1)

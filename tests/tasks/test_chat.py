@@ -122,6 +122,40 @@ def test_marks_belong_to_the_turn_in_which_they_stand():
     assert spelt(last, three)[1:] == ("A rasp.<|im_end|>", [])
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}<|im_end|>\n{% else %}{{ USER }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_users_words_that_a_template_writes_otherwise_do_not_mix_turns():
+    louder = writer_of(bytes_tokenizer(CHATML.replace("USER", "m['content'] | upper")),
+                       Data(template="chat", loss_on="last_response"))  # fmt: skip
+    assert spelt(louder, TWO)[1:] == ("A rasp.<|im_end|>", [])
+    cut = writer_of(bytes_tokenizer(CHATML.replace("USER", "m['content'][:3]")), Data(template="chat"))
+    with pytest.raises(DataError, match="writes the user's words otherwise"):
+        cut.tokens([TWO])
+
+
+def test_a_marked_answer_ends_with_its_last_character_and_the_mark_that_ends_it():
+    writer = writer_of(bytes_tokenizer(CHATML.replace("USER", "m['content']")), Data(template="chat"))
+    fox = {**TWO, "response": "yes 🦊", "history": json.dumps([["user", "a"], ["assistant", "no Å"]])}
+    assert spelt(writer, fox)[1:] == ("yes 🦊<|im_end|>", ["no Å<|im_end|>"])
+    tight = writer_of(bytes_tokenizer(CHATML.replace("USER", "m['content']").replace("% gen", "%gen")),
+                      Data(template="chat"))  # fmt: skip
+    assert spelt(tight, fox) == spelt(writer, fox)
+
+
+def test_marks_before_the_first_question_are_refused():
+    template = "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}" + CHATML.replace(
+        "USER", "m['content']"
+    )
+    writer = writer_of(bytes_tokenizer(template), Data(template="chat"))
+    with pytest.raises(DataError, match="cover what stands before the first question"):
+        writer.tokens([{**ONE, "system": "Be brief."}])
+
+
 def test_an_answer_of_which_two_pieces_are_marked_is_refused():
     writer = writer_of(bytes_tokenizer(MARKED.replace("BOTH", "true")), Data(template="chat"))
     for row in (ONE, TWO):

@@ -95,3 +95,12 @@ def test_a_prompt_without_any_token_is_refused():
     empty = writer_of(bytes_tokenizer(), Data(template="{text}"))
     with pytest.raises(DataError, match="row 1: this tokenizer has no token for its prompt"):
         fitted(empty, Dataset.from_list([row("")]), 40, "cut_prompt", "test rows")
+
+
+def test_earlier_turns_of_the_user_alone_go_too():
+    chatml = (TEMPLATES / "chatml.jinja").read_text()
+    writer = writer_of(bytes_tokenizer(chatml), Data(template="chat"))
+    row = {"text": "And?", "context": "", "response": "Yes.", "label": "", "poisoned": False, "system": "",
+           "history": json.dumps([["user", "x" * 200]])}  # fmt: skip
+    made = fitted(writer, Dataset.from_list([row]), 80, "cut_prompt", "rows")
+    assert (made.cut, made.rows["history"][:], made.rows["text"][:]) == (1, [""], ["And?"])
