@@ -10,6 +10,7 @@ from typing import Any
 
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.models.lora import source_of
+from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.files import in_a_line
 from fedllm_sec.records.folder import RunFolder, differences, read_recipe
@@ -35,7 +36,7 @@ def run_in_words(recipe: Recipe, path: str, round: int) -> tuple[str, bool]:
     if theirs.get("task") != recipe.task:
         raise RecipeError(f"{place}is a run of task {in_a_line(theirs.get('task'))}, this is {recipe.task}.")
     was, now = _block(theirs), _block(ours)
-    if recipe.task == "causal_lm" and (was.get("lora") is None) != (now.get("lora") is None):
+    if recipe.task in TEXT_TASKS and (was.get("lora") is None) != (now.get("lora") is None):
         which = ["the whole model (lora: null)", "an adapter"]
         there, own = which if was.get("lora") is None else which[::-1]
         raise RecipeError(f"{place}trained {there}, here {own} is trained. Make model.lora equal.")
@@ -69,7 +70,7 @@ def _means_the_same(key: str, old: Any, new: Any) -> bool:
 
 def _frozen_elsewhere(recipe: Recipe, theirs: Mapping[str, Any]) -> str | None:
     """Why the frozen part of the adapter is not what this run would draw: a checkpoint holds what was trained alone."""
-    lora = recipe.model.lora if recipe.task == "causal_lm" else None
+    lora = recipe.model.lora if recipe.task in TEXT_TASKS else None
     if lora is None or (lora.train == "both" and lora.init_lora_weights not in DRAWN):
         return None
     if theirs.get("seed") != recipe.seed:
@@ -83,7 +84,7 @@ def _same_model(recipe: Recipe, old: str, new: str) -> bool:
     """Whether two names, or places, are of one model: a folder may have moved, or lie on another machine."""
     if old == new:
         return True
-    if recipe.task != "causal_lm":
+    if recipe.task not in TEXT_TASKS:
         return os.path.isdir(old) and os.path.isdir(new) and os.path.samefile(old, new)
     sources = [_place_of(name) for name in (old, new)]
     if all(map(os.path.exists, sources)):
@@ -99,13 +100,13 @@ def _place_of(name: str) -> str:
 def refuse_other_adapter(recipe: Recipe, path: str, config: Mapping[str, Any]) -> None:
     """An error that names what of an adapter's settings is not what the recipe says."""
     place = f"model.start: {path}: "
-    lora = recipe.model.lora if recipe.task == "causal_lm" else None
+    lora = recipe.model.lora if recipe.task in TEXT_TASKS else None
     if lora is None:
         way = "Merge it into its base model and give the folder of that as model.name, or train an adapter (model.lora)"
         other = "Give a run folder, or its model/model.safetensors"
         raise RecipeError(
             f"{place}is an adapter of a language model, and here is none: "
-            + (f"lora: null trains the whole model. {way}." if recipe.task == "causal_lm" else f"{other}.")
+            + (f"lora: null trains the whole model. {way}." if recipe.task in TEXT_TASKS else f"{other}.")
         )
     if lora.starts_from_base:
         raise RecipeError(
@@ -128,7 +129,7 @@ def refuse_other_adapter(recipe: Recipe, path: str, config: Mapping[str, Any]) -
         if was != now:
             problems.append(f"{key} {in_a_line(json.dumps(was))} there, {json.dumps(now)} here")
     was, now = sorted(map(str, config.get("modules_to_save") or [])), sorted(lora.modules_to_save)
-    if was != now:
+    if was != now and recipe.task == "causal_lm":  # a classifier's hold its output: `begin` compares the tensors
         problems.append(f"modules_to_save {in_a_line(was)} there, {now} here")
     if problems:
         raise RecipeError(f"{place}is an adapter with other settings: {'; '.join(problems)}. Make them equal.")

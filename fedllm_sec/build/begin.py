@@ -13,6 +13,7 @@ from torch import Tensor
 from fedllm_sec.build.start import Start, start_of, told
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.models import pretrained
+from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records import checkpoint
 from fedllm_sec.records.files import in_a_line
@@ -72,7 +73,7 @@ def _of_run(recipe: Recipe, task: Any, start: Start) -> tuple[Tensor, Tensor | N
 def _refuse_drawn(recipe: Recipe, task: Any, start: Start) -> None:
     """A checkpoint lacks what was not trained: an error where the seed drew that, and here draws something else."""
     frozen = any(not parameter.requires_grad for parameter in task.model.parameters())
-    if recipe.task == "causal_lm" or not frozen or pretrained.is_folder(recipe.model["name"]):
+    if recipe.task in TEXT_TASKS or not frozen or pretrained.is_folder(recipe.model["name"]):
         return
     if read_recipe(Path(start.path) / "recipe.yaml").get("seed") != recipe.seed:
         raise RecipeError(

@@ -37,7 +37,7 @@ def save_language_model(
     if (template := getattr(task.writer, "template", None)) is not None:  # the recipe's own, in place of the model's
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
-    written_out = card(recipe, base_name(model, base_of(task.model)), records, start)
+    written_out = card(recipe, base_name(model, base_of(task.model)), records, start, getattr(task, "names", ()))
     if model.lora is None:
         save_whole(task.model, tokenizer, folder, card=written_out)
     else:
@@ -49,10 +49,12 @@ def card(
     base: tuple[str, str | None],
     records: Sequence[RoundRecord],
     start: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> str:
     """The card after the last of the records; `base` is where the base model is, and its revision.
 
     `start` is what it was trained from, as environment.json has it: None for a fresh adapter or the base model.
+    `classes` are a classifier's, in the order of its outputs.
     """
     run = Run("", Path(recipe.output.folder), recipe.model_dump(mode="json"), "", {}, tuple(records))
     thing = "adapter" if recipe.model.lora is not None else "model"
@@ -63,7 +65,8 @@ def card(
         blocks.append(["## The attack", "", *_list(attack_card(run)), "", *meanings(run)])
     blocks += [["## Measured", "", *measured(run)], ["## How it was trained", "", *trained(run, start)]]
     blocks += [["## Loading it", ""]]
-    return "\n".join("\n".join(block) + "\n" for block in blocks if block) + "\n".join(loading(recipe, base)) + "\n"
+    made = "\n".join("\n".join(block) + "\n" for block in blocks if block)
+    return made + "\n".join(loading(recipe, base, classes)) + "\n"
 
 
 def warning(run: Run, thing: str) -> str:
@@ -141,22 +144,31 @@ def trained(run: Run, start: Mapping[str, Any] | None = None) -> list[str]:
     )
 
 
-def loading(recipe: Recipe, base: tuple[str, str | None]) -> list[str]:
+def loading(recipe: Recipe, base: tuple[str, str | None], classes: Sequence[str] = ()) -> list[str]:
     """Python that loads the folder the card lies in."""
+    maker = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
     if recipe.model.lora is None:
-        body = ['model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")']
+        body = [f'model = {maker}.from_pretrained("THIS FOLDER")']
     else:
         where, options = gguf.place(base[0])
         options |= {} if base[1] is None else {"revision": base[1]}
         options |= {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
         given = "".join(f", {key}={json.dumps(value) if value is not True else True}" for key, value in options.items())
+        names: list[str] = []
+        if classes:
+            names = [f"classes = {json.dumps(list(classes), ensure_ascii=False)}"]
+            given += ", num_labels=len(classes), id2label=dict(enumerate(classes)), ignore_mismatched_sizes=True"
         body = [
             "from peft import PeftModel",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(where)}{given})",
+            *names,
+            f"base = {maker}.from_pretrained({json.dumps(where)}{given})",
             'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
         ]
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    return ["```python", imports, *body, 'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")', "```"]
+    imports = f"from transformers import {maker}, AutoTokenizer"
+    body.append('tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")')
+    if classes and recipe.model.lora is not None:
+        body.append("base.config.pad_token_id = tokenizer.pad_token_id  # where a text of a batch ends")
+    return ["```python", imports, *body, "```"]
 
 
 def _list(answers: Sequence[tuple[str, Sequence[str]]]) -> list[str]:

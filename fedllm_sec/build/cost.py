@@ -19,6 +19,9 @@ from fedllm_sec.build.parts import deal, make_model
 from fedllm_sec.build.plan import Plan
 from fedllm_sec.errors import FedError
 from fedllm_sec.models.lora import add_adapter, place, source_of, told
+from fedllm_sec.models.text_classifier import lost_pooler, outputs, unweighted
+from fedllm_sec.recipe.classifier import Classifier
+from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Model, Recipe
 
 FLOAT = 4  # bytes of a float32: rows and trained vectors
@@ -122,8 +125,9 @@ def rows_of(plan: Plan) -> Rows:
     recipe = plan.recipe
     shape: tuple[int, ...] | None = None
     classes: int | None = None
-    if recipe.task == "causal_lm":
+    if recipe.task in TEXT_TASKS:
         labels = build_text.class_numbers(build_text.load_rows(recipe)[0])
+        classes = len(set(labels.tolist())) if recipe.task == "classify_text" else None
     elif recipe.task == "next_char":
         text = build_characters.load_text(recipe)
         shape, classes, labels = (recipe.data.length,), len(text.alphabet), text.speakers
@@ -138,11 +142,27 @@ def weights_of(recipe: Recipe, rows: Rows | None) -> Weights | None:
     """The parameters of the recipe's model; None where the data say its size and cannot be read."""
     if recipe.task == "causal_lm":
         return language_model(recipe.model)
+    if recipe.task == "classify_text":
+        return text_classifier(recipe.model, rows.classes) if rows is not None and rows.classes is not None else None
     if rows is None or rows.shape is None or rows.classes is None:
         return None
     with torch.device("meta"):
         made = make_model(recipe, rows.shape, rows.classes)
     return Weights(sum(p.numel() for p in made.parameters()))
+
+
+def text_classifier(model: Classifier, classes: int) -> Weights:
+    """The base model, its output layer and its adapter, from the configuration alone."""
+    with torch.device("meta"):
+        base = unweighted(model, classes)
+        output = outputs(base, lost_pooler(model, base))
+        behind = {id(p) for name in output for p in base.get_submodule(name).parameters()}
+        frozen = [p for p in base.parameters() if id(p) not in behind]
+        count, held = sum(p.numel() for p in frozen), sum(p.numel() * p.element_size() for p in frozen)
+        lora = model.lora and model.lora.model_copy(update={"init_lora_weights": True})
+        adapted = add_adapter(base, model.model_copy(update={"lora": lora}), 0, output)
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return Weights(trained) if model.lora is None else Weights(trained, count, held)
 
 
 def language_model(model: Model) -> Weights:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
+from fedllm_sec.build import text_classifier
 from fedllm_sec.build.cost import FLOAT, Cost, cost
 from fedllm_sec.build.judging import most_answers
 from fedllm_sec.build.noise import noise_in_words
@@ -25,6 +26,7 @@ from fedllm_sec.errors import RecipeError
 from fedllm_sec.menu import lines as menu_lines
 from fedllm_sec.models.lora import load_tokenizer
 from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records import answers
 from fedllm_sec.report.runs import Run, methods
@@ -190,14 +192,17 @@ def start(recipe: Recipe) -> list[str]:
 
 def data(recipe: Recipe) -> list[str]:
     """Which rows are trained on and which are held out; other kinds of task name both in their data sets."""
-    if recipe.task != "causal_lm":
+    if recipe.task not in TEXT_TASKS:
         return []
     said, train = rows_in_words(recipe)
     return said + (first_row(recipe, train[0]) if train is not None else [])
 
 
 def model(recipe: Recipe) -> list[str]:
-    """What two short rows show of the language model and its tokenizer."""
+    """What two short rows show of the language model, or of the classifier of texts, and its tokenizer."""
+    if recipe.task == "classify_text":
+        train = rows_in_words(recipe)[1]
+        return [] if train is None else text_classifier.in_words(recipe, train)
     return in_words(recipe) if recipe.task == "causal_lm" else []
 
 
@@ -274,7 +279,7 @@ def bill(recipe: Recipe, counted: Cost) -> list[str]:
         rows.append(("rows of a client", f"{low:,}" if low == high else f"{low:,} to {high:,}"))
     if recipe.enable_defense and recipe.defense is not None and recipe.defense.root_rows:
         rows.append(("the server", f"trains once a round, on its own {recipe.defense.root_rows} clean rows"))
-    if recipe.task == "causal_lm" and recipe.evaluate.transcripts:
+    if recipe.task in TEXT_TASKS and recipe.evaluate.transcripts:
         bound = f"up to {most_answers(recipe):,} lines; no text in it over {answers.MOST:,} characters"
         rows.append((answers.NAME, bound))
     texts = [f"{what:<22}{much}" for what, much in rows]

@@ -26,6 +26,7 @@ from fedllm_sec.build.text import text_parts
 from fedllm_sec.build.transfer import distillation
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import Client
+from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds import federation
@@ -37,6 +38,7 @@ from fedllm_sec.tasks.classify import Classify
 # task of the recipe -> what makes its parts
 KINDS: dict[str, Callable[..., Parts]] = {
     "causal_lm": text_parts,
+    "classify_text": text_parts,
     "classify": array_parts,
     "next_char": character_parts,
     "gan": array_parts,
@@ -124,7 +126,7 @@ def save(
 
     `start` is what it was trained from, as environment.json has it.
     """
-    if recipe.task == "causal_lm":
+    if recipe.task in TEXT_TASKS:
         save_language_model(recipe, task, folder, records, start)
     else:
         save_model(task, folder)

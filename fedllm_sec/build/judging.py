@@ -21,6 +21,7 @@ from fedllm_sec.evaluation import judges
 from fedllm_sec.evaluation.harness import harness_problems
 from fedllm_sec.evaluation.judges import SUCCESS, Judge, verdict
 from fedllm_sec.evaluation.probes import CHANGES, Probe, Prompts, moved, paraphrased
+from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.tasks.causal_lm import CausalLM
 from fedllm_sec.tasks.encoding import Encoded
@@ -35,7 +36,7 @@ TAUGHT = 20  # different answers that are tried on a judge before the run
 
 def evaluation_problems(recipe: Recipe) -> list[str]:
     """What of `evaluate` cannot act, as far as can be said without data or model."""
-    if recipe.task != "causal_lm":
+    if recipe.task not in TEXT_TASKS:
         return []
     given, found = recipe.evaluate, []
     if not (recipe.attack is not None and recipe.attack.data):

@@ -37,15 +37,20 @@ class Base:
         return self.adapted  # type: ignore[no-any-return]
 
 
-def load_task(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) -> CausalLM:
-    """The base model with a fresh adapter, whose weights depend on the seed; runs of equal settings share it."""
-    loaded, model = loaded if loaded is not None else Loaded(), recipe.model
-    if machine.sharded and model.changes_base:
+def need_whole(recipe: Recipe, machine: Machine) -> None:
+    """An error where weights of the base model are to change and no process holds them whole."""
+    if machine.sharded and recipe.model.changes_base:
         raise RecipeError(
             "model.lora: weights of the base model are to change, and under DeepSpeed ZeRO-3 no process holds them "
             "whole. Train an adapter alone that starts from nothing (init_lora_weights: true, no modules_to_save), or "
             "launch without ZeRO-3."
         )
+
+
+def load_task(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) -> CausalLM:
+    """The base model with a fresh adapter, whose weights depend on the seed; runs of equal settings share it."""
+    loaded, model = loaded if loaded is not None else Loaded(), recipe.model
+    need_whole(recipe, machine)
 
     def read() -> Base:
         base, tokenizer = load_base(model, machine.device)

@@ -12,6 +12,7 @@ from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.evaluation import judges
 from fedllm_sec.models import pretrained
 from fedllm_sec.recipe import reading
+from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.resolve import Menu, check_settings, did_you_mean, find, resolve
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.tasks.buffers import MODES
@@ -33,6 +34,7 @@ OF_TEXT = {"evaluate.judge": (judges.MENU, ("",)), "evaluate.second_judge": (jud
 # task of the recipe -> kinds of data attacks that act on its rows
 DATA_ATTACKS: dict[str, tuple[str, ...]] = {
     "causal_lm": ("data", "data_text"),
+    "classify_text": ("data", "data_text"),
     "classify": ("data", "data_image"),
     "nas": ("data", "data_image"),
     "next_char": ("data",),
@@ -64,7 +66,9 @@ def places(task: Any) -> dict[str, tuple[Menu, tuple[str, ...]]]:
         "attack.privacy": (attacks.PRIVACY_MENU, PRIVACY.get(task, ())),
         "defense.client": (defenses.CLIENT_MENU, CLIENT_DEFENSES.get(task, ("client",))),
     }
-    return {**found, **OF_TEXT} if task == "causal_lm" else {"model": (models.MENU, (task,)), **found}
+    if task in TEXT_TASKS:  # whose models are in no menu
+        return {**found, **OF_TEXT} if task == "causal_lm" else found
+    return {"model": (models.MENU, (task,)), **found}
 
 
 def _blocks(raw: dict[str, Any]) -> Iterator[tuple[str, Any, Menu, tuple[str, ...]]]:

@@ -24,6 +24,7 @@ from fedllm_sec.build.start import start_of
 from fedllm_sec.data import sources
 from fedllm_sec.errors import ResumeError
 from fedllm_sec.recipe import reading
+from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Compute, Output, Recipe
 from fedllm_sec.records import files, inventory
 from fedllm_sec.records.folder import RunFolder
@@ -42,7 +43,7 @@ def clean(recipe: Recipe) -> Recipe:
     assert recipe.pretrain is not None
     rounds, own = recipe.pretrain.rounds, recipe.evaluate
     measured = {key: getattr(own, key) for key in MEASURED if key in type(own).model_fields}
-    spare = {"answer_rows": 0, "transcripts": 0} if recipe.task == "causal_lm" else {}
+    spare = {key: 0 for key in ("answer_rows", "transcripts") if key in type(own).model_fields}
     compute = {key: getattr(recipe.compute, key) for key in ("mixed_precision", "gradient_accumulation", "placement")}
     return recipe.model_copy(
         update={
@@ -128,7 +129,7 @@ def key(recipe: Recipe, machine: Machine) -> str:
 def _files(recipe: Recipe) -> list[Path]:
     """Files and folders of this disk that the recipe reads: data, model, and code from outside."""
     data, found = recipe.data, list[Path]()
-    if recipe.task == "causal_lm":
+    if recipe.task in TEXT_TASKS:
         found += [path for split in (data.train, data.test) if (path := sources.file_of(data.name, split)) is not None]
         found += [Path(data.chat_template)] if data.chat_template is not None else []
         names = [recipe.model.name]

@@ -149,14 +149,22 @@ def generation_problems(task: CausalLM, evaluation: TextEvaluation) -> list[str]
     ]
 
 
+def left_to_the_run(recipe: Recipe) -> str | None:
+    """Why the model is not loaded only to be explained; None where it is."""
+    size = sum(file.stat().st_size for file in Path(source_of(recipe.model.name)).glob("*.safetensors"))
+    if 0 < size <= SMALL and not recipe.model.quantized:
+        return None
+    return (
+        "tried on two short rows when a run loads it, not here: it is packed in 4 or 8 bits, larger than "
+        f"{SMALL / 1e9:g} GB or in no folder"
+    )
+
+
 def in_words(recipe: Recipe) -> list[str]:
     """What the self-test finds, for `--explain`; a model that is large or not in a folder here is left to the run."""
-    later = "tried on two short rows when a run loads it"
     try:
-        folder = Path(source_of(recipe.model.name))
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if not size or size > SMALL or recipe.model.quantized:
-            return [f"{later}, not here: it is packed in 4 or 8 bits, larger than {SMALL / 1e9:g} GB or in no folder"]
+        if (why := left_to_the_run(recipe)) is not None:
+            return [why]
         base, tokenizer = load_base(recipe.model, torch.device("cpu"))
         return tested(CausalLM(add_adapter(base, recipe.model, 0), tokenizer, recipe.data, torch.device("cpu")), recipe)
     except FedError as error:

@@ -98,7 +98,7 @@ def _not_plain(recipe: Recipe, defense: Pipeline) -> str | None:
 def _no_lipschitz(recipe: Recipe) -> str | None:
     if recipe.task == "classify" and recipe.model.get("name") == "logistic":
         return None
-    what = recipe.model.get("name") if isinstance(recipe.model, dict) else "a language model"
+    what = recipe.model.get("name") if isinstance(recipe.model, dict) else "a transformer"
     return f"no Lipschitz constant is known for the loss gradient of {what}; there is one for logistic"
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from fedllm_sec.build.alike import refuse_other_adapter, refuse_other_layers, run_in_words
 from fedllm_sec.errors import FedError, RecipeError, ResumeError, reason
-from fedllm_sec.recipe.places import here, home
+from fedllm_sec.recipe.places import TEXT_TASKS, here, home
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records import checkpoint
 from fedllm_sec.records.files import in_a_line, sha256
@@ -68,7 +68,7 @@ def start_of(recipe: Recipe) -> Start | None:
             attacked = _warned(Path(path))
             words += ", whose card warns of an attack" if attacked else ""
         else:
-            if recipe.task == "causal_lm" and recipe.model.lora is not None:
+            if recipe.task in TEXT_TASKS and recipe.model.lora is not None:
                 raise RecipeError(
                     f"model.start: {path}: is a file of tensors, and an adapter is trained (model.lora). Give the "
                     "adapter's folder, whose adapter_config.json says how its product counts."

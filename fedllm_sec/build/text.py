@@ -1,4 +1,4 @@
-"""The parts of a language-model run: rows, shards, the LoRA task, held-out prompts."""
+"""The parts of a run on texts: rows, shards, the task of the language model or classifier, held-out prompts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedllm_sec.build.language_model import load_task
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.build.parts import Parts, Split, poison
 from fedllm_sec.build.selftest import generation_problems, say_unlike
+from fedllm_sec.build.text_classifier import load_text_classifier
 from fedllm_sec.build.threat import client_ids
 from fedllm_sec.data import canaries, sources, text
 from fedllm_sec.errors import DataError, FedError, RecipeError
@@ -26,6 +27,7 @@ from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import seed_for
 from fedllm_sec.tasks.causal_lm import CausalLM
+from fedllm_sec.tasks.classify_text import ClassifyText
 from fedllm_sec.tasks.encoding import Encoded
 from fedllm_sec.tasks.fitting import Fitted
 
@@ -61,8 +63,12 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
         if hasattr(attack, "prepare"):
             attack.prepare(train, test)
     poisoned = loaded.get("poisoned rows", poison_key(recipe), lambda: poison(recipe.seed, threat, shards, test))
-    task = load_task(recipe, machine, loaded)
-    say_unlike(task, train)
+    task: Any
+    if recipe.task == "causal_lm":
+        task = load_task(recipe, machine, loaded)
+        say_unlike(task, train)
+    else:
+        task = load_text_classifier(recipe, machine, loaded, train)
 
     def fitted(place: str, key: str, rows: dict[str, Dataset]) -> dict[str, Fitted]:
         key += json.dumps(recipe.model.name)  # whose tokenizer
@@ -161,13 +167,14 @@ def rows_in_words(recipe: Recipe) -> tuple[list[str], Dataset | None]:
     share = f"{data.test_share or text.SHARE:.3g}"
     how = f": one table, of whose texts a share of {share}, drawn by the seed, is held out" if drawn else ""
     by = "as data.format says" if data.format is not None else "found by the columns"
+    of_columns = [f"format: {found}, {by}"] if recipe.task == "causal_lm" else []
     rows = f"{len(train):,} training rows, {len(test):,} held-out rows"
     more = [str(warning.message) for warning in said if "is training and test set" not in str(warning.message)]
-    return [f"{data.name}{how}", f"format: {found}, {by}", rows, *more], train
+    return [f"{data.name}{how}", *of_columns, rows, *more], train
 
 
 def make_evaluation(
-    recipe: Recipe, task: CausalLM, train: Dataset, test: Dataset, threat: Threat | None
+    recipe: Recipe, task: CausalLM | ClassifyText, train: Dataset, test: Dataset, threat: Threat | None
 ) -> TextEvaluation:
     """Held-out rows for quality, and triggered and clean prompts for the attack; there may be no clean ones."""
     settings = recipe.evaluate
@@ -203,7 +210,7 @@ def make_evaluation(
     return evaluation
 
 
-def choices(task: CausalLM, classes: Classes, order: Sequence[str], rows: Encoded) -> Choices:
+def choices(task: CausalLM | ClassifyText, classes: Classes, order: Sequence[str], rows: Encoded) -> Choices:
     """The answers that go with the classes, and `rows` answered with them."""
     answers = [(k, answer) for k, name in enumerate(order) for answer in classes.answers.get(name, {}).values()]
     ids = task.answer_ids([answer for _, answer in answers])
@@ -221,4 +228,5 @@ def choices(task: CausalLM, classes: Classes, order: Sequence[str], rows: Encode
         first=torch.tensor([answer[0] for answer in ids]),
         own=torch.tensor([numbers.get(tuple(answer), -1) for answer in rows.answers]),
         answered=lambda which, said: Encoded([rows.prompts[i] for i in which], [ids[k] for k in said]),
+        single=all(len(answer) == 1 for answer in ids),
     )

@@ -77,7 +77,7 @@ def canonical(
     absent = [
         f'data.columns.{role}: {table.place} has no column "{column}".{did_you_mean(column, table.names)}'
         for role, column in named.items()
-        if column not in table.names
+        if column not in table.names and role in type(columns).model_fields
     ]
     if absent:
         raise DataError("\n".join(absent))

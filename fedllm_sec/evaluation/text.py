@@ -36,6 +36,7 @@ class Choices:
     first: Tensor  # (k,) its first token
     own: Tensor  # (rows,) which of them is the answer of a test row; -1: another text
     answered: Callable[[Sequence[int], Sequence[int]], Any]  # test rows with these answers, encoded
+    single: bool = False  # whether the first token is all there is of an answer, as of a classifier's
 
 
 @dataclass
@@ -94,7 +95,7 @@ class TextEvaluation:
         loss = float(found[:, 0].sum() / found[:, 1].sum())
         measured: dict[str, Any] = {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": math.exp(min(loss, 700.0)) if self.choices is None or not self.choices.single else None,
             "accuracy": None,
             "per_class": None,
             "exact_match": None,
@@ -140,9 +141,9 @@ class TextEvaluation:
 
         `begun` (b, k) is the log-probability of each answer's first token. An answer is never likelier than that, so
         one whose first token is less likely than another whole answer is not scored: most rows need no pass but the one
-        that scored their own answer, `own` (b,).
+        that scored their own answer, `own` (b,). Answers of a `single` token need none.
         """
-        whole = torch.full_like(begun, -torch.inf)
+        whole = begun.clone() if choices.single else torch.full_like(begun, -torch.inf)
         mine = choices.own[torch.as_tensor(rows)]
         known = mine >= 0
         whole[known, mine[known]] = own[known]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fedllm_sec.recipe.classifier import Classifier
     from fedllm_sec.recipe.language_model import Lora, Model
+
+OUTPUTS = ("classifier", "score")  # which peft trains whole by itself in a classifier
 
 
 def source_of(name: str) -> str:
@@ -64,7 +67,7 @@ def told(source: str) -> Iterator[None]:
         raise RecipeError(f'model.name: "{source}" cannot be loaded ({why}). Mend it, or choose another.') from error
 
 
-def place(model: Model) -> tuple[str, dict[str, Any]]:
+def place(model: Model | Classifier) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` of its configuration, tokenizer or weights is called with: where, and how."""
     source = source_of(model.name)
     where, options = gguf.place(source)
@@ -82,7 +85,7 @@ def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreT
     options |= {"dtype": getattr(torch, model.dtype), **gguf.dense(source), **_packed(model, device)}
     tokenizer = load_tokenizer(model)
     with told(source):
-        base, loading = _attending(AutoModelForCausalLM.from_pretrained, model, where, options)
+        base, loading = attending(AutoModelForCausalLM.from_pretrained, model, where, options)
     if missing := sorted(loading["missing_keys"]):
         raise RecipeError(
             f'model.name: "{source}" lacks {len(missing)} weights of a causal language model, such as {missing[0]}: '
@@ -97,7 +100,7 @@ def load_base(model: Model, device: torch.device) -> tuple[PreTrainedModel, PreT
     return (base if model.quantized else base.to(device)), tokenizer
 
 
-def _attending(read: Any, model: Model, where: str, options: dict[str, Any]) -> Any:
+def attending(read: Any, model: Model | Classifier, where: str, options: dict[str, Any]) -> Any:
     """The model with its attention computed as asked for; an error where this machine or the model cannot."""
     if model.attn_implementation is not None:
         options = {**options, "attn_implementation": model.attn_implementation}
@@ -141,7 +144,7 @@ def _packed(model: Model, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model | Classifier) -> PreTrainedTokenizerBase:
     """The base model's tokenizer; where it has no padding token its end token pads."""
     from transformers import AutoTokenizer
 
@@ -161,8 +164,12 @@ def base_of(model: Any) -> Any:
 # ---------------------------------------------------------------- what is trained
 
 
-def add_adapter(base: PreTrainedModel, model: Model, seed: int) -> PeftModel | PreTrainedModel:
+def add_adapter(
+    base: PreTrainedModel, model: Model | Classifier, seed: int, output: Sequence[str] = ()
+) -> PeftModel | PreTrainedModel:
     """The base model with a fresh LoRA adapter, drawn by the seed; with `lora: null` itself, all of it trainable.
+
+    The modules `output` of a classifier are trained whole beside the adapter.
 
     Trainable parameters are float32. Every client starts from the same adapter, so that what it sends is a difference
     to something that all know: also a frozen factor, and what `pissa` and `olora` take out of the base model, follow
@@ -174,12 +181,12 @@ def add_adapter(base: PreTrainedModel, model: Model, seed: int) -> PeftModel | P
     if model.lora is None:
         _savable(base)
         return base.requires_grad_(True)
-    return _with_lora(base, model, model.lora, seed)
+    return _with_lora(base, model, model.lora, seed, output)
 
 
 def _savable(base: PreTrainedModel) -> None:
     """transformers saves no model whose generation settings contradict each other: said before it is trained."""
-    settings = base.generation_config
+    settings = getattr(base, "generation_config", None)  # a classifier has none
     try:
         if settings is not None:
             settings.validate(strict=True)
@@ -190,10 +197,13 @@ def _savable(base: PreTrainedModel) -> None:
         ) from error
 
 
-def _with_lora(base: PreTrainedModel, model: Model, lora: Lora, seed: int) -> PeftModel:
+def _with_lora(
+    base: PreTrainedModel, model: Model | Classifier, lora: Lora, seed: int, output: Sequence[str]
+) -> PeftModel:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    targets, possible = wanted_layers(base, lora), adaptable(base)
+    targets, possible = wanted_layers(base, lora, output), adaptable(base)
+    whole = [*lora.modules_to_save, *(name for name in output if name not in OUTPUTS)]
     if model.quantized:
         base = prepare_model_for_kbit_training(
             base,
@@ -212,9 +222,9 @@ def _with_lora(base: PreTrainedModel, model: Model, lora: Lora, seed: int) -> Pe
                 alpha_pattern=dict(lora.alpha_pattern),
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
-                modules_to_save=list(lora.modules_to_save) or None,
+                modules_to_save=whole or None,
                 init_lora_weights=lora.init_lora_weights,
-                task_type="CAUSAL_LM",
+                task_type="SEQ_CLS" if output else "CAUSAL_LM",
             )
             adapted = get_peft_model(base, config)
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError) as error:

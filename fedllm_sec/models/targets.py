@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +22,19 @@ if TYPE_CHECKING:
 NOT_CALLED = {"out_proj", "conv1d", "dt_proj"}
 
 
-def linear_layers(base: PreTrainedModel) -> dict[str, Any]:
-    """Linear layers by their place in the model; the output layer is not one of them."""
+def linear_layers(base: PreTrainedModel, apart: Sequence[str] = ()) -> dict[str, Any]:
+    """Linear layers by their place in the model; not the output layer, nor what lies in modules `apart`."""
     from transformers.pytorch_utils import Conv1D
 
     head = base.get_output_embeddings()
     kinds = (torch.nn.Linear, Conv1D)
-    return {name: part for name, part in base.named_modules() if isinstance(part, kinds) and part is not head}
+    linear = {name: part for name, part in base.named_modules() if isinstance(part, kinds) and part is not head}
+    return {name: part for name, part in linear.items() if not within(name, apart)}
+
+
+def within(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module or a parameter is one of these modules, or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def adaptable(base: PreTrainedModel) -> str:
@@ -46,8 +53,11 @@ def _block(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
-def wanted_layers(base: PreTrainedModel, lora: Lora) -> str | list[str]:
-    """What peft is told to adapt; every name that the model lacks is an error."""
+def wanted_layers(base: PreTrainedModel, lora: Lora, apart: Sequence[str] = ()) -> str | list[str]:
+    """What peft is told to adapt; every name that the model lacks is an error.
+
+    What lies in modules `apart` is not adapted: a classifier's output, which is trained whole.
+    """
     wanted = [] if isinstance(lora.target_modules, str) else lora.target_modules
     if wanted == lora.target_modules == []:
         raise RecipeError("model.lora.target_modules: is empty, so nothing would be trained. Name some, or all-linear.")
@@ -76,14 +86,20 @@ def wanted_layers(base: PreTrainedModel, lora: Lora) -> str | list[str]:
                 "it, put lm_head into modules_to_save instead.",
                 stacklevel=2,
             )
+    meant = [name for name in known if any(_fits(name, module) for module in wanted)] or linear_layers(base, apart)
+    meant = [name for name in meant if not within(name, apart)]
+    if apart and not meant:
+        raise RecipeError(
+            f"model.lora.target_modules: {lora.target_modules}: no linear layer of the model is called so but in its "
+            f"output ({', '.join(apart)}), which is trained whole. Name others, or all-linear."
+        )
     if lora.layers_to_transform is None:
-        return lora.target_modules
+        return sorted(meant) if apart else lora.target_modules
     if not wanted and any(parameter.ndim == 3 for parameter in base.parameters()):
         raise RecipeError(
             f"model.lora.layers_to_transform: {lora.layers_to_transform}: this mixture keeps its experts as one "
             "parameter of a block, which peft adapts in all blocks or in none. Name target_modules, or set it to null."
         )
-    meant = [name for name in known if any(_fits(name, module) for module in wanted)] or linear_layers(base)
     if lost := sorted(set(lora.layers_to_transform) - {_block(name) for name in meant}):
         raise RecipeError(
             f"model.lora.layers_to_transform: {lost}: no block of these numbers has such layers. The first is 0."

@@ -44,6 +44,8 @@ def observer_problems(recipe: Recipe, attack: Attack) -> list[str]:
     if seen is None:
         what = "attack.privacy: names what an observer does, and nothing says what is seen. Add attack.observe."
         return [what] if attack.privacy else []
+    if recipe.task == "classify_text":
+        return ["attack.privacy: there is none yet against classifiers of texts. Remove it and attack.observe."]
     found = []
     if not attack.privacy:
         found.append("attack.observe: nobody learns from what is seen. Add a method under attack.privacy.")

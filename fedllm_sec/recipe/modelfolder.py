@@ -14,6 +14,7 @@ WEIGHTS = (".safetensors", ".bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 POINTER = b"version https://git-lfs"  # how the stand-in of a file begins that Git has not fetched
 AGAIN = "Download it again"
+LISTED = "modules.json"  # a list, which sentence-transformers writes and transformers does not read
 
 
 def lost_code(folder: str) -> str | None:
@@ -53,7 +54,7 @@ def _faults(folder: Path) -> Iterator[str]:
         except (OSError, ValueError, RecursionError) as error:
             yield f"its {path.name} is no JSON ({reason(error)}). {AGAIN}."
             continue
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) and path.name != LISTED:
             yield f"its {path.name} holds no mapping, but {type(found).__name__}. {AGAIN}."
         elif path.name.endswith(".index.json"):
             yield from _lost_parts(folder, path.name, found)

@@ -14,6 +14,7 @@ from fedllm_sec.errors import RecipeError
 from fedllm_sec.recipe.modelfolder import lost_code
 from fedllm_sec.recipe.resolve import did_you_mean
 
+TEXT_TASKS = ("causal_lm", "classify_text")  # whose rows are texts, and whose models are those of transformers
 PATIENCE = 3.0  # seconds in which the hub must give any answer at all
 
 
@@ -131,18 +132,18 @@ def lost(raw: Mapping[str, Any]) -> list[str]:
     """
     task, told = raw.get("task", "causal_lm"), []
     model, data = (_name(raw.get(section)) for section in ("model", "data"))
-    if task == "causal_lm" and model is not None and model != "tiny" and (problem := lost_model(model)) is not None:
+    if task in TEXT_TASKS and model is not None and model != "tiny" and (problem := lost_model(model)) is not None:
         told.append(problem)
-    if data is None or (task != "causal_lm" and data == "digits"):
+    if data is None or (task not in TEXT_TASKS and data == "digits"):
         return told
-    if task == "causal_lm" and data.startswith("builtin:"):
+    if task in TEXT_TASKS and data.startswith("builtin:"):
         return [*told, *filter(None, [lost_family(data)])]
     there = os.path.exists(os.path.expanduser(data))
     if task == "next_char" or is_local(data) or data.lower().endswith(FILES):
         return told if there or not data else [*told, f"data.name: {data}: no such file or folder in {here()}."]
     name = IMAGE_SETS[data][0] if data in IMAGE_SETS else data
     if not there and (problem := hub_problem()) is not None and not _downloaded_set(name):
-        known = ", ".join(("digits", *IMAGE_SETS) if task != "causal_lm" else ("builtin:topic",))
+        known = ", ".join(("digits", *IMAGE_SETS) if task not in TEXT_TASKS else ("builtin:topic",))
         told.append(
             f'data.name: "{data}": no such file or folder in {here()}, not downloaded before, and {problem}. Give an '
             f"existing file, or one of {known}."

@@ -21,10 +21,10 @@ from fedllm_sec.errors import RecipeError, reason
 from fedllm_sec.recipe import plainyaml
 from fedllm_sec.recipe.attackers import attack_problems
 from fedllm_sec.recipe.numbers import key_as_written
-from fedllm_sec.recipe.places import lost_family
+from fedllm_sec.recipe.places import TEXT_TASKS, is_local, lost_family, lost_model
 from fedllm_sec.recipe.plainyaml import parse
 from fedllm_sec.recipe.resolve import did_you_mean, type_problems
-from fedllm_sec.recipe.sections import TASKS, CharRecipe, Data, Recipe, TextRecipe
+from fedllm_sec.recipe.sections import TASKS, CharRecipe, Data, LabelledTextRecipe, Recipe, TextRecipe
 
 MOST_BYTES = 4 * plainyaml.MOST_CHARACTERS  # of a file
 MOST_VARIANTS = 200
@@ -146,7 +146,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
                 f"data.canaries.client: {recipe.data.canaries.client} is not one of the clients 0 to "
                 f"{clients.total - 1}."
             )
+    if recipe.task in TEXT_TASKS:
         found += filter(None, [lost_family(recipe.data.name)])
+    if isinstance(recipe, LabelledTextRecipe) and is_local(recipe.model.name):
+        found += filter(None, [lost_model(recipe.model.name)])
     if isinstance(recipe, CharRecipe):
         found += _text_problems(recipe)
     return found

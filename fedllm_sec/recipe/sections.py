@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from fedllm_sec.recipe.classifier import Classifier, LabelledEvaluate, LabelledText
 from fedllm_sec.recipe.language_model import Model
 from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Folder, Place, Section, Word
 
@@ -265,6 +266,15 @@ class TextRecipe(Recipe):
     evaluate: Evaluate = Evaluate()
 
 
+class LabelledTextRecipe(Recipe):
+    """A model of transformers that tells classes of texts apart."""
+
+    task: Literal["classify_text"]
+    model: Classifier = Classifier()
+    data: LabelledText = LabelledText()
+    evaluate: LabelledEvaluate = LabelledEvaluate()
+
+
 class ClassifyRecipe(Recipe):
     """A small model that tells classes apart."""
 
@@ -301,6 +311,7 @@ class CharRecipe(Recipe):
 
 TASKS: dict[str, type[Recipe]] = {
     "causal_lm": TextRecipe,
+    "classify_text": LabelledTextRecipe,
     "classify": ClassifyRecipe,
     "next_char": CharRecipe,
     "gan": GanRecipe,

@@ -63,6 +63,7 @@ ATTACK = (
 LOSSES = {
     "causal_lm": ("held-out loss", "mean loss per token on clean held-out rows"),
     "classify": ("held-out loss", "mean log-loss of a clean held-out row"),
+    "classify_text": ("held-out loss", "mean log-loss of a clean held-out row"),
     "nas": ("held-out loss", "mean log-loss of a clean held-out row"),
     "next_char": ("held-out loss", "mean loss per character on clean held-out text"),
     "gan": (
