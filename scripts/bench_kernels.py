@@ -6,7 +6,8 @@ The fast calls are repeated in turn with the read and the best of each counts; t
 times. Where others use the machine, `--clock cpu` with OMP_WAIT_POLICY=passive counts the time of all threads.
 
     python scripts/bench_kernels.py                           n=32, d=4.2M float32 on the CPU
-    python scripts/bench_kernels.py --device cuda --n 64 --d 40000000 --dtype bfloat16
+    python scripts/bench_kernels.py --device cuda --n 16 64 128 --d 40000000 --dtype bfloat16
+    python scripts/bench_kernels.py --device cuda --rows host    rows in host memory, computed on the GPU
     python scripts/bench_kernels.py --sweep                   growth in d (1e5 to 1e8, n=16) and n (64 to 256)
     python scripts/bench_kernels.py --disk 12 --path FOLDER   a 12 GB matrix on disk, in memory of a fraction
 """
@@ -18,6 +19,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
 import os
 import platform
@@ -210,14 +212,23 @@ def byzfl_calls(rows: Tensor, f: int) -> tuple[dict[str, Call], str]:
 # ---------------------------------------------------------------- the tables
 
 
-def main_table(args: argparse.Namespace) -> Iterator[str]:
-    clock, n, d = Clock(args.device, args.clock), args.n, args.d
+def main_table(args: argparse.Namespace, n: int, d: int, dtype: str) -> Iterator[str]:
+    clock = Clock(args.device, args.clock)
     f = max(1, min(n // 5, (n - 3) // 4))
     torch.manual_seed(0)
-    rows = torch.randn(n, d, device=args.device, dtype=getattr(torch, args.dtype))
-    updates = UpdateMatrix.of(rows)
+    host = args.rows == "host"
+    rows = torch.randn(n, d, device="cpu" if host else args.device, dtype=getattr(torch, dtype))
+    updates = UpdateMatrix.of(rows, device=args.device)
     calls = kernel_calls(updates, f) | {name: rule_call(name, updates, f) for name in RULES}
-    if clock.cuda:
+    if host:
+        pinned, there = (
+            rows[:, : 2**20].contiguous().pin_memory(),
+            torch.empty(n, 2**20, dtype=rows.dtype, device=args.device),
+        )
+        times = clock.best_in_turn({"copy": lambda: there.copy_(pinned), **calls}, args.repeats)
+        read = times.pop("copy") * d / 2**20
+        note = f"one read at {rows.nbytes / read / 1e9:.0f} GB/s, a pinned copy to the GPU: {read * 1e3:.1f} ms"
+    elif clock.cuda:
         copy = torch.empty_like(rows)
         times = clock.best_in_turn({"copy": lambda: copy.copy_(rows), **calls}, args.repeats)
         read = times.pop("copy") / 2
@@ -227,10 +238,11 @@ def main_table(args: argparse.Namespace) -> Iterator[str]:
         times = clock.best_in_turn({"read": lambda: rows.mean(0), **calls}, args.repeats)
         read = times.pop("read")
         note = f"one read, rows.mean(0): {read * 1e3:.1f} ms ({rows.nbytes / read / 1e9:.1f} GB/s)"
-    plain, (byzfl, byzfl_note) = plain_calls(rows, f), byzfl_calls(rows, f)
-    if args.rules:
+    if args.rules or host:
         plain, byzfl, byzfl_note = {}, {}, ""
-    yield f"n={n}, d={d:,}, {args.dtype}, f={f}; {note}. {byzfl_note}"
+    else:
+        plain, (byzfl, byzfl_note) = plain_calls(rows, f), byzfl_calls(rows, f)
+    yield f"n={n}, d={d:,}, {dtype}, f={f}; {note}. {byzfl_note}"
     yield ""
     yield "| call | ms | reads | limit | plain torch / ours | ByzFL / ours |"
     yield "|---|---:|---:|---:|---:|---:|"
@@ -245,7 +257,8 @@ def main_table(args: argparse.Namespace) -> Iterator[str]:
                 slow = min(slow, clock.once(way[name]), clock.once(way[name]))
             others.append(f"{slow / seconds:.1f} x")
         limit = "" if clock.cuda else limit_of(name)
-        yield f"| {name} | {seconds * 1e3:.1f} | {seconds / read:.2f} | {limit} | {' | '.join(others)} |"
+        ms = f"{seconds * 1e3:.{2 if clock.cuda else 1}f}"
+        yield f"| {name} | {ms} | {seconds / read:.2f} | {limit} | {' | '.join(others)} |"
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
@@ -326,7 +339,7 @@ def memory_for_a_result(d: int) -> str:
 
 
 def disk_table(args: argparse.Namespace) -> Iterator[str]:
-    n = args.n
+    (n,) = args.n
     d = int(args.disk * 1e9) // (4 * n)
     with tempfile.TemporaryDirectory(dir=args.path) as folder:
         path = Path(folder) / "rows.safetensors"
@@ -371,9 +384,11 @@ def disk_table(args: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the kernels and the rules.")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--n", type=int, help="rows; 32, or 20 on disk")
-    parser.add_argument("--d", type=int, default=4_200_000)
+    types = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", nargs="*", default=["float32"], choices=types)
+    parser.add_argument("--n", type=int, nargs="*", help="rows; 32, or 20 on disk; several give a table each")
+    parser.add_argument("--d", type=int, nargs="*", default=[4_200_000])
+    parser.add_argument("--rows", choices=["device", "host"], default="device", help="where the rows lie")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: time of all threads")
     parser.add_argument("--rules", action="store_true", help="leave the plain ways and ByzFL out")
@@ -381,13 +396,19 @@ def main() -> None:
     parser.add_argument("--disk", type=float, metavar="GB", nargs="?", const=12.0)
     parser.add_argument("--path", default=".", help="folder for the matrix on disk")
     args = parser.parse_args()
-    args.n = args.n or (20 if args.disk else 32)
+    args.n = args.n or [20 if args.disk else 32]
     cuda = args.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
-    table = disk_table if args.disk else sweep_table if args.sweep else main_table
-    for line in table(args):
-        print(line, flush=True)
+    if args.disk or args.sweep:
+        tables = [disk_table(args) if args.disk else sweep_table(args)]
+    else:
+        shapes = itertools.product(args.n, args.d, args.dtype)
+        tables = [main_table(args, n, d, dtype) for n, d, dtype in shapes]
+    for table in tables:
+        for line in table:
+            print(line, flush=True)
+        print(flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fedllm_sec.data.arrays import subset
+from fedllm_sec.data.arrays import subset, to_device
 from fedllm_sec.errors import RecipeError, reason
 from fedllm_sec.evaluation.arrays import ArrayEvaluation
 from fedllm_sec.protocols import Labelled, LocalTraining
@@ -32,7 +32,7 @@ def need_batches(
     with as_it_was(task.model):
         if task.normalises:
             _tell_joined({id: len(shard.y) for id, shard in held.items()}, training.batch_size)
-        one = subset(next(iter(held.values())), [0])
+        one = to_device(subset(next(iter(held.values())), [0]), task.device)
         task.model.train()
         if not (why := _fails(lambda: task.loss(one, torch.tensor([0])))):
             return

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm_sec.data.arrays import subset
+from fedllm_sec.data.arrays import subset, to_device
 from fedllm_sec.errors import FedError, RecipeError, reason
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.tasks.classify import Classify
@@ -23,7 +23,7 @@ def tried(task: Classify, rows: Labelled, name: str) -> None:
     buffers must stay; in training the loss must be finite and its gradient must reach a trained parameter.
     """
     place = f"model.name: {name}"
-    two = subset(rows, [0, min(1, len(rows.y) - 1)])
+    two = to_device(subset(rows, [0, min(1, len(rows.y) - 1)]), task.device)
     images = task.images_of(two)
     model, held = task.model, [(b, b.clone()) for b in task.model.buffers()]
     own = [(part, dict(part._buffers)) for part in model.modules()]

@@ -1,6 +1,14 @@
 """The GPU kernels in Triton: each reads the matrix once.
 
-Inner products: a program owns 4,096 columns and up to 64 x 64 pairs of rows, and keeps their sums in registers.
+All take the whole columns only (a number that the caller rounds down), so no load carries a mask along a row and every
+load is as wide as the rows' alignment allows; what is left over is less than one program's share, and torch does it.
+Rows are read where they lie: row i begins `offsets[i]` elements after `x`, in whatever tensor that is.
+
+Inner products: a program owns 4,096 columns and one pair of row tiles, and keeps their sums in registers. float32 is
+split into two TF32 parts, high + low, and high high', high low', low high' are added up; what is left out is low low',
+2^-22 of the whole. A tile with itself is symmetric: high (high / 2 + low)' + its transpose, two products in place of
+three, and one load in place of two.
+
 Order statistics: a program owns some columns and keeps all n values of each in registers; the pruned network is
 written out as straight code for each (n, statistic), so a comparator is two instructions.
 """
@@ -19,61 +27,141 @@ import triton.language as tl
 
 from fedllm_sec.kernels.networks import HIGH_ONLY, LOW_ONLY, Network
 
-PART = tl.constexpr(64)  # columns of one product
-STEPS = tl.constexpr(64)  # products that one program adds up
-COLUMNS = 64 * 64
+COLUMNS = 4096  # of one program of the inner products
 
 
 @triton.jit
+def tf32_parts(a):
+    """A float32 value as a TF32 value (11 bits, rounded) and the float32 rest."""
+    bits = a.to(tl.int32, bitcast=True)
+    high = ((bits + 0x1000) & -8192).to(tl.float32, bitcast=True)
+    return high, a - high
+
+
+@triton.jit(do_not_specialize=["n", "pivot"])
 def products_kernel(
-    x, offsets, left, right, out, n, d, pivot, TILE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr
+    x,
+    offsets,
+    left,
+    right,
+    out,
+    n,
+    pivot,
+    stride,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+    STEPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SAME: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """out[part, pair] = X_left X_right^T over 4,096 columns, (TILE, TILE) float32; rows minus a pivot if SHIFT."""
-    part, pair = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """out[part, pair] = X_left X_right^T over PART * STEPS columns, (TILE, TILE) float32; rows minus a pivot if SHIFT.
+
+    With SAME (left = right) half of it: add its transpose. `stride` is the distance of two tiles of 512 columns: 512
+    where rows are plain. SPLIT: in two TF32 parts, else as the rows' own type.
+    """
+    pair, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, PART)[None, :]
     rows_a = tl.load(left + pair) * TILE + tl.arange(0, TILE)
-    rows_b = tl.load(right + pair) * TILE + tl.arange(0, TILE)
-    at_a = tl.load(offsets + rows_a, mask=rows_a < n, other=0)
-    at_b = tl.load(offsets + rows_b, mask=rows_b < n, other=0)
-    at_pivot = tl.load(offsets + pivot)
+    at_a = tl.multiple_of(tl.load(offsets + rows_a, mask=rows_a < n, other=0), VECTOR)
+    in_a = (rows_a < n)[:, None]
+    if not SAME:
+        rows_b = tl.load(right + pair) * TILE + tl.arange(0, TILE)
+        at_b = tl.multiple_of(tl.load(offsets + rows_b, mask=rows_b < n, other=0), VECTOR)
+        in_b = (rows_b < n)[:, None]
+    if SHIFT:
+        at_pivot = tl.multiple_of(tl.load(offsets + pivot), VECTOR)
     total = tl.zeros([TILE, TILE], dtype=tl.float32)
+    lost = tl.zeros([TILE, TILE], dtype=tl.float32)
     for step in range(STEPS):
-        columns = (part * STEPS + step) * PART + tl.arange(0, PART)
-        inside = columns < d
-        mask_a = (rows_a[:, None] < n) & inside[None, :]
-        mask_b = (rows_b[:, None] < n) & inside[None, :]
-        a = tl.load(x + at_a[:, None] + columns[None, :], mask=mask_a, other=0.0)
-        b = tl.load(x + at_b[:, None] + columns[None, :], mask=mask_b, other=0.0)
+        column = part * (STEPS * PART) + step * PART
+        here = x + column // 512 * stride + column % 512 + lane
+        a = tl.load(here + at_a[:, None], mask=in_a, other=0.0)
+        if not SAME:
+            b = tl.load(here + at_b[:, None], mask=in_b, other=0.0)
         if SHIFT:
-            base = tl.load(x + at_pivot + columns, mask=inside, other=0.0).to(tl.float32)
-            a = tl.where(mask_a, a.to(tl.float32) - base[None, :], 0.0)
-            b = tl.where(mask_b, b.to(tl.float32) - base[None, :], 0.0)
-        total += tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    place = (part * tl.num_programs(1) + pair) * TILE * TILE
+            base = tl.load(here + at_pivot).to(tl.float32)
+            a = a.to(tl.float32) - base
+            if not SAME:
+                b = b.to(tl.float32) - base
+        if SPLIT:
+            high, low = tf32_parts(a)
+            if SAME:
+                some = tl.dot(high, tl.trans(high * 0.5), input_precision="tf32")
+                some = tl.dot(high, tl.trans(low), some, input_precision="tf32")
+            else:
+                high_b, low_b = tf32_parts(b)
+                some = tl.dot(high, tl.trans(high_b), input_precision="tf32")
+                some = tl.dot(high, tl.trans(low_b), some, input_precision="tf32")
+                some = tl.dot(low, tl.trans(high_b), some, input_precision="tf32")
+        elif SAME:
+            some = tl.dot(a, tl.trans(a * 0.5))
+        else:
+            some = tl.dot(a, tl.trans(b))
+        # Tensor cores cut off what they cannot keep, always towards zero: sums of a few columns only, which are then
+        # added up as Kahan does.
+        some -= lost
+        more = total + some
+        lost = (more - total) - some
+        total = more
+    place = (part * tl.num_programs(0) + pair) * TILE * TILE
     local = tl.arange(0, TILE)
     tl.store(out + place + local[:, None] * TILE + local[None, :], total)
 
 
-@triton.jit
-def weighted_sum_kernel(x, offsets, weights, out, n, d, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["n"])
+def weighted_sum_kernel(x, offsets, weights, out, n, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
     """out = sum_i w_i x_i, added up in float64."""
     columns = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
-    inside = columns < d
     total = tl.zeros([WIDTH], dtype=tl.float64)
     for i in range(n):
-        row = tl.load(x + tl.load(offsets + i) + columns, mask=inside, other=0.0)
+        row = tl.load(x + tl.multiple_of(tl.load(offsets + i), VECTOR) + columns)
         total += tl.load(weights + i) * row.to(tl.float64)
-    tl.store(out + columns, total.to(tl.float32), mask=inside)
+    tl.store(out + columns, total.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["n"])
+def sign_sums_kernel(x, offsets, out, n, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """out = number of positive minus number of negative values of each column."""
+    columns = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], dtype=tl.int32)
+    for i in range(n):
+        row = tl.load(x + tl.multiple_of(tl.load(offsets + i), VECTOR) + columns)
+        total += (row > 0).to(tl.int32) - (row < 0).to(tl.int32)
+    tl.store(out + columns, total.to(tl.float32))
+
+
+@triton.jit
+def square_sums_kernel(x, offsets, out, WIDTH: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr):
+    """out[part, i] = |x_i|^2 over WIDTH * STEPS columns, in float64."""
+    i, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = x + tl.multiple_of(tl.load(offsets + i), VECTOR) + part * (WIDTH * STEPS) + tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], dtype=tl.float64)
+    for step in range(STEPS):
+        values = tl.load(row + step * WIDTH).to(tl.float64)
+        total += values * values
+    tl.store(out + part * tl.num_programs(0) + i, tl.sum(total, 0))
+
+
+@triton.jit
+def add_rows_kernel(x, offsets, sums, places, stride, VECTOR: tl.constexpr):
+    """Add 512 columns of one row to its client's place in a tile of running sums (see `sums.py`)."""
+    i, tile = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, 512)
+    row = tl.load(x + tl.multiple_of(tl.load(offsets + i), VECTOR) + tile * 512 + lane)
+    there = sums + tile * stride + tl.load(places + i) * 512 + lane
+    tl.store(there, tl.load(there) + row.to(tl.float32))
 
 
 def network_source(network: Network) -> str:
     """The text of a kernel that computes one statistic of n rows."""
     lines = [
         "@triton.jit",
-        "def network_kernel(x, offsets, out, d, WIDTH: tl.constexpr):",
+        "def network_kernel(x, offsets, out, WIDTH: tl.constexpr, VECTOR: tl.constexpr):",
         "    columns = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)",
-        "    inside = columns < d",
     ]
-    load = "tl.load(x + tl.load(offsets + {0}) + columns, mask=inside, other=0.0).to(tl.float32)"
+    load = "tl.load(x + tl.multiple_of(tl.load(offsets + {0}), VECTOR) + columns).to(tl.float32)"
     lines += [f"    v{i} = {load.format(i)}" for i in range(network.n)]
     for a, b, kind in network.comparators:
         if kind == LOW_ONLY:
@@ -96,7 +184,7 @@ def network_source(network: Network) -> str:
                 moves = f"v{j}.to(tl.float64) + v{j + k}.to(tl.float64) < middle"
                 lines.append(f"    chosen = tl.where({moves}, v{j + k}, chosen)")
             lines.append("    total += chosen.to(tl.float64)")
-    lines.append(f"    tl.store(out + columns, (total / {k or last - first}).to(tl.float32), mask=inside)")
+    lines.append(f"    tl.store(out + columns, (total / {k or last - first}).to(tl.float32))")
     return "\n".join(lines) + "\n"
 
 

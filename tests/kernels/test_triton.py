@@ -19,11 +19,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 PROGRAM = """
 import torch
 from fedllm_sec.kernels import networks, torch_backend, triton_backend
+from fedllm_sec.kernels.sums import new_sums, plain_rows
 from fedllm_sec.matrix import UpdateMatrix
 
 torch_backend.WIDE = 0
 rng = torch.Generator().manual_seed(0)
-for n, d in ((1, 5), (5, 300), (19, 4200), (70, 700)):
+for n, d in ((1, 5), (5, 4099), (19, 8704), (40, 4096), (140, 4100)):
     rows = torch.randn(n, d, generator=rng) + 3
     updates = UpdateMatrix.of(rows)
     x = rows.double()
@@ -32,13 +33,31 @@ for n, d in ((1, 5), (5, 300), (19, 4200), (70, 700)):
     torch.testing.assert_close(gram, x @ x.T, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(distances, direct, rtol=1e-5, atol=1e-9)
     shifted = triton_backend.products_pass(updates, None, 0).triu()
-    torch.testing.assert_close(shifted, ((x - x[0]) @ (x - x[0]).T).triu(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(shifted, ((x - x[0]) @ (x - x[0]).T).triu(), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(triton_backend.square_sums(updates), x.square().sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(triton_backend.sign_sums(updates), rows.sign().sum(0), rtol=0, atol=0)
+    more = torch.randn(2, d, generator=rng)  # rows that lie elsewhere
+    both = torch.cat([rows, more]).double()
+    torch.testing.assert_close(triton_backend.pair_sums(updates, more, False)[0], both @ both.T, rtol=1e-6, atol=1e-3)
+    v = torch.rand(n + 2, generator=rng, dtype=torch.float64)
+    found = triton_backend.combine(updates, v[:n], more, v[n:])
+    torch.testing.assert_close(found.double(), v @ both, rtol=1e-6, atol=1e-6)
     weights = torch.rand(n, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(
         triton_backend.combine(updates, weights, None, weights[:0]).double(), weights @ x, rtol=1e-6, atol=1e-6
     )
-for n in (1, 2, 5, 8, 13):
-    rows = torch.randn(n, 300, generator=rng)
+rows, places = torch.randn(3, 4700, generator=rng), [4, 0, 2]
+for chunk_mb in (None, 0.003):  # whole; in blocks of 256 columns, which begin within a tile
+    for scale in (1, 1e20):
+        sums, reference = new_sums(5, 4700), torch.zeros(5, 4700, dtype=torch.float64)
+        for _ in range(2):
+            gram = triton_backend.accumulate(sums, places, UpdateMatrix.of(rows * scale, chunk_mb=chunk_mb))
+            reference[places] += (rows * scale).double()
+            wanted = reference[places] @ reference[places].T
+            torch.testing.assert_close(gram, wanted, rtol=1e-6, atol=1e-6 * float(wanted.max()))
+        torch.testing.assert_close(plain_rows(sums, 4700).double(), reference, rtol=1e-6, atol=1e-6)
+for n in (1, 2, 5, 8, 13, 20):
+    rows = torch.randn(n, 600, generator=rng)
     for matrix in (UpdateMatrix.of(rows), UpdateMatrix.of(rows.half()), UpdateMatrix.of(rows).select([0])):
         n = matrix.n
         wanted = [networks.median(n), networks.mean_of_ranks(n, (n - 1) // 3, n - (n - 1) // 3)]
