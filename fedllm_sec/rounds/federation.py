@@ -149,7 +149,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     control = machine.share(algorithm.control(start)) if algorithm.control is not None else None
 
     rng = generator_for(federation.seed, federation.before + r, "cohort")
-    cohort = sample(federation.clients, federation.per_round, rng)
+    cohort = sample(federation.clients, federation.per_round, rng, threat.sure(r) if threat is not None else None)
     mine = machine.mine([threat.dress(c, r) if threat else c for c in cohort])
 
     def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
