@@ -46,7 +46,7 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains; the learning rate may change over the rounds."""
+    """How a client trains; the learning rate may change over the rounds, and over the steps of each."""
 
     batch_size: int | None  # None: the whole shard
     steps: int | None = None
@@ -56,21 +56,22 @@ class LocalTraining:
     betas: tuple[float, float] = (0.9, 0.999)  # of adamw
     momentum: float = 0.0  # of sgd, begun anew in every round
     nesterov: bool = False
-    lr_schedule: str = "constant"
+    lr_schedule: str = "constant"  # over the rounds
+    lr_in_round: str = "constant"  # over a client's steps
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
 
-    def lr_at(self, round: int, rounds: int) -> float:
-        """From `lr` in the first round down to a tenth of it in the last, unless constant."""
-        done = (round - 1) / max(1, rounds - 1)
-        share = {"constant": 1.0, "linear": 1 - 0.9 * done, "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * done))}
-        return self.lr * share[self.lr_schedule]
+    def lr_at(self, round: int, rounds: int, step: int = 0, steps: int = 1) -> float:
+        """From `lr` in the first round down to a tenth of it in the last, unless constant; so too over steps from 0."""
+        lr, done = self.lr, [(round - 1) / max(1, rounds - 1), step / max(1, steps - 1)]
+        for kind, x in zip((self.lr_schedule, self.lr_in_round), done, strict=True):
+            lr *= {"constant": 1.0, "linear": 1 - 0.9 * x, "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * x))}[kind]
+        return lr
 
     def steps_of(self, size: int) -> int:
         """Local steps on a shard of `size` rows; an epoch ends with a short batch."""
-        if self.steps is not None:
-            return self.steps
-        return (self.epochs or 1) * math.ceil(size / (self.batch_size or max(1, size)))
+        each = math.ceil(size / (self.batch_size or max(1, size)))
+        return (self.epochs or 1) * each if self.steps is None else self.steps
 
 
 class Task(Protocol):

@@ -29,6 +29,7 @@ class Threat:
     malicious: frozenset[str]
     seed: int
     redrawn: int | None = None
+    present: int | None = None  # so many take part in each round of the attack; None: who is drawn
     start: int = 1  # first and last round of the attack
     stop: int | None = None
     every: int = 1
@@ -61,6 +62,10 @@ class Threat:
     def attackers(self, round: int) -> frozenset[str]:
         """Who attacks in this round."""
         return self.who(round) if self.active(round) else frozenset()
+
+    def sure(self, round: int) -> tuple[frozenset[str], int] | None:
+        """Who attacks in this round, and how many of them take part; None where that is drawn."""
+        return (self.who(round), self.present) if self.present is not None and self.active(round) else None
 
     def dress(self, client: Client, round: int) -> Client:
         """The client as it trains in this round: an active attacker owns its poisoned shard."""

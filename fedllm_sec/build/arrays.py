@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,6 @@ def load_rows(recipe: Recipe) -> tuple[Labelled, Labelled]:
     """Clean training and test rows."""
     data: ArrayData = recipe.data
     to = wanted_images(recipe)
-    if data.size is not None and not os.path.isdir(data.name):
-        raise RecipeError(
-            f"data.size: {data.size}: brings images of a folder to a size; {data.name} is none. Remove it."
-        )
     size = (data.size, data.size) if data.size is not None else None if to is None else to.size
     train, test = arrays.load(
         data.name, data.config, data.train, data.test, data.image, data.label, data.classes,
@@ -95,9 +90,10 @@ def load_rows(recipe: Recipe) -> tuple[Labelled, Labelled]:
         arrays.sample(train, data.train_rows, drawn("train")),
         arrays.sample(test, data.test_rows, drawn("test")),
     )
-    if to is None:
+    if to is None and data.size is None:
         return train, test
-    return replace(train, x=pretrained.brought(train.x, to)), replace(test, x=pretrained.brought(test.x, to))
+    wanted = to or pretrained.Wanted(train.x.shape[1], size, None, None)
+    return replace(train, x=pretrained.brought(train.x, wanted)), replace(test, x=pretrained.brought(test.x, wanted))
 
 
 def wanted_images(recipe: Recipe) -> pretrained.Wanted | None:

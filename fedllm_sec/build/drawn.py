@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fedllm_sec.build.threat import client_ids
+from fedllm_sec.build.threat import client_ids, sure
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.defenses.prediction import FEWEST, FLDetector
 from fedllm_sec.recipe.sections import Recipe
@@ -55,7 +55,7 @@ def _looked_up(recipe: Recipe) -> tuple[range, Iterator[tuple[int, list[int]]]]:
     """The rounds whose cohorts are looked up, as many as take a second, and these cohorts as places."""
     total = recipe.clients.total
     rounds = foreseen(range(1, recipe.rounds + 1), total)
-    return rounds, cohorts(recipe.seed, rounds, total, recipe.clients.per_round, recipe.before)
+    return rounds, cohorts(recipe.seed, rounds, total, recipe.clients.per_round, recipe.before, sure(recipe))
 
 
 def _absent(recipe: Recipe, id: str, text: str) -> str | None:

@@ -70,6 +70,11 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     plan.rehearse(scaled_down(parts.task.layout))
     sizes = [parts.task.size(shard) for shard in parts.shards.values()]
     steps = [algorithm.prepare(plan.training, sizes).steps_of(size) for size in sizes]
+    if recipe.clients.lr_in_round != "constant" and max(steps, default=1) == 1:
+        raise RecipeError(
+            f"clients.lr_in_round: {recipe.clients.lr_in_round}: clients take one step in a round, over which nothing "
+            "can fall. Set it to constant, or let them take more."
+        )
     if isinstance(parts.task, Classify):
         held = {**parts.shards, **({} if parts.root is None else {"server": parts.root})}
         need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])

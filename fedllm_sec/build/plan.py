@@ -160,6 +160,7 @@ def local_training(recipe: Recipe) -> LocalTraining:
         momentum=clients.momentum,
         nesterov=clients.nesterov,
         lr_schedule=clients.lr_schedule,
+        lr_in_round=clients.lr_in_round,
         weight_decay=clients.weight_decay,
         max_grad_norm=clients.max_grad_norm,
     )

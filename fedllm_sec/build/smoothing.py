@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedllm_sec.build.threat import attack_rounds, client_ids
+from fedllm_sec.build.threat import attack_rounds, client_ids, sure
 from fedllm_sec.defenses.after import crfl, crfl_bound
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.defenses.privacy import settings_if
@@ -128,7 +128,8 @@ def _attackers(
     """The attackers of the one attacked round, each with the most poisoned examples that a batch of its may hold."""
     ((at, malicious),) = attack_rounds(recipe, 2)
     ids, clients = client_ids(recipe), recipe.clients
-    ((_, cohort),) = cohorts(recipe.seed, range(at, at + 1), clients.total, clients.per_round, recipe.before)
+    at_it = range(at, at + 1)
+    ((_, cohort),) = cohorts(recipe.seed, at_it, clients.total, clients.per_round, recipe.before, sure(recipe))
     found = []
     for id in sorted(malicious & {ids[place] for place in cohort}):
         size = int(sizes[id])

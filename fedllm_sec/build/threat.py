@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedllm_sec import attacks
 from fedllm_sec.attacks.threat import Threat, choose_malicious
 from fedllm_sec.build.names import make
 from fedllm_sec.recipe.sections import Attack, Recipe
-from fedllm_sec.rounds.cohort import cohorts, foreseen
+from fedllm_sec.rounds.cohort import Sure, cohorts, foreseen
 
 
 def client_ids(recipe: Recipe) -> list[str]:
@@ -66,6 +67,7 @@ def _who(block: Attack, enabled: bool, total: int, seed: int, before: int) -> Th
         malicious=malicious,
         seed=seed,
         redrawn=redrawn,
+        present=who.present if enabled else None,
         start=block.start,
         stop=block.stop,
         every=block.every,
@@ -106,6 +108,26 @@ def attacking(recipe: Recipe) -> Attacking:
     return _foreseen(recipe.seed, recipe.before, recipe.rounds, clients.total, clients.per_round, when)
 
 
+def sure(recipe: Recipe) -> Callable[[int], Sure | None]:
+    """For each round, who is sure to take part in it, as places: attackers who are present."""
+    if not recipe.attacked:
+        return lambda round: None
+    return _sure(_who_and_when(recipe), recipe.clients.total)
+
+
+def _sure(threat: Threat, total: int) -> Callable[[int], Sure | None]:
+    def at(round: int) -> Sure | None:
+        found = threat.sure(round)
+        return None if found is None else ({_places(total)[id] for id in found[0]}, found[1])
+
+    return at
+
+
+@functools.lru_cache(maxsize=8)
+def _places(total: int) -> dict[str, int]:
+    return {id: place for place, id in enumerate(_ids(total))}
+
+
 WHEN = ("start", "stop", "every", "probability")
 
 
@@ -119,7 +141,7 @@ def _foreseen(seed: int, before: int, rounds: int, total: int, per_round: int | 
     for r in rounds_looked:
         looked += 1
         if not (attackers := threat.attackers(r)) <= found:
-            for _, cohort in cohorts(seed, range(r, r + 1), total, per_round, before):
+            for _, cohort in cohorts(seed, range(r, r + 1), total, per_round, before, _sure(threat, total)):
                 found |= attackers & {ids[i] for i in cohort}
             if found == threat.malicious:
                 break

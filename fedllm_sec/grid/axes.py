@@ -22,7 +22,7 @@ COLUMNS = (
     *("accuracy", "worst_class_accuracy", "exact_match", "token_overlap", "loss", "perplexity", "asr", "false_trigger"),
     *("skipped_rounds", "defense_peak_mb"),
 )
-COLUMN_STARTS = ("detection_", "stealth_", "lifespan_")
+COLUMN_STARTS = ("client_", "detection_", "stealth_", "lifespan_")
 COLUMN_ENDS = ("_low", "_high", "_n", "_drop", "_rise", "_seconds")
 
 

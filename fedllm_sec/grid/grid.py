@@ -59,11 +59,16 @@ class Grid:
     cells: Sequence[Cell]
 
     def run_order(self) -> list[Cell]:
-        """The cells, those with equal data and model next to each other, so that each is loaded once."""
+        """The cells, those with equal data and model next to each other, so that each is loaded once.
+
+        Where clean rounds come before them, the first of each group comes first: processes make those side by side.
+        """
         groups: dict[str, list[Cell]] = {}
         for cell in self.cells:
             groups.setdefault(data_key(cell.recipe) + repr(cell.recipe.model), []).append(cell)
-        return list(itertools.chain.from_iterable(groups.values()))
+        first = [group[0] for group in groups.values() if group[0].recipe.pretrain is not None]
+        begun = {cell.slug for cell in first}
+        return first + [cell for group in groups.values() for cell in group if cell.slug not in begun]
 
 
 def is_grid(raw: Any) -> bool:

@@ -23,6 +23,18 @@ def attack_problems(recipe: Recipe, attack: Attack) -> list[str]:
             found.append(f"attack.malicious.ids: {number} is not one of the clients 0 to {clients.total - 1}.")
     if who.redraw and who.ids is not None:
         found.append("attack.malicious: ids names the attackers, redraw draws them. Give count or share, or no redraw.")
+    if who.present is not None:
+        most = min(m, clients.per_round or 0)
+        if clients.per_round is None:
+            found.append(
+                f"attack.malicious.present: {who.present}: all clients take part in every round. Remove it, or set "
+                "clients.per_round."
+            )
+        elif who.present > most:
+            found.append(
+                f"attack.malicious.present: {who.present} of {m} attackers in rounds of {clients.per_round} clients. "
+                f"Lower it to {most} or less."
+            )
     if not (attack.data or attack.local or attack.update or attack.privacy):
         found.append("attack: names no method under data, local, update or privacy, so it could not act. Add one.")
     if attack.curious and given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -14,6 +14,7 @@ Place = Annotated[str, AfterValidator(home)]  # a path from the working director
 Folder = Annotated[Place, Field(min_length=1), AfterValidator(printable), AfterValidator(own_folder)]
 MOST_CLASSES = 100_000  # of images: a model has an output for each
 Count = Annotated[int, Field(ge=1, le=10**9)]  # of rows or steps
+Schedule = Literal["constant", "linear", "cosine"]  # of a learning rate, down to a tenth
 Word = Annotated[str, BeforeValidator(as_written)]  # a value of a table: {0: World} is written without quotes
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from fedllm_sec.recipe.adversary import Malicious, Observe
 from fedllm_sec.recipe.classifier import Classifier, LabelledEvaluate, LabelledText
 from fedllm_sec.recipe.language_model import Model
-from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Folder, Place, Section, Word
+from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Folder, Place, Schedule, Section, Word
 
 
 class Columns(Section):
@@ -73,29 +74,11 @@ class Clients(Section):
     betas: tuple[BelowOne, BelowOne] | None = None  # adamw's decay of first and second moments; None: 0.9, 0.999
     momentum: BelowOne = 0.0  # of sgd, begun anew by every client in every round
     nesterov: bool = False  # look ahead by the momentum
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the rounds, down to a tenth
+    lr_schedule: Schedule = "constant"  # over the rounds, down to a tenth
+    lr_in_round: Schedule = "constant"  # the same over a client's steps in each round
     weight_decay: float = Field(0.0, ge=0.0)  # of the optimizer
     max_grad_norm: PositiveFloat | None = 1.0  # longer gradients are cut to this length; None: never
     partition: dict[str, Any] = {"name": "iid"}  # how rows are dealt to clients, with its settings
-
-
-class Malicious(Section):
-    """Who is malicious: a number or a share of all clients, drawn by the seed, or a list of client numbers."""
-
-    count: PositiveInt | None = None  # so many clients; give one of the three
-    share: float | None = Field(None, gt=0.0, lt=1.0)  # this share of all clients
-    ids: list[int] | None = None  # these clients, counted from 0
-    redraw: bool = False  # draw so many anew for each round; else the same clients for the whole run
-
-
-class Observe(Section):
-    """What a curious server, or whoever listens on the wire, keeps: rows before any screening; it changes nothing."""
-
-    rounds: list[PositiveInt] = [1]  # in these rounds
-    clients: list[int] = [0]  # of these clients, counted from 0, where they take part
-    what: Literal["delta", "gradient"] = "delta"  # what clients send, or the gradient of their first local step
-    own_rows: int = Field(0, ge=0)  # rows of the same kind, with labels, that it owns, drawn from the held-out ones
-    others: PositiveInt | None = None  # of text: held-out rows that are to be told from those trained on; None: 300
 
 
 class Attack(Section):
@@ -183,7 +166,7 @@ class ArrayData(Section):
     train: str = "train"  # split of a hub set, or a folder in the folder
     test: str = "test"  # the same for the held-out rows
     test_share: float | None = Field(None, gt=0.0, lt=1.0)  # held out of a set in one part; None: 0.1
-    size: PositiveInt | None = None  # bring images of a folder to size x size pixels
+    size: PositiveInt | None = None  # bring images to size x size pixels
     image: str | None = None  # column of a hub set; None: the only image column it has
     label: str | None = None  # column of a hub set; None: the only label column it has
     classes: int | None = Field(None, ge=2, le=MOST_CLASSES)  # None: the largest training label + 1

@@ -18,19 +18,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 from fedllm_sec.errors import ResumeError
 from fedllm_sec.records.files import in_a_line, plain
 
-# What stands in `quality` and `attack` beside the measures: rates of each class, why a rate is None, rows left out, the
-# rates that are certified, by radius; answers on which a judge failed, means over several draws, what a second judge
-# says, success by how the trigger was changed and by how many turns ago it was, and of several attacks each by name.
+# What stands in `quality` and `attack` beside the measures: rates of each class, and of each client with its own
+# running statistics, why a rate is None, rows left out, the rates that are certified, by radius; answers on which a
+# judge failed, means over several draws, what a second judge says, success by how the trigger was changed and by how
+# many turns ago it was, and of several attacks each by name.
 DETAILS = (
-    *("per_class", "reasons", "left_out", "certified"),
-    *(
-        "judge_failed",
-        "draws",
-        "second",
-        "generalise",
-        "turns_since",
-        "attacks",
-    ),  # of answers to an attack's prompts: report/said.py
+    *("per_class", "per_client", "reasons", "left_out", "certified"),
+    *("judge_failed", "draws", "second", "generalise", "turns_since", "attacks"),  # of answers to an attack's prompts
 )
 
 

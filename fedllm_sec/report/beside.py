@@ -1,4 +1,4 @@
-"""Tables beside the main one: each data attack by name, changed triggers, public tasks before and after."""
+"""Tables beside the main one: each data attack by name, changed triggers, each client, public tasks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def tables(runs: Sequence[Run]) -> list[tuple[str, Table]]:
     found = (
         ("Attack by attack", by_name(runs)),
         ("How far the trigger carries", generalised(runs)),
+        ("Client by client", each_client(runs)),
         ("Public tasks", public(runs)),
     )
     return [(title, table) for title, table in found if table is not None]
@@ -109,6 +110,35 @@ def _ways(own: Mapping[str, Any]) -> dict[str, Any]:
     turns = {f"{turns} turns later" if turns != "0" else "in the last turn": rate
              for turns, rate in (own.get("turns_since") or {}).items()}  # fmt: skip
     return {**(own.get("generalise") or {}), **turns}
+
+
+def each_client(runs: Sequence[Run]) -> Table | None:
+    """What the last model is with each client's own running statistics (model.buffers: local)."""
+    blocks = [
+        (run, id, {**own, **(((_last(run) or {}).get("per_client") or {}).get(id) or {})})
+        for run in runs
+        for id, own in (_per_client(run) or {}).items()
+    ]
+    if not blocks:
+        return None
+    wanted = (
+        ("accuracy", "rate", "accuracy"), ("attack success", "percent", "asr"),
+        ("false triggers", "percent", "false_trigger"),
+    )  # fmt: skip
+    columns = [
+        (Column(key, title, unit), [_rate(own.get(key), unit) for *_, own in blocks]) for title, unit, key in wanted
+    ]
+    rows = [[Cell(run.name), Cell(id)] for run, id, _ in blocks]
+    note = (
+        "After the last round, on the same held-out rows: the global model with the running statistics that the client "
+        "keeps as its own. A malicious client keeps some too."
+    )
+    return _table([HEAD[0], Column("client", "client", "text")], rows, columns, note)
+
+
+def _per_client(run: Run) -> Mapping[str, Any] | None:
+    quality = next((record.quality for record in reversed(run.records) if record.quality is not None), None)
+    return (quality or {}).get("per_client")
 
 
 def public(runs: Sequence[Run]) -> Table | None:

@@ -80,8 +80,6 @@ def train_locally(
         assert buffers is not None
         beside.write(buffers)
     optimizer.state.clear()
-    for group in optimizer.param_groups:
-        group["lr"] = training.lr_at(round, rounds)
 
     task.model.train()
     torch.manual_seed(seed_for(seed, before + round, client.id, "dropout"))  # dropout knows no generator of its own
@@ -97,6 +95,8 @@ def train_locally(
             rule.before_step(parameters, step, context)
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_([parameters], training.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = training.lr_at(round, rounds, step, steps)
         stepper.step(optimizer)
         for rule in rules:
             rule.after_step(parameters, step, context)

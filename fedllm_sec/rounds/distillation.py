@@ -128,7 +128,8 @@ def play_round(run: Distillation, r: int, rounds: int) -> RoundRecord:
     """Clients train and send, attackers poison, the server trains on all that arrived and answers each client."""
     clock = [time.perf_counter()]
     threat, start = run.threat, run.vector
-    cohort = sample(run.clients, run.per_round, generator_for(run.seed, r, "cohort"))
+    sure = threat.sure(r) if threat is not None else None
+    cohort = sample(run.clients, run.per_round, generator_for(run.seed, r, "cohort"), sure)
     messages = {c.id: client_round(run, c, r, rounds) for c in run.progress(cohort)}
     clock.append(time.perf_counter())
 

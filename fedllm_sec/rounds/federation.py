@@ -30,7 +30,7 @@ from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.rounds.deciding import Decided, decide, undecided
 from fedllm_sec.rounds.observing import NOBODY, Observer
-from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember
+from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember, with_own
 from fedllm_sec.seeds import generator_for
 
 NOBODY_PROTECTED = "nobody: the recipe's public seed draws the noise"  # beside an epsilon, which asks for a secret one
@@ -149,7 +149,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     control = machine.share(algorithm.control(start)) if algorithm.control is not None else None
 
     rng = generator_for(federation.seed, federation.before + r, "cohort")
-    cohort = sample(federation.clients, federation.per_round, rng)
+    cohort = sample(federation.clients, federation.per_round, rng, threat.sure(r) if threat is not None else None)
     mine = machine.mine([threat.dress(c, r) if threat else c for c in cohort])
 
     def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
@@ -236,7 +236,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
 def evaluate(federation: Federation, last: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None, list[Any]]:
     """Quality and attack success of the global vector, and what is kept of its answers: of a run's `last`, all.
 
-    That one is also smoothed, if it is to be.
+    That one is also smoothed, if it is to be, and measured with each client's own statistics, if clients keep them.
     """
     assert federation.evaluation is not None
     task, machine, known = federation.task, federation.machine, federation.evaluation
@@ -253,4 +253,8 @@ def evaluate(federation: Federation, last: bool = False) -> tuple[dict[str, Any]
             more = smoothed(known, task, federation.vector, machine.spread, federation.smoothing, rng)
             quality |= more[0]
             attack = {**attack, **more[1]} if attack is not None else None
+        if last and getattr(task, "kept", None) == "local":
+            own = with_own(known, task, federation.clients, machine.spread)
+            quality, attack = {**quality, **own[0]}, {**attack, **own[1]} if attack is not None else None
+            task.buffers.write(federation.buffers)
     return quality, attack, answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -78,20 +79,25 @@ def test_fednovas_round_is_the_papers():
     assert moved == pytest.approx(3 + effective * sum(w * x / k for w, x, k in zip(p, deltas, tau, strict=True)))
 
 
+@pytest.mark.parametrize("falls", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("rho", "nesterov"), [(0.9, False), (0.9, True), (0.5, False), (0.0, False)])
-def test_fednovas_round_with_momentum_is_the_sum_of_what_each_gradient_counts(rho: float, nesterov: bool):
+def test_fednovas_round_with_momentum_is_the_sum_of_what_each_gradient_counts(rho: float, nesterov: bool, falls: str):
     lr, p, tau, targets = 0.1, [0.25, 0.75], [2, 6], [0.0, 1.0]
-    fed = federate(UNEQUAL, fednova(), replace(one_row_steps(lr), momentum=rho, nesterov=nesterov))
+    training = replace(one_row_steps(lr), momentum=rho, nesterov=nesterov, lr_in_round=falls)
+    fed = federate(UNEQUAL, fednova(), training)
     fed.vector = torch.tensor([3.0], dtype=fed.vector.dtype)
     moved = end(fed, 1).item()
     deltas, counted = [], []
     for target, steps in zip(targets, tau, strict=True):
         x, velocity, ones, total, moving = 3.0, 0.0, 0.0, 0.0, []
-        for _ in range(steps):  # the written-out sum: every gradient's weight in the row, by the same recursion on ones
+        done = [step / (steps - 1) for step in range(steps)]
+        shares = {"constant": [1.0] * steps, "linear": [1 - 0.9 * at for at in done],
+                  "cosine": [0.55 + 0.45 * math.cos(math.pi * at) for at in done]}  # fmt: skip
+        for share in shares[falls]:  # the written-out sum: every gradient's weight in the row, by the recursion on ones
             slope = x - target
             velocity, ones = rho * velocity + slope, rho * ones + 1.0
-            x -= lr * (slope + rho * velocity if nesterov else velocity)
-            moving.append(1.0 + rho * ones if nesterov else ones)
+            x -= lr * share * (slope + rho * velocity if nesterov else velocity)
+            moving.append(share * (1.0 + rho * ones if nesterov else ones))
         total = sum(moving)
         deltas.append(x - 3.0)
         counted.append(total)
@@ -99,6 +105,14 @@ def test_fednovas_round_with_momentum_is_the_sum_of_what_each_gradient_counts(rh
     assert way(torch.tensor(tau).double(), fed.training).tolist() == pytest.approx(counted)
     expected = 3 + effective * sum(w * d / a for w, d, a in zip(p, deltas, counted, strict=True))
     assert moved == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("falls", ["linear", "cosine"])
+def test_one_step_counts_once_and_many_about_eleven_twentieths_where_the_rate_falls(falls: str):
+    training = replace(one_row_steps(0.1), lr_in_round=falls)
+    assert way(torch.tensor([1.0, 2.0, 1e12]).double(), training).tolist() == pytest.approx([1.0, 1.1, 0.55e12])
+    momentum = way(torch.tensor([1.0, 1e12]).double(), replace(training, momentum=0.9)).tolist()
+    assert momentum == pytest.approx([1.0, 5.5e12])
 
 
 def test_a_claim_of_steps_is_capped_and_nonsense_counts_as_the_median():

@@ -201,3 +201,13 @@ def test_outside_models_are_named_by_module_and_attribute(tmp_path: Path, monkey
     fed = federation({**DIGITS, "model": {"name": "my_models:wide", "width": 3}})
     assert fed.task.layout.size == 64 * 3 + 3 + 3 * 10 + 10
     assert isinstance(fed.vector, torch.Tensor)
+
+
+def test_images_of_any_set_are_brought_to_a_size_and_one_step_has_no_course():
+    fed = federation({**DIGITS, "data": {"name": "digits", "size": 4}})
+    shapes = {tuple(client.shard.x.shape[1:]) for client in fed.clients}
+    assert shapes == {tuple(fed.evaluation.test.x.shape[1:])} == {(1, 4, 4)}
+    assert fed.task.layout.size == 16 * 10 + 10
+    one = {**DIGITS["clients"], "local_epochs": None, "local_steps": 1, "lr_in_round": "cosine"}
+    with pytest.raises(RecipeError, match=r"clients\.lr_in_round: cosine: clients take one step in a round"):
+        federation({**DIGITS, "clients": one})

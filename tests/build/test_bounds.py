@@ -13,14 +13,16 @@ from fedllm_sec.build.explain import active_rounds, named
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.build.rehearsal import MOST_ROWS, Rehearsal
-from fedllm_sec.build.threat import attacking
+from fedllm_sec.build.threat import attacking, make_threat, sure
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.errors import RecipeError
+from fedllm_sec.protocols import Client
 from fedllm_sec.recipe.resolve import resolve, settings_of
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds import cohort
-from fedllm_sec.rounds.cohort import cohorts, foreseen, places
+from fedllm_sec.rounds.cohort import cohorts, foreseen, places, sample
 from fedllm_sec.seeds import generator_for
 
 HUGE: dict[str, Any] = {
@@ -80,6 +82,35 @@ def test_cohorts_are_those_of_the_run():
     assert found[2] == places(50, 5, generator_for(7, 2, "cohort"))
     assert len(foreseen(range(1, 10**9), 10)) == 24_390
     assert foreseen(range(5, 8), 10**9) == range(5, 6)
+
+
+def test_attackers_who_are_present_take_part_in_every_round_of_the_attack_and_are_foreseen():
+    raw = {**HUGE, "rounds": 4, "clients": {"total": 40, "per_round": 5, "local_steps": 1}, "enable_defense": False}
+    raw["attack"] = {
+        "malicious": {"count": 8, "present": 2},
+        "stop": 3,
+        "data": [{"name": "label_flip", "mapping": {"a": "b"}}],
+    }
+    recipe = checked(raw)
+    threat, found = make_threat(recipe), set()
+    for r, drawn_places in cohorts(recipe.seed, range(1, 5), 40, 5, 0, sure(recipe)):
+        here = {f"c{place:02d}" for place in drawn_places} & threat.malicious
+        drawn = set(places(40, 5, generator_for(recipe.seed, r, "cohort")))
+        assert len(drawn_places) == 5
+        assert r == 4 or (len(here) == 2 and len(drawn & set(drawn_places)) >= 3)
+        assert r < 4 or set(drawn_places) == drawn
+        found |= here if r < 4 else set()
+        ids = [Client(f"c{place:02d}", None) for place in range(40)]
+        assert [c.id for c in sample(ids, 5, generator_for(recipe.seed, r, "cohort"), threat.sure(r))] == [
+            f"c{place:02d}" for place in drawn_places
+        ]
+    assert attacking(recipe).ids == found
+    refused = [(9, 20, "9 of 8 attackers"), (6, 5, "6 of 8 attackers in rounds of 5"), (2, None, "all clients")]
+    for present, per_round, said in refused:
+        wrong = {**raw, "clients": {**raw["clients"], "per_round": per_round}}
+        wrong["attack"] = {**raw["attack"], "malicious": {"count": 8, "present": present}}
+        with pytest.raises(RecipeError, match=rf"attack\.malicious\.present: .*{said}"):
+            checked(wrong)
 
 
 def rehearsed(name: str, n: int, f: int) -> list[str]:

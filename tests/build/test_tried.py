@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -309,3 +312,40 @@ def test_batchnorm_without_running_statistics_runs_as_batch():
     with pytest.raises(RecipeError, match=r"set model\.buffers: batch"):
         tried(Classify(maps, torch.device("cpu")), ROWS, "stranger")
     tried(Classify(model, torch.device("cpu"), buffers="batch"), ROWS, "stranger")
+
+
+def resnet18(*, weights: object | None = None, progress: bool = True, **kwargs: object) -> torch.nn.Module:
+    """As torchvision.models has it: told how many classes there are, and no shape."""
+    if weights is not None and kwargs["num_classes"] != 1000:
+        raise ValueError(f"The parameter 'num_classes' expected value 1000 but got {kwargs['num_classes']} instead")
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, int(str(kwargs.pop("num_classes"))), bias=bool(kwargs.pop("bias", True))),
+    )
+
+
+def test_a_model_of_torchvision_is_told_the_classes_of_the_data(monkeypatch, tmp_path):
+    for name in ("torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(sys.modules["torchvision.models"], "resnet18", resnet18, raising=False)
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    y = np.arange(40) % 5
+    np.savez(tmp_path / "five.npz", x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:])
+    raw = {
+        "rounds": 1,
+        "task": "classify",
+        "model": {"name": "torchvision.models:resnet18"},
+        "data": {"name": str(tmp_path / "five.npz")},
+        "clients": {"total": 2, "local_steps": 1, "batch_size": 4, "partition": {"name": "iid"}},
+    }
+    made = build(checked(raw), Machine(Accelerator(cpu=True)))
+    assert tuple(made.task.model[5].weight.shape) == (5, 4)
+    (record,) = run(made, 1)
+    assert 0 <= record.quality["accuracy"]["value"] <= 1
+    assert made.buffers is not None  # its BatchNorm's statistics travel
+    with pytest.raises(RecipeError, match=r"torchvision\.models:resnet18.*expected value 1000 but got 5 instead"):
+        build(checked({**raw, "model": {**raw["model"], "weights": "DEFAULT"}}), Machine(Accelerator(cpu=True)))

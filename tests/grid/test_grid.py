@@ -193,10 +193,13 @@ def test_the_command_line_changes_the_base_and_whole_axes(tmp_path: Path):
         grid.load(path, ["seed=3"])
 
 
-def test_equal_data_lie_next_to_each_other_in_the_order_of_running():
+def test_equal_data_lie_next_to_each_other_in_the_order_of_running_and_clean_rounds_are_begun_side_by_side():
     found = made({"attack": ATTACKS, "seed": [0, 1]})
     assert [c.recipe.seed for c in found.run_order()] == [0, 0, 0, 1, 1, 1]
     assert {c.slug for c in found.run_order()} == {c.slug for c in found.cells}
+    warm = made({"attack": ATTACKS, "seed": [0, 1]}, base={**BASE, "pretrain": {"rounds": 2}})
+    assert [c.recipe.seed for c in warm.run_order()] == [0, 1, 0, 0, 1, 1]
+    assert {c.slug for c in warm.run_order()} == {c.slug for c in warm.cells}
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,27 @@ def test_each_client_keeps_its_own_where_that_is_asked_for():
     assert all(int(client.memory["buffers"][-1]) == 4 for client in made.clients)  # went on from its own
 
 
+def test_the_last_model_is_measured_with_each_clients_own_statistics_and_left_with_their_mean():
+    attack = {"malicious": {"count": 1}, "data": [{"name": "pixel_trigger", "target": 0}]}
+    made = federation(model=RECIPE["model"] | {"buffers": "local"}, enable_attack=True, attack=attack)
+    early, last = run(made, 2)
+    assert "per_client" not in (early.quality or {})
+    accuracies, hits = [], []
+    for client in made.clients:
+        own = last.quality["per_client"][client.id]
+        made.task.buffers.write(client.memory["buffers"])
+        assert own["accuracy"] == made.evaluation.quality(made.task, made.machine.spread)["accuracy"]
+        accuracies.append(own["accuracy"]["value"])
+        hits.append(last.attack["per_client"][client.id]["asr"]["value"])
+    assert len(accuracies) == 4
+    assert last.quality["client_accuracy"] == pytest.approx(sum(accuracies) / 4)
+    assert last.attack["client_asr"] == pytest.approx(sum(hits) / 4)
+    again = federation(model=RECIPE["model"] | {"buffers": "local"}, enable_attack=True, attack=attack)
+    list(run(again, 2))
+    assert torch.equal(again.task.buffers.read(), again.buffers.float().double())
+    assert "per_client" not in next(run(federation(), 1)).quality  # averaged ones are nobody's own
+
+
 def test_the_state_has_the_buffers_and_a_run_goes_on_from_them(tmp_path: Path):
     whole = federation()
     list(run(whole, 2))

@@ -116,3 +116,19 @@ def test_the_learning_rate_goes_from_full_to_a_tenth(schedule, last):
     assert training.lr_at(1, 20) == pytest.approx(2.0)
     assert training.lr_at(20, 20) == pytest.approx(2.0 * last)
     assert training.lr_at(1, 1) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("falls", "moved"), [("constant", 6.0), ("linear", 3.3), ("cosine", 3.3)])
+def test_the_learning_rate_of_a_round_falls_over_its_steps(falls: str, moved: float):
+    training = LocalTraining(batch_size=1, steps=3, lr=2.0, lr_in_round=falls)
+    assert [training.lr_at(5, 9, step, 3) for step in range(3)] == pytest.approx(
+        {"constant": [2.0, 2.0, 2.0], "linear": [2.0, 1.1, 0.2], "cosine": [2.0, 1.1, 0.2]}[falls]
+    )
+    assert sum(training.lr_at(5, 9, step, 3) for step in range(3)) == pytest.approx(moved)
+    assert training.lr_at(5, 9) == 2.0
+
+
+def test_a_rate_that_falls_takes_the_steps_that_it_says():
+    training = LocalTraining(batch_size=1, steps=3, optimizer="sgd", lr=0.5, lr_in_round="linear", max_grad_norm=None)
+    left = (1 - 0.5) * (1 - 0.275) * (1 - 0.05)  # of the way to the target after three steps
+    assert train(training).delta.tolist() == pytest.approx([(1 - left) * 4.0, (1 - left) * -2.0], rel=1e-6)

@@ -124,7 +124,9 @@ def trained_on(seen: Observation, rows: Sequence[Row], seed: int, number: int) -
     rng = generator_for(seed, "shadow", number)
     left: list[int] = []
     with still(seen.model):
-        for _ in range(seen.steps):
+        for step in range(seen.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * training.lr_at(1, 1, step, seen.steps) / training.lr
             left = left or torch.randperm(len(rows), generator=rng).tolist()
             here, left = left[:size], left[size:]
             optimizer.zero_grad()

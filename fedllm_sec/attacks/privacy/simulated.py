@@ -35,7 +35,7 @@ def rehearse(
     """
     training, rows, n = seen.training, known_rows(seen), known_rows(seen) * seen.steps
     assert training is not None
-    classes, lr = len(begun), seen.learning_rate()
+    classes = len(begun)
     skew = torch.tensor(SKEWS, dtype=torch.float64)[torch.arange(times) % len(SKEWS)]
     shares = torch._sample_dirichlet(skew[:, None].expand(times, classes).contiguous(), rng).clamp_min(1e-12)
     drawn = torch.multinomial(shares, n, replacement=True, generator=rng)  # (times, n) classes
@@ -47,6 +47,7 @@ def rehearse(
     first, second = torch.zeros_like(now), torch.zeros_like(now)
     for t in range(seen.steps):
         here = slice(t * rows, (t + 1) * rows)
+        lr = seen.learning_rate() * training.lr_at(1, 1, t, seen.steps) / training.lr
         h, y = fed[picked[:, here]], drawn[:, here]
         slope = ((h @ now.mT).softmax(-1) - nn.functional.one_hot(y, classes)).mT @ h / rows
         if training.optimizer == "sgd":
