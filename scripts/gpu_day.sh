@@ -31,7 +31,7 @@ else
     exit 1
   fi
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$folder/device.md"
-  step tests 150 "$python" -m pytest -q -m gpu tests/kernels tests/matrix tests/test_gpu.py -p no:cacheprovider
+  step tests 150 "$python" -m pytest -q -n 6 -m gpu tests/kernels tests/matrix tests/test_gpu.py -p no:cacheprovider
   step kernels 90 "$python" scripts/bench_kernels.py --device cuda --n 16 64 --d 1000000 10000000 --dtype float32 bfloat16
   step large 90 "$python" scripts/bench_kernels.py --device cuda --n 64 128 --d 40000000 --dtype float32 bfloat16 --rules
   step host 60 "$python" scripts/bench_kernels.py --device cuda --rows host --n 16 --d 40000000 --repeats 3 --rules
