@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=2)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     quiet()
     recipe = next(iter(load(options.recipe, [*options.overrides, "enable_attack=false"]).values())).recipe
     loops = Loops(recipe, options.steps)

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def first_losses(recipe: str, folder: Path, **environment: str) -> dict[str, float]:
     """The training loss of each client in round 1 of each variant."""
     command = [sys.executable, "-m", "fedllm_sec.train", str(ROOT / f"recipes/smoke/{recipe}.yaml")]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     run = subprocess.run(
         [*command, f"output.folder={folder}"], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=500
     )

@@ -47,8 +47,11 @@ class Block:
 
 
 def stored_blocks(updates: UpdateMatrix, extra: Tensor | None = None) -> Iterator[Block]:
-    """The matrix itself where it lies on the device, else its blocks; `extra` rows follow, wherever they lie."""
-    if updates.picked is None:
+    """The matrix itself where it lies on the device, else its blocks; `extra` rows (float32) follow, wherever they lie.
+
+    Beside `extra` rows those of half precision come as float32 blocks: a kernel reads one type.
+    """
+    if updates.picked is None or (extra is not None and updates.rows.dtype != extra.dtype):
         for place, block in updates.blocks():
             yield block_of(place, [block], [torch.arange(len(block), device=block.device)], extra)
         return
@@ -71,11 +74,6 @@ def block_of(place: slice, rows: list[Tensor], chosen: list[Tensor], extra: Tens
     even = all(held.data_ptr() % 16 == 0 and held.stride(0) * size % 16 == 0 for held in rows)
     vector = 16 // size if even else 1
     return Block(place, x.shape[1], x, torch.cat(begins), vector, tuple(rows), tuple(chosen))
-
-
-def other_type(updates: UpdateMatrix, extra: Tensor | None) -> bool:
-    """Whether `extra` rows, which are float32, are of another type than the blocks: no kernel can read both."""
-    return extra is not None and updates.picked is not None and updates.rows.dtype != extra.dtype
 
 
 @dataclass(frozen=True)
@@ -143,8 +141,6 @@ def tile_products(
 
 def products_pass(updates: UpdateMatrix, extra: Tensor | None, pivot: int | None) -> Tensor:
     """The inner products of all rows, or of their differences to row `pivot`: (n, n) float64, the upper half right."""
-    if other_type(updates, extra):
-        return torch_backend.products_pass(updates, extra, pivot)
     total: Tensor | None = None
     for block in stored_blocks(updates, extra):
         gram, whole = tile_products(block.x, block.offsets, block.columns, block.vector, TILE, pivot)
@@ -190,8 +186,8 @@ def accumulate(sums: Tensor, places: Sequence[int], updates: UpdateMatrix) -> Te
 def direct_products(sums: Tensor, where: Tensor) -> Tensor:
     """The inner products of some clients' sums in float64: (n, n)."""
     gram = torch.zeros(len(where), len(where), dtype=torch.float64, device=sums.device)
-    for some in sums.split(2**13):
-        rows = some[:, where].double()
+    for start in range(0, len(sums), 2**13):
+        rows = sums[start : start + 2**13, where].double()
         gram += torch.einsum("tic,tjc->ij", rows, rows)
     return gram.cpu()
 
@@ -213,8 +209,6 @@ def square_sums(updates: UpdateMatrix) -> Tensor:
 
 def combine(updates: UpdateMatrix, weights: Tensor, extra: Tensor | None, extra_weights: Tensor) -> Tensor:
     """sum_i w_i x_i + sum_e v_e y_e: (d,) float32, summed in float64."""
-    if other_type(updates, extra):
-        return torch_backend.combine(updates, weights, extra, extra_weights)
     out = torch.empty(updates.d, device=updates.compute_device)
     w = torch.cat([weights, extra_weights] if extra is not None else [weights]).to(out.device)
     for block in stored_blocks(updates, extra):

@@ -42,6 +42,11 @@ for n, d in ((1, 5), (5, 4099), (19, 8704), (40, 4096), (140, 4100)):
     v = torch.rand(n + 2, generator=rng, dtype=torch.float64)
     found = triton_backend.combine(updates, v[:n], more, v[n:])
     torch.testing.assert_close(found.double(), v @ both, rtol=1e-6, atol=1e-6)
+    halves = UpdateMatrix.of(rows.bfloat16())  # beside float32 rows
+    both = torch.cat([rows.bfloat16().float(), more]).double()
+    torch.testing.assert_close(triton_backend.pair_sums(halves, more, False)[0], both @ both.T, rtol=1e-6, atol=1e-3)
+    found = triton_backend.combine(halves, v[:n], more, v[n:])
+    torch.testing.assert_close(found.double(), v @ both, rtol=1e-6, atol=1e-6)
     weights = torch.rand(n, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(
         triton_backend.combine(updates, weights, None, weights[:0]).double(), weights @ x, rtol=1e-6, atol=1e-6
