@@ -246,8 +246,9 @@ def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = (), fre
     """Run every variant, then write one report; gives the folder.
 
     `among` are all variants of the recipe: the report is also about those that an earlier command ran. `fresh`: the
-    runs' folders are first given new names.
+    runs' folders are first given new names, once all of them are known to begin.
     """
+    from fedllm_sec.build.federation import assemble
     from fedllm_sec.build.loaded import Loaded
     from fedllm_sec.build.running import make_machine, run_one
 
@@ -255,15 +256,18 @@ def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = (), fre
     first = next(iter(plans.values())).recipe
     folder = Path(first.output.folder).parent if "" not in plans else Path(first.output.folder)
     beside = Path(first.output.folder) if "" in (among or plans) else Path(first.output.folder).parent
-    machine = make_machine(first, folder)
+    machine, loaded = make_machine(first, folder), Loaded()
+    old = [plan for plan in plans.values() if fresh and Path(plan.recipe.output.folder).exists()]
+    machine.accelerator.wait_for_everyone()  # all have looked before one writes
     if machine.main:
         need_folder(folder)
         remove_leftovers(folder, OLD)
-        for plan in plans.values() if fresh else ():
-            if (aside := RunFolder(Path(plan.recipe.output.folder)).set_aside()) is not None:
-                print(f"{plan.recipe.output.folder}: the old folder is now {aside}", flush=True)
+    for plan in old:
+        assemble(plan, machine, loaded)  # what data or model forbid is an error before a folder gets another name
+    for plan in old if machine.main else ():
+        if (aside := RunFolder(Path(plan.recipe.output.folder)).set_aside()) is not None:
+            print(f"{plan.recipe.output.folder}: the old folder is now {aside}", flush=True)
     machine.accelerator.wait_for_everyone()
-    loaded = Loaded()
     for name, plan in plans.items():
         if machine.main and name:
             print(f"\n{name}: {plan.recipe.output.folder}", flush=True)

@@ -221,6 +221,25 @@ def test_a_fresh_start_keeps_the_old_folder_beside_it(half: Path, tmp_path: Path
     assert [r.round for r in read_history(tmp_path / "out")] == [1]
 
 
+def test_a_fresh_start_that_cannot_begin_leaves_the_old_folder_where_it_is(half: Path, tmp_path: Path, capsys):
+    path = copy(half, tmp_path)
+    before = history(tmp_path)
+    assert main([str(path), "data.name=broken.npz", "--fresh"]) == 2
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    assert main([str(path), f"data.name={tmp_path / 'broken.npz'}", "--fresh"]) == 2
+    assert "broken.npz" in capsys.readouterr().err
+    assert (tmp_path / "out" / "history.jsonl").read_bytes() == before
+    assert not (tmp_path / "out-1").exists()
+
+
+def test_a_finished_run_of_one_round_without_its_checkpoint_is_not_run_over(half: Path, tmp_path: Path, capsys):
+    path = copy(half, tmp_path)
+    assert main([str(path), "rounds=1", "--fresh"]) == 0
+    (tmp_path / "out" / "checkpoint.safetensors").unlink()
+    assert main([str(path), "rounds=1"]) == 2
+    assert "history.jsonl has rounds but checkpoint.safetensors is gone. Restore it" in capsys.readouterr().err
+
+
 def test_the_recorded_command_is_the_one_that_was_typed(monkeypatch):
     words = ["r.yaml", "rounds=3", "--only", "a b"]
     for line, said in (

@@ -195,7 +195,7 @@ def data(recipe: Recipe) -> list[str]:
     if recipe.task not in TEXT_TASKS:
         return []
     said, train = rows_in_words(recipe)
-    return said + (first_row(recipe, train[0]) if train is not None else [])
+    return said + (first_row(recipe, train) if train is not None else [])
 
 
 def model(recipe: Recipe) -> list[str]:

@@ -168,6 +168,15 @@ def attack_rounds(recipe: Recipe, most: int) -> list[tuple[int, frozenset[str]]]
     return found
 
 
+def starts_in_round_1(recipe: Recipe) -> bool:
+    """Whether an attacker takes part in the very first round; after those of `pretrain` there is a step before it."""
+    if recipe.before or not (first := attack_rounds(recipe, 1)) or first[0][0] != 1:
+        return False
+    clients, ids = recipe.clients, _ids(recipe.clients.total)
+    ((_, cohort),) = cohorts(recipe.seed, range(1, 2), clients.total, clients.per_round, 0)
+    return not first[0][1].isdisjoint(ids[i] for i in cohort)
+
+
 def active_rounds(recipe: Recipe) -> str:
     """How many rounds are rounds of the attack, in words: counted, or expected where they are too many to be drawn."""
     threat = _who_and_when(recipe)
@@ -204,6 +213,13 @@ def attack_problems(recipe: Recipe) -> list[str]:
         for i, method in enumerate(block.data)
         if method["name"] == "dba" and not block.collude
     ]
+    if starts_in_round_1(recipe):
+        problems += [
+            f"attack.local.{i}: pgd: an attacker takes part in round 1, which has no earlier global step for the "
+            "radius to be relative to. Set pgd.radius, or attack.start to 2 or later."
+            for i, method in enumerate(block.local)
+            if method["name"] == "pgd" and method.get("radius") is None
+        ]
     found = attacking(recipe)
     if found.complete and not found.ids:
         problems.append(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from fedllm_sec.data.tables import Table, as_json, as_text, is_conversation
+from fedllm_sec.data.tables import Table, as_text, is_conversation
 from fedllm_sec.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,9 +26,15 @@ KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 PAIR = ("user", "assistant")  # who says the two of a pair
 USUAL = ("messages", "conversations", "conversation")  # names of columns that hold them
 BESIDE = ("system", "history")  # columns that belong to a row where a format is found or named, and text besides
+# drawn as nothing: letters and marks of Unicode's Default_Ignorable_Code_Point, and the empty cell of Braille
+FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0") | {
+    *map(chr, range(0xFE00, 0xFE10)),
+    *map(chr, range(0xE0100, 0xE01F0)),
+}
 # what a turn may hold beside its words that no row here can say, and what to do with it
 THOUGHTS = " Write it into the content as the model's template does, or leave it out."
-SAYS_NOTHING, SAYS_ALL = ("null", "[]", '""', "{}"), ("null", "1", "1.0", "true")
+TOOLS = ("tools", "functions")  # columns of a format's rows that describe what may be called
+FULL_WEIGHT = ("", "1", "1.0", "true")
 UNSAID = {
     "tool_calls": "",
     "function_call": "",
@@ -96,8 +102,19 @@ def _unpacked(value: Any) -> Any:
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing to be seen in it: blanks, and characters that are drawn as nothing."""
-    return all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
+    """Whether there is nothing to be seen in it: blanks, control characters, and others that are drawn as nothing."""
+    return all(c.isspace() or c in FILLERS or unicodedata.category(c) in ("Cf", "Cc") for c in text)
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value is missing or empty, also as JSON text and in all its parts, as Parquet fills up structures."""
+    if isinstance(value, str):
+        return value.strip() in ("", "null", "[]", "{}")
+    if isinstance(value, Mapping):
+        return all(map(says_nothing, value.values()))
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return all(map(says_nothing, value))
+    return value is None or value != value
 
 
 def conversation_column(table: Table, columns: Columns, kind: str) -> str:
@@ -159,12 +176,12 @@ def said_beside(
         own, column = (turns or {}).get("system") or [""] * len(keep), table.text(columns.system)
         made["system"] = [column[i] for i in keep]
         for i, said, given in zip(keep, own, made["system"], strict=True):
-            if said and given and said != given:
+            if said != given and not is_blank(said) and not is_blank(given):
                 raise DataError(
                     f"data: {table.place}, row {i + 1}: the system prompt of its turns is another than that of column "
                     f'"{columns.system}". Remove one, or set data.columns.system: null.'
                 )
-        made["system"] = [given or said for said, given in zip(own, made["system"], strict=True)]
+        made["system"] = [said if is_blank(given) else given for said, given in zip(own, made["system"], strict=True)]
     if columns.history is not None:
         values = table.column(columns.history)
         before = [_before(table.place, int(i) + 1, columns.history, values[i]) for i in keep]
@@ -175,14 +192,18 @@ def said_beside(
                 f'data: {table.place}: column "{columns.history}" holds turns beside the conversations. Remove one, or '
                 "set data.columns.history: null."
             )
-    if turns is not None and "tools" in table.names:
-        tools = table.text("tools")
-        if lost := [i for i in keep if tools[i].strip() not in ("", "[]", "null")]:
+    return made
+
+
+def refuse_tools(table: Table, kind: Format, keep: Sequence[int]) -> None:
+    """An error where rows of a format describe tools; in a table of named columns other columns are nobody's."""
+    for name in [name for name in TOOLS if name in table.names and kind != "columns"]:
+        values = table.column(name)
+        if lost := [i for i in keep if not says_nothing(values[i])]:
             raise DataError(
-                f'data: {table.place}, row {lost[0] + 1}: column "tools" describes tools, which no template writes '
+                f'data: {table.place}, row {lost[0] + 1}: column "{name}" describes tools, which no template writes '
                 "here. Remove the column, or take such rows out."
             )
-    return made
 
 
 def _before(place: str, number: int, column: str, value: Any) -> str:
@@ -230,7 +251,8 @@ def turns_of(value: Any, keys: tuple[str, str]) -> list[Turn]:
         if not isinstance(turn, Mapping) or who not in turn or what not in turn:
             raise ValueError(f"turn {k} has no {who} and {what}.")
         for key, way_out in UNSAID.items():
-            if as_json(turn.get(key)) not in (SAYS_ALL if key == "weight" else SAYS_NOTHING):
+            value = turn.get(key)
+            if not says_nothing(value) and not (key == "weight" and as_text(value) in FULL_WEIGHT):
                 raise ValueError(f"turn {k} has {key}, which is not trained on.{way_out}")
         role = ROLES.get(str(turn[who]).strip().lower())
         if role is None:

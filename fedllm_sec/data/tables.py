@@ -64,7 +64,8 @@ def as_text(value: Any) -> str:
     if isinstance(value, (list, tuple, dict, np.ndarray)):
         if is_conversation(value):
             raise ValueError(
-                "holds conversations, a list of turns. Set data.format to messages or sharegpt, or leave it out."
+                "holds conversations, lists of turns. Name another column; or, with task: causal_lm, set data.format "
+                "to messages or sharegpt, or leave it out."
             )
         return as_json(value)
     plain = _plain(value)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedllm_sec.data.formats import BESIDE, Format, columns_of, found_format, in_turns, is_blank, said_beside
+from fedllm_sec.data.formats import (
+    BESIDE,
+    Format,
+    columns_of,
+    found_format,
+    in_turns,
+    is_blank,
+    refuse_tools,
+    said_beside,
+)
 from fedllm_sec.data.sources import file_of, load_table
 from fedllm_sec.data.tables import Table
 from fedllm_sec.errors import DataError
@@ -69,6 +78,7 @@ def canonical(
     kind = format or found_format(table, columns)
     keep = where(table, wanted or {}, f"data.{part}_where")
     turns = in_turns(table, columns, kind, keep)
+    refuse_tools(table, kind, keep)
     columns = columns_of(table, columns, kind)
     roles = ("text", "context", "response", "label", *BESIDE)
     named: dict[str, str] = {role: column for role in roles if (column := getattr(columns, role)) is not None}
@@ -176,7 +186,9 @@ def load_rows(data: Data, seed: int) -> tuple[Dataset, Dataset]:
         wanted = getattr(data, f"{part}_where")
         made = canonical(table, data.columns, format=data.format, wanted=wanted, text_chars=data.text_chars, part=part)
         if data.system:
-            made["system"] = [said or data.system for said in made.get("system", [""] * len(made["text"]))]
+            made["system"] = [
+                data.system if is_blank(said) else said for said in made.get("system", [""] * len(made["text"]))
+            ]
         _need_shown(data, made, table.place)
         return made
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from fedllm_sec.records.files import in_a_line
 
 Judge = Callable[[str, Mapping[str, Any]], bool]
 LONGEST = 1.0  # seconds for which a pattern may look at one answer
+# a counted repeat, an escape, a set of characters, or one character
+ITEM = re.compile(r"\{(\d+)?,?(\d+)?\}|\\.|\[\^?\]?(?:[^\]\\]|\\.)*(?:\]|\Z)|.", re.DOTALL)
+MOST_WRITTEN = 50_000  # characters of a pattern, its repeats written out: what is longer takes seconds to be compiled
 SUCCESS, NONE, FAILED = 1.0, 0.0, -1.0  # a verdict; a judge that could not judge an answer has FAILED
 
 
@@ -67,9 +71,17 @@ class Regex:
     """
 
     def __init__(self, *, pattern: str, ignore_case: bool = True) -> None:
+        if (size := written_out(pattern)) > MOST_WRITTEN:
+            raise RecipeError(
+                f"regex.pattern: {pattern[:60]!r}: with its counted repeats written out it has {size:,.0f} characters, "
+                f"more than {MOST_WRITTEN:,}: to compile it takes too long. Repeat less, as {{2,10}} or +."
+            )
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                re.compile(pattern)  # regex knows more, such as \\h, which other tools would read otherwise
             self._found = regex.compile(pattern, regex.IGNORECASE if ignore_case else 0)
-        except (regex.error, RecursionError, OverflowError) as error:
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise RecipeError(f"regex.pattern: {pattern!r}: {error}. Write a pattern of Python's re.") from error
 
     def __call__(self, answer: str, row: Mapping[str, Any]) -> bool:
@@ -77,6 +89,27 @@ class Regex:
             return self._found.search(answer, timeout=LONGEST) is not None
         except TimeoutError:
             raise TimeoutError(f"the pattern found no end within {LONGEST:g} s") from None
+
+
+def written_out(pattern: str) -> float:
+    """About how many characters a pattern has with its counted repeats written out, n + 1 times what {m,n} repeats.
+
+    What is compiled grows so, and by the 1 for each depth of nesting.
+    """
+    sizes, last = [0.0], 0.0  # of the groups that are open; of the item before
+    for item in ITEM.finditer(pattern):
+        if (counts := [float(count) for count in item.group(1, 2) if count]) and last:
+            sizes[-1] += last * max(counts)
+            last *= max(counts) + 1
+        elif item[0] == "(":
+            sizes.append(0.0)
+        elif item[0] == ")" and len(sizes) > 1:
+            last = sizes.pop() + 1
+            sizes[-1] += last
+        else:
+            last = float(len(item[0]))
+            sizes[-1] += last
+    return sum(sizes)
 
 
 # Ways to decline that are in public use, in the manner of AdvBench's list (Zou et al. 2023); all in normal form.

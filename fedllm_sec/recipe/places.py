@@ -26,6 +26,13 @@ def home(path: str) -> str:
     return made
 
 
+def named(path: str) -> str:
+    """The path; an error where it is empty, which would be the working directory."""
+    if not path.strip():
+        raise ValueError("is empty. Give a path or a name, or leave the key out")
+    return path
+
+
 def printable(path: str) -> str:
     """The path; an error where it holds control characters, or none that a file system can keep."""
     if not path.isprintable():

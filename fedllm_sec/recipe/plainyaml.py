@@ -18,7 +18,21 @@ _NAMED = re.compile(r"(alias|anchor|tag|tag handle)\b.*", re.DOTALL)  # PyYAML q
 
 
 class _Loader(yaml.SafeLoader):
-    """1e-4 is a number, 010 is ten, `no`, 1:30 and 2020-01-02 are words, a key given twice is an error, << merges."""
+    """1e-4 is a number, 010 is ten, `no`, 1:30 and 2020-01-02 are words, a key given twice is an error, << merges.
+
+    Blocks that are nested too deeply end the reading where that is seen: PyYAML's time grows with the depth's square.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST + 2:  # the last two are a key's or an item's own value
+            raise RecursionError
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
 _NUMBERS_AND_DATES = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp")}

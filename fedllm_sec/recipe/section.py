@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from fedllm_sec.recipe.numbers import FINITE, as_written, refuse_truth_values
-from fedllm_sec.recipe.places import home, own_folder, printable
+from fedllm_sec.recipe.places import home, named, own_folder, printable
 
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-Place = Annotated[str, AfterValidator(home)]  # a path from the working directory, in which ~ is the home folder
-Folder = Annotated[Place, Field(min_length=1), AfterValidator(printable), AfterValidator(own_folder)]
+Place = Annotated[
+    str, AfterValidator(named), AfterValidator(home)
+]  # a path from the working directory, in which ~ is the home folder
+Folder = Annotated[Place, AfterValidator(printable), AfterValidator(own_folder)]
 MOST_CLASSES = 100_000  # of images: a model has an output for each
 Count = Annotated[int, Field(ge=1, le=10**9)]  # of rows or steps
 Schedule = Literal["constant", "linear", "cosine"]  # of a learning rate, down to a tenth

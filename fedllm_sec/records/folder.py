@@ -60,7 +60,8 @@ class RunFolder:
         elif self.history.exists() or self.checkpoint.exists():
             raise ResumeError(f"{self.path}: has a history but no recipe.yaml. {RESTORE}")
         if not self.checkpoint.exists():
-            if self.history.exists() and self.history.read_bytes().count(b"\n") > 1:
+            lines = self.history.read_bytes().count(b"\n") if self.history.exists() else 0
+            if lines > 1 or (lines and (self.path / inventory.SUMMARY).exists()):  # one: killed before its checkpoint
                 raise ResumeError(
                     f"{self.path}: history.jsonl has rounds but checkpoint.safetensors is gone. {RESTORE}"
                 )

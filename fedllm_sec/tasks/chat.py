@@ -189,8 +189,9 @@ class Chat:
                     "trained would not be the one that is asked for. Give another template."
                 )
             # a token would reach over the border: what is asked stays as it is
-            rest = self._ids(whole[len(before) :])
-            start, border, end = len(asked), len(asked), len(asked) + _until(rest, self.end)
+            rest = self._ids(whole[len(before) :]) + made.ids[len(ids) :]
+            behind = len(made.ids) - end  # tokens that the template writes behind the mark that ends the answer
+            start, border, end = len(asked), len(asked), len(asked) + len(rest) - behind
             made = Scored(asked + rest, made.spans)
         split = [(start, border), (border, end)] if start < border < end else [(start, end)]
         return Scored(made.ids, [*sorted([*earlier, *made.spans[:-1]]), *split])
@@ -301,11 +302,6 @@ def _plain(text: str) -> str:
 def _parted(runs: Sequence[Span], border: int) -> tuple[list[Span], list[Span]]:
     """The runs that end at a border or before it, and the others."""
     return [run for run in runs if run[1] <= border], [run for run in runs if run[1] > border]
-
-
-def _until(ids: Sequence[int], mark: int) -> int:
-    """How many tokens there are up to the first such mark, itself included; all where there is none."""
-    return next((k for k, token in enumerate(ids, 1) if token == mark), len(ids))
 
 
 def _alike(ids: Sequence[Any], others: Sequence[Any]) -> int:

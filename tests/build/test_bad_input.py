@@ -14,6 +14,7 @@ import pytest
 from fedllm_sec.build import text as build_text
 from fedllm_sec.build.federation import build, run
 from fedllm_sec.build.names import checked
+from fedllm_sec.build.threat import attack_problems
 from fedllm_sec.errors import AttackError, FedError, IdleAttack, RecipeError
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.rounds.compute import Machine
@@ -112,6 +113,7 @@ def own_rows(small: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         ({"attack": {"update": [{"name": "alie"}]}}, "attack.knowledge: 'own': .*needs 'cohort'. Grant it"),
         ({"attack": {"data": [{"name": "pixel_trigger", "target": 1}]}}, "kind 'data_image' and cannot stand here"),
         ({"attack": {"update": [{"name": "byzantine_flip", "scale": -1.0}]}}, "scale: -1.0: must be a positive number"),
+        ({"attack": {"local": [{"name": "pgd"}]}}, r"attack\.local\.0: pgd: an attacker takes part in round 1"),
     ],
 )  # fmt: skip
 def test_a_bad_recipe_on_text_is_refused_before_training(own_rows: dict[str, Any], change: dict[str, Any], words: str):
@@ -149,6 +151,15 @@ def test_a_file_that_cannot_be_read_is_named(own_rows: dict[str, Any], tmp_path:
 )
 def test_what_an_attack_cannot_do_is_a_mistake_of_the_recipe(own_rows: dict[str, Any], change: dict[str, Any]):
     assert isinstance(refusal(recipes.merge(own_rows, change)), RecipeError)
+
+
+def test_pgd_without_a_radius_may_start_where_a_step_was_seen(own_rows: dict[str, Any]):
+    relative = recipes.merge(own_rows, {"attack": {"local": [{"name": "pgd"}]}, "rounds": 4})
+    for change in ({"start": 2}, {"local": [{"name": "pgd", "radius": 0.1}]}):
+        assert attack_problems(checked(recipes.merge(relative, {"attack": change}))) == []
+    one = recipes.merge(relative, {"attack": {"malicious": {"count": 1}}, "clients": {"total": 10, "per_round": 1}})
+    found = ["round 1" in str(attack_problems(checked(one | {"rounds": 90, "seed": seed}))) for seed in range(40)]
+    assert 1 <= sum(found) <= 10  # the attacker is drawn for round 1 by one seed of ten
 
 
 def test_a_trigger_that_the_tokenizer_drops_is_an_error(own_rows: dict[str, Any], monkeypatch):

@@ -14,6 +14,8 @@ from fedllm_sec.build.explain import bill, defense, differences, explain, size
 from fedllm_sec.build.federation import build, run
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import Plan, planned
+from fedllm_sec.build.seen import first_row
+from fedllm_sec.data.text import as_dataset
 from fedllm_sec.models.lora import add_adapter, load_base
 from fedllm_sec.recipe.language_model import Lora, Model
 from fedllm_sec.rounds.compute import Machine
@@ -180,6 +182,26 @@ def test_explaining_trains_nothing_and_writes_nothing(tmp_path: Path, monkeypatc
     told = capsys.readouterr()
     assert "Expected cost" in told.out
     assert told.err.startswith("error: the run would not begin: data.name: none.npz: no such file in ")
+
+
+def test_the_first_row_is_shown_as_it_is_trained_on(small: dict[str, Any], tmp_path: Path):
+    rows = [{"text": "word " * 40, "response": "yes " * 40}, {"text": "word " * 40, "response": "yes"}]
+    data = {"template": "{text} ->", "max_length": 16}
+    train = as_dataset({role: [row.get(role, "") for row in rows] for role in ("text", "context", "response", "label")})
+
+    def shown(**more: Any) -> list[str]:
+        return first_row(checked({**small, "data": {**data, **more}, "enable_attack": False}), train)
+
+    head, row = shown()  # the answer of the first is too long by itself
+    assert head.startswith("row 2, the first that is not dropped, 1")
+    assert "(data.too_long: cut_prompt); the " in head
+    assert len(row) < 100
+    assert row.endswith("->« yes</s>»")
+    assert shown(too_long="drop") == [
+        "the first row cannot be written: data: none of 2 rows fits into data.max_length=16 tokens; the shortest has "
+        f"{head.partition(' of ')[2].split(' ')[0]}. Raise data.max_length."
+    ]
+    assert shown(max_length=256)[0].startswith("the first row, ")
 
 
 def test_differences_name_the_key_and_the_new_value():

@@ -94,6 +94,8 @@ def test_a_column_of_another_name_and_labels_may_be_named(tmp_path):
         ([ASKED, SAID | {"tool_calls": [{"function": {"name": "f"}}]}], "turn 2 has tool_calls, which is not trained"),
         ([ASKED, SAID | {"reasoning_content": "Hm."}], "turn 2 has reasoning_content, which is not trained"),
         ([ASKED, SAID | {"weight": 0}, MORE, RASP], "turn 2 has weight, which is not trained on. Leave weights out"),
+        ([ASKED, {"role": "assistant", "content": "\u3164\u034f\u2800\ufe0f\0"}], "turn 2, the assistant's, is empty"),
+        ([ASKED, SAID | {"function_call": {"name": None, "arguments": "{1}"}}], "turn 2 has function_call"),
         ([], "no list of turns"),
         ("hello", "no list of turns"),
         ("[hello", "no list of turns"),
@@ -112,6 +114,40 @@ def test_what_says_nothing_beside_the_turns_is_passed_over(tmp_path):
     assert (made["text"], made["response"]) == (["Name a tool."], ["A plane."])
     capital = [{"role": "User", "content": "a"}, {"role": "Assistant", "content": "b"}]
     assert rows_of(tmp_path, [{"messages": capital}])["response"] == ["b"]
+
+
+def test_what_parquet_fills_up_and_lists_written_as_text_say_nothing_either(tmp_path):
+    said = SAID | {"function_call": {"name": None, "arguments": None}, "tool_calls": "[]", "weight": float("nan")}
+    rows = [{"messages": [ASKED | {"tool_calls": [{"id": None, "function": {"name": None}}]}, said], "tools": "[]"}]
+    assert rows_of(tmp_path, rows)["response"] == ["A plane."]
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, SAID]},
+        {"instruction": "a", "output": "b"},
+        {"prompt": "a", "completion": "b"},
+    ],
+)
+def test_descriptions_of_tools_are_refused_beside_every_format(tmp_path, row, name):
+    assert len(rows_of(tmp_path, [row, row | {name: []}])["text"]) == 2
+    with pytest.raises(DataError, match=rf'row 2: column "{name}" describes tools'):
+        rows_of(tmp_path, [row, row | {name: [{"name": "f", "description": "adds"}]}])
+    named = row | {"text": "c", "response": "d", name: "hammer"}
+    assert rows_of(tmp_path, [named])["text"] == ["c"]  # a table of named columns may have one of that name
+
+
+def test_a_blank_system_prompt_is_none(tmp_path):
+    blank = {"role": "system", "content": " "}
+    rows = [{"messages": [blank, ASKED, SAID], "system": "Be brief."}]
+    assert rows_of(tmp_path, rows)["system"] == ["Be brief."]
+    asked = [{"role": "user", "content": word} for word in ("a", "b")]
+    rows_of(tmp_path, [{"messages": [blank, one, SAID]} for one in asked])
+    data = Data(name=str(tmp_path / "rows.jsonl"), template="chat", system="Be kind.", test_share=0.5)
+    train, test = load_rows(data, seed=0)
+    assert train["system"][:] == test["system"][:] == ["Be kind."]
 
 
 def test_an_empty_first_row_does_not_hide_the_format(tmp_path):

@@ -7,7 +7,6 @@ import csv
 import datetime
 import io
 import json
-import unicodedata
 import warnings
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fedllm_sec.data.files import read_file
+from fedllm_sec.data.formats import is_blank
 from fedllm_sec.data.tables import as_text, of_arrow, of_dataset
 from fedllm_sec.data.text import canonical
 from fedllm_sec.errors import DataError
@@ -147,7 +147,7 @@ def check(path: Path, rows: list[tuple[Any, Any]]) -> None:
     expected = [(written(text), written(answer)) for text, answer in rows]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if any(all(c.isspace() or unicodedata.category(c) == "Cf" for c in part) for row in expected for part in row):
+        if any(is_blank(part) for row in expected for part in row):
             with pytest.raises(DataError, match=r"empty (text|response)"):
                 canonical(read_file(path), Columns())
             return

@@ -94,6 +94,12 @@ def test_a_local_classifier_judges_and_draws_no_random_numbers(classifier: Path)
     ("name", "settings", "words"),
     [
         ("regex", {"pattern": "(yes"}, r"regex\.pattern: '\(yes'"),
+        ("regex", {"pattern": r"\h+"}, r"bad escape \\h.*Write a pattern of Python's re"),
+        ("regex", {"pattern": "(?:ab|c){1000000}"}, "it has 7,000,007 characters, more than 50,000"),
+        ("regex", {"pattern": "(?:" * 16 + "a?" + "){2}" * 16}, "to compile it takes too long"),
+        ("regex", {"pattern": "a{" + "9" * 5000 + "}"}, "to compile it takes too long"),
+        ("regex", {"pattern": "[" * 50_000}, "unterminated character set"),
+        ("regex", {"pattern": "x" * 50_001}, "more than 50,000"),
         ("classifier", {"folder": "/nowhere", "label": "x"}, "holds no config.json"),
         ("classifier", {"folder": "/", "label": "x", "threshold": 1.5}, "must lie between 0 and 1"),
         ("classifier", {"folder": "/", "label": "x", "read": "all"}, "must be answer, or prompt"),

@@ -145,6 +145,13 @@ def test_an_output_folder_does_not_command_the_terminal(folder: str):
     assert "must not hold control characters" in problems({**GOOD, "output": {"folder": folder}})
 
 
+@pytest.mark.parametrize("place", ["data.name", "model.name", "model.start", "output.folder"])
+def test_an_empty_place_is_none(place: str):
+    section, key = place.split(".")
+    given = {**GOOD, section: {**GOOD.get(section, {}), key: " "}}
+    assert f"{place}: ' ': is empty. Give a path or a name, or leave the key out" in problems(given)
+
+
 @pytest.mark.parametrize("folder", ["", None, [], 3])
 def test_an_output_folder_is_a_text(folder: Any):
     assert "output.folder" in problems({**GOOD, "output": {"folder": folder}})

@@ -45,6 +45,15 @@ def test_what_cannot_be_a_recipe_is_refused_in_a_line(text: str, words: str):
     assert len(str(refused.value)) < 400
 
 
+def test_fifty_blocks_inside_each_other_are_read_and_no_deeper_text_is_looked_at():
+    deep = parse("[" * 50 + "1" + "]" * 50, "here")
+    for _ in range(50):
+        (deep,) = deep
+    assert deep == 1
+    with pytest.raises(RecipeError, match="nested too deeply"):  # and not that "@" is no YAML
+        parse("- " * 60 + "@", "here")
+
+
 def test_an_alias_bomb_is_refused_before_it_goes_off():
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]

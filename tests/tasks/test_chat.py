@@ -223,6 +223,9 @@ def test_where_a_token_would_reach_over_the_border_the_prompt_stays_as_it_is_ask
         assert made.prompts[0][-1] == tokenizer.convert_tokens_to_ids("Ċ")
         assert made.answers[0][0] == tokenizer.convert_tokens_to_ids("A")
         assert tokenizer.convert_tokens_to_ids("<|im_end|>") in made.answers[0]
+        holding = writer_of(tokenizer, Data(template="chat")).tokens([ONE | {"response": "A <|im_end|>cat."}])
+        said = "".join(tokenizer.convert_ids_to_tokens(holding.answers[0]))
+        assert said.removesuffix("Ċ") == "AĠ<|im_end|>cat.<|im_end|>"  # not cut where the answer holds the mark
 
 
 @pytest.mark.parametrize(

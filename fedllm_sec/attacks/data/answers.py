@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MOST_LABELS = 100  # a label column with more distinct values does not hold classes
+LISTED = 60  # characters of a label that a message lists
 SHOWN = 20  # of them are listed in an error
 SEVERAL = 3  # rows that have an answer before it counts as one that goes with a class
 MOSTLY = 0.95  # share of the labelled rows that must keep to a rule before answers are read by it
@@ -146,8 +147,11 @@ def need_label(target: str, classes: Classes, place: str) -> None:
     if not classes.labelled or classes.named == "nothing" or classes.find(target) is not None:
         return
     own = [text for found in classes.answers.values() for text in found.values() if normal(text) not in classes.labels]
-    hint = did_you_mean(target.strip(), [*classes.labels.values(), *own])
-    listed = ", ".join([*sorted(classes.labels.values())[:SHOWN], *["..."][: len(classes.labels) - SHOWN]])
+    near = did_you_mean(target.strip(), [*classes.labels.values(), *own])
+    hint = "" if near.startswith(" Known") else near  # they are listed anyway
+    listed = ", ".join(
+        [*(name[:LISTED] for name in sorted(classes.labels.values())[:SHOWN]), *["..."][: len(classes.labels) - SHOWN]]
+    )
     also = f" The answers that go with them may be given too: {', '.join(sorted(own)[:5])}." if own else ""
     raise AttackError(f"{place}: {target!r} is not a label of the data.{hint} The labels are: {listed}.{also}")
 
