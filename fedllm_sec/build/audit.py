@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.errors import FedError, RecipeError, quietly
-from fedllm_sec.records import observed
+from fedllm_sec.records import inventory, observed
 from fedllm_sec.records.folder import read_recipe
 
 EPILOG = """\
@@ -43,7 +43,7 @@ def _attacked(folder: Path, again: bool) -> dict[str, Any]:
 
     from fedllm_sec.build.federation import assemble
     from fedllm_sec.build.names import checked, outside
-    from fedllm_sec.build.observing import audited
+    from fedllm_sec.build.observing import audited, leakage
     from fedllm_sec.build.plan import planned
     from fedllm_sec.rounds.compute import Machine
 
@@ -64,6 +64,7 @@ def _attacked(folder: Path, again: bool) -> dict[str, Any]:
     federation = assemble(planned(recipe), Machine(Accelerator(), recipe.compute.placement))
     made = audited(recipe, federation, folder, print, again)
     assert made is not None
+    inventory.renewed(folder, observed.FOUND, **leakage(made))
     return made
 
 

@@ -55,6 +55,20 @@ def need_batches(
     )
 
 
+def need_whole_batches(machine: Machine) -> None:
+    """Raise where this machine does not give one process the gradient of each row of a batch as it is."""
+    if machine.placement == "data" and machine.world > 1:
+        raise RecipeError(
+            f"compute.placement: data: a batch lies in {machine.world} processes, and dp_sgd clips each row's "
+            "gradient in one. Set compute.placement: clients, or drop dp_sgd."
+        )
+    if machine.accelerator.scaler is not None:
+        raise RecipeError(
+            "compute: losses are scaled in fp16 (accelerate's mixed_precision), and dp_sgd clips gradients as they "
+            "are. Use bf16 or no mixed precision, or drop dp_sgd."
+        )
+
+
 def need_evaluation(task: Classify, evaluation: ArrayEvaluation, name: str) -> None:
     """Raise where layers that normalise by the rows at hand would see a single one, which the model cannot take."""
     if task.kept != "batch":

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build.arrays import array_parts, save_model
-from fedllm_sec.build.batches import need_batches
+from fedllm_sec.build.batches import need_batches, need_whole_batches
 from fedllm_sec.build.begin import begin
 from fedllm_sec.build.card import save_language_model
 from fedllm_sec.build.characters import character_parts
@@ -24,6 +24,7 @@ from fedllm_sec.build.rehearsal import scaled_down
 from fedllm_sec.build.smoothing import smoothing
 from fedllm_sec.build.text import text_parts
 from fedllm_sec.build.transfer import distillation
+from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import Client
 from fedllm_sec.recipe.places import TEXT_TASKS
@@ -82,6 +83,9 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     for guard in methods.guards:
         if hasattr(guard, "prepare"):  # one that cannot act on this model or these steps says so
             guard.prepare(parts.task, steps)
+        if isinstance(guard, DpSgd):
+            need_whole_batches(machine)
+            guard.plan(sizes, algorithm.prepare(plan.training, sizes), recipe.rounds)
     return Federation(
         task=parts.task,
         clients=[Client(id, shard) for id, shard in parts.shards.items()],

@@ -45,7 +45,11 @@ DATA_ATTACKS: dict[str, tuple[str, ...]] = {
 PRIVACY: dict[str, tuple[str, ...]] = {"classify": ("images", "labels"), "causal_lm": ("membership", "canary")}
 
 # task of the recipe -> kinds of client-side defenses that can act in it, where it is not only "client"
-CLIENT_DEFENSES: dict[str, tuple[str, ...]] = {"classify": ("client", "client_image")}
+CLIENT_DEFENSES: dict[str, tuple[str, ...]] = {
+    "classify": ("client", "client_rows", "client_image"),
+    "classify_text": ("client", "client_rows"),
+    "causal_lm": ("client", "client_rows"),
+}
 
 
 def checked(raw: Any, allow_code: bool = True) -> Recipe:

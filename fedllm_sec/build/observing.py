@@ -29,7 +29,7 @@ from fedllm_sec.protocols import Client, Labelled
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records import observed
 from fedllm_sec.records.history import RoundRecord, read_history
-from fedllm_sec.rounds.client import endless
+from fedllm_sec.rounds.client import batches_of, private_of
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.rounds.federation import Federation
 from fedllm_sec.rounds.observing import NOBODY, Observer
@@ -223,5 +223,7 @@ def truth(federation: Federation, client: Client, seen: Observation, r: int) -> 
     batch = seen.training.batch_size if seen.training is not None else None
     rng = generator_for(federation.seed, federation.before + r, client.id, "batches")
     steps = 1 if (seen.rows or 0) >= size else seen.steps
-    drawn = islice(endless(task, client.shard, batch or max(1, size), rng), steps)
+    attacks = federation.threat is not None and client.id in federation.threat.attackers(r)
+    own = private_of(() if attacks else federation.guards)
+    drawn = islice(batches_of(task, client.shard, batch, rng, own), steps)
     return [int(row) for rows in drawn for row in rows]

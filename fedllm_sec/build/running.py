@@ -83,6 +83,7 @@ def _run_held(
     from fedllm_sec.build.observing import audited, leakage
     from fedllm_sec.build.start import entry, refuse_another, start_of
     from fedllm_sec.build.triggers import NAME, shown
+    from fedllm_sec.records.observed import FOUND
     from fedllm_sec.rounds.federation import Federation
 
     recipe, on_terminal = plan.recipe, say is None
@@ -166,7 +167,7 @@ def _run_held(
         stop = attack.stop if attack is not None else None
         begun_by = str(folder.environment().get("command", command))
         found = summary(folder.path, begun_by, attacked=attack is not None, stop=stop)
-        leaked = leakage(audited(recipe, federation, folder.path, tell))
+        leaked = leakage(audited(recipe, federation, folder.path, tell, again=FOUND in damage))
         from_where = {"start": begun_from} if begun_from is not None else {}
         folder.close({**found, **federation.facts, **from_where, "harness": public, **leaked}, recipe.rounds)
     machine.accelerator.wait_for_everyone()

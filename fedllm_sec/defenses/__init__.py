@@ -2,12 +2,12 @@
 
 A name's kind says where it stands in a recipe: `before` (rows to rows), `rule` (rows to one update) or `after` (the new
 global vector to the one that is kept). `CLIENT_MENU` lists what clients run on themselves, `client` for
-any task and `client_image` for classifiers of images.
+any task, `client_rows` where each row has a loss of its own, `client_image` for classifiers of images.
 
 Methods: before, columns, krum, geometric, similarity, cluster, deepsight, filters, spectral, history, prediction,
-residual, trust, after, client_side. Around them: screen (what is checked on a row), pipeline (the stages of a recipe),
-checks and claims (what rules ask of rows), privacy and accountant (epsilon), conformance and subject (the kit behind
-`fedllm_sec.testing`).
+residual, trust, after, client_side, compression, dp_sgd. Around them: screen (what is checked on a row), pipeline (the
+stages of a recipe), checks and claims (what rules ask of rows), privacy and accountant (epsilon), conformance and
+subject (the kit behind `fedllm_sec.testing`).
 """
 
 from fedllm_sec.defenses.after import crfl, weak_dp
@@ -15,7 +15,9 @@ from fedllm_sec.defenses.before import arc, bucketing, nnm, norm_clipping, weak_
 from fedllm_sec.defenses.client_side import Soteria, WhiteBloodCells
 from fedllm_sec.defenses.cluster import flame, freqfed, signguard
 from fedllm_sec.defenses.columns import mean, median, robust_learning_rate, slsgd, trimmed_mean
+from fedllm_sec.defenses.compression import Int8, PruneGradient, SignCompress
 from fedllm_sec.defenses.deepsight import deepsight
+from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.defenses.filters import lasa, mda, meamed
 from fedllm_sec.defenses.geometric import CenteredClipping, geometric_median, rfa
 from fedllm_sec.defenses.history import CrossRound, ThreeSigma
@@ -69,5 +71,9 @@ MENU: dict[str, Entry] = {
 CLIENT_MENU: dict[str, Entry] = {
     "wbc": Entry(WhiteBloodCells, "Sun et al. 2021 (FL-WBC)", "client"),
     "soteria": Entry(Soteria, "Sun et al. 2021", "client_image"),
+    "dp_sgd": Entry(DpSgd, "Abadi et al. 2016", "client_rows"),
+    "prune_gradient": Entry(PruneGradient, "Zhu et al. 2019", "client"),
+    "sign_compress": Entry(SignCompress, "Bernstein et al. 2018", "client"),
+    "int8": Entry(Int8, "Dettmers et al. 2022", "client"),
 }
 # fmt: on

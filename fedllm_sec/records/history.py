@@ -53,8 +53,9 @@ class RoundRecord:
     # and cosine rank of the malicious rows among the honest ones, each 0..1.
     robustness: float | None = None
     stealth: dict[str, float | None] | None = None
-    # epsilon and delta spent so far and whom that protects, or because: why there is none
-    privacy: dict[str, float | str | None] | None = None
+    # epsilon and delta spent so far and whom that protects, or because: why there is none; `rows`: the same of clients
+    # that train by dp_sgd, epsilon by client id
+    privacy: dict[str, Any] | None = None
     buffers_refused: dict[str, str] = field(default_factory=dict)  # id -> reason: the server's own took their place
     # The rest is not reproducible and goes to timings.jsonl. `memory_mb`: MiB that the "defense" took at its peak, and
     # the peak of the whole "process" up to then.

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.records.files import as_json, sha256
+from fedllm_sec.records.files import as_json, sha256, write_atomic
 
 FILES = (
     *("recipe.yaml", "environment.json", "history.jsonl", "timings.jsonl", "checkpoint.safetensors"),
-    *("answers.jsonl", "harness.json", "trigger.json"),
+    *("answers.jsonl", "harness.json", "trigger.json", "privacy.json"),
 )
+OBSERVED = "observed"  # folder of what an observer kept
 MODEL = re.compile(r"(adapter|model)(-round-\d+)?")  # folders of the final model, and of rounds that were kept
 SUMMARY = "summary.json"
 PRETRAIN = "pretrain"  # beside runs: the folder of the attack-free rounds that they start after
@@ -24,6 +25,8 @@ def made(folder: Path) -> dict[str, dict[str, Any]]:
     """{file: {"bytes", "sha256"}} of all that the run wrote, but for summary.json and the report."""
     paths = [folder / name for name in FILES if (folder / name).is_file()]
     for kept in sorted(folder.iterdir()):
+        if kept.name == OBSERVED and kept.is_dir():
+            paths += sorted(path for path in kept.glob("*.safetensors") if path.is_file())
         if MODEL.fullmatch(kept.name) and kept.is_dir():
             paths += sorted(path for path in kept.rglob("*") if path.is_file() and not path.name.startswith("."))
     return {
@@ -34,6 +37,14 @@ def made(folder: Path) -> dict[str, dict[str, Any]]:
 def sealed(summary: Mapping[str, Any]) -> bytes:
     """summary.json with the SHA-256 of its own content in it."""
     return as_json({**summary, "sha256": hashlib.sha256(as_json(summary)).hexdigest()})
+
+
+def renewed(folder: Path, name: str, **changes: Any) -> None:
+    """Have summary.json say this, and of a file what it is now: it was made anew, on purpose. None there: nothing."""
+    if isinstance(found := read_summary(folder), dict):
+        path = folder / name
+        entry = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        write_atomic(folder / SUMMARY, sealed({**found, **changes, "made": {**found["made"], name: entry}}))
 
 
 def read_summary(folder: Path) -> dict[str, Any] | str:
@@ -80,4 +91,4 @@ def made_again(round: int) -> tuple[str, ...]:
     Where these were found to agree, recipe.yaml can only be written otherwise, and history.jsonl only be too long.
     """
     models = (f"{kind}{kept}/" for kind in ("adapter", "model") for kept in ("", f"-round-{round}"))
-    return (SUMMARY, "recipe.yaml", "history.jsonl", "harness.json", "trigger.json", *models)
+    return (SUMMARY, "recipe.yaml", "history.jsonl", "harness.json", "trigger.json", "privacy.json", *models)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedllm_sec.report.measures import Measure, plain, share
 from fedllm_sec.report.runs import Run, methods
 
@@ -18,6 +20,14 @@ def epsilon(run: Run) -> Measure | None:
     return Measure(float(value), round=run.records[-1].round) if value is not None else None
 
 
+def _of_rows(rows: dict[str, Any]) -> str:
+    """What dp_sgd has spent on a row, of the client that has spent most."""
+    if not rows.get("epsilon"):
+        return f"no epsilon of clients' rows (dp_sgd): {rows.get('because') or 'no client trained by it'}"
+    most = max(rows["epsilon"].values())
+    return f"dp_sgd: epsilon {plain(most)} at delta {rows.get('delta')}, the most of any client: {rows.get('protects')}"
+
+
 def guarantees(run: Run) -> list[str]:
     """Sentences without their full stop; none where nothing of the kind was asked for."""
     found, privacy = [], run.records[-1].privacy or {}
@@ -26,6 +36,8 @@ def guarantees(run: Run) -> list[str]:
         found.append(f"epsilon {plain(spent.value)} at delta {privacy.get('delta')}: {EPSILON}")
     elif asked and privacy.get("because"):
         found.append(f"no epsilon: {privacy['because']}")
+    if (rows := privacy.get("rows")) is not None:
+        found.append(_of_rows(rows))
     last = next((r.quality for r in reversed(run.records) if r.quality is not None), None) or {}
     rates = [f"{share(rate['value'])} at {radius}" for radius, rate in (last.get("certified") or {}).items() if rate]
     if rates:

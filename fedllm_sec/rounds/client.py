@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.matrix.shown import copied
 from fedllm_sec.protocols import Client, LocalContext, LocalResult, LocalRule, LocalTraining, Task
 from fedllm_sec.seeds import generator_for, seed_for
@@ -40,6 +42,17 @@ def endless(task: Task, shard: Any, size: int, rng: torch.Generator) -> Iterator
     """Epoch after epoch."""
     while True:
         yield from task.batches(shard, size, rng)
+
+
+def private_of(rules: Sequence[LocalRule]) -> DpSgd | None:
+    """The first of the rules that draws its own batches."""
+    return next((rule for rule in rules if isinstance(rule, DpSgd)), None)
+
+
+def batches_of(task: Task, shard: Any, batch: int | None, rng: torch.Generator, own: DpSgd | None) -> Iterator[Any]:
+    """Row numbers of step after step, as a rule draws them or epoch after epoch."""
+    size = task.size(shard)
+    return own.batches(size, batch, rng) if own is not None else endless(task, shard, batch or max(1, size), rng)
 
 
 def train_locally(
@@ -84,11 +97,13 @@ def train_locally(
     task.model.train()
     torch.manual_seed(seed_for(seed, before + round, client.id, "dropout"))  # dropout knows no generator of its own
     losses, weights = [], []
-    batches = endless(task, client.shard, training.batch_size or max(1, size), rng)
+    own = private_of(rules)
+    batches = batches_of(task, client.shard, training.batch_size, rng, own)
     for step in range(steps):
         parameters.grad.zero_()  # type: ignore[union-attr]
         rows = next(batches)
-        losses.append(stepper.backward(task, client.shard, rows))
+        backward = stepper.backward if own is None else functools.partial(own.backward, machine=stepper)
+        losses.append(backward(task, client.shard, rows))
         weights.append(task.weight(client.shard, rows))
         stepper.unscale(optimizer)
         for rule in rules:
@@ -103,7 +118,7 @@ def train_locally(
     task.model.eval()
     delta = parameters.detach() - start
     mean_loss = float("nan")
-    if losses:
+    if any(weights):
         found = torch.stack(losses).double().cpu()
         mean_loss = float(found @ torch.tensor(weights, dtype=torch.float64)) / sum(weights)
     return LocalResult(client.id, delta, float(size), steps, mean_loss, beside.read() if beside is not None else None)

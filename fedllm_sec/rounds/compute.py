@@ -102,6 +102,11 @@ class Machine:
             torch.distributed.all_reduce(loss_sum)
         return loss_sum
 
+    @property
+    def micro(self) -> int:
+        """Passes that a batch is cut into."""
+        return int(self.accelerator.gradient_accumulation_steps)
+
     def fewest(self, rows: int) -> int:
         """The fewest rows that `backward` gives the model at once where a mean is over so many."""
         own = rows // self.world if self.placement == "data" and self.world > 1 else rows

@@ -24,7 +24,7 @@ from fedllm_sec.protocols import (
     tensors_of,
 )
 from fedllm_sec.records.history import RoundRecord
-from fedllm_sec.rounds.client import make_optimizer, train_locally
+from fedllm_sec.rounds.client import make_optimizer, private_of, train_locally
 from fedllm_sec.rounds.clock import Clock
 from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
@@ -75,12 +75,14 @@ class Federation:
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on; tensors, numbers and dicts of them."""
         parts = {"defense": self.defense, "server": self.algorithm.server, "threat": self.threat}
+        own = {str(i): guard.state_dict() for i, guard in enumerate(self.guards) if hasattr(guard, "state_dict")}
         return {
             "round": self.round,
             "vector": self.vector,
             **({"buffers": self.buffers} if self.buffers is not None else {}),
             "last_update": self.last_update,
             "memory": {c.id: c.memory for c in self.trained() if c.memory},
+            **({"guards": own} if own else {}),
             **{name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")},
         }
 
@@ -95,6 +97,9 @@ class Federation:
         for name, part in parts.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(state[name])
+        for i, guard in enumerate(self.guards):
+            if hasattr(guard, "load_state_dict"):
+                guard.load_state_dict(state["guards"][str(i)])
 
     def begin_after(self, state: Mapping[str, Any]) -> None:
         """Take up the model, the FL method and the clients' memory of a clean run; attack and defense begin afresh.
@@ -182,6 +187,11 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     root = train(federation.root, ()) if federation.root is not None else None
     seconds["train"] = clock.lap()
 
+    private = private_of(federation.guards)
+    for client in cohort if private is not None else ():
+        if threat is None or client.id not in threat.attackers(r):
+            private.trained(client.id, task.size(client.shard), federation.training)  # type: ignore[union-attr]
+
     # rank 0 decides; what is decided goes to every rank below
     trained: list[Trained] = []
     if algorithm.remember is not None:
@@ -193,10 +203,13 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         decided = decide(federation, cohort, *collected, root, r, rounds, clock, seconds)
         sent = "the FL method sends clients a second vector, made of rows without noise"
         spent = federation.defense.privacy(sent=sent if control is not None else None)
-        if federation.before and spent["epsilon"] is not None:
-            because = f"the {federation.before} rounds of pretrain were made of the clients' rows without noise"
-            spent |= {"epsilon": None, "because": because}
-        decided.record["privacy"] = spent if spent["epsilon"] is None else {**spent, "protects": NOBODY_PROTECTED}
+        rows = {"rows": private.told(federation.guards)} if private is not None else {}
+        for one in [spent, *rows.values()]:
+            if federation.before and one["epsilon"] is not None:
+                because = f"the {federation.before} rounds of pretrain were made of the clients' rows without noise"
+                one |= {"epsilon": None, "because": because}
+        protected = {"protects": NOBODY_PROTECTED} if spent["epsilon"] is not None else {}
+        decided.record["privacy"] = {**spent, **protected, **rows}
     vector = machine.share(decided.vector)
     if not bool(vector.isfinite().all()):
         raise DivergedError(

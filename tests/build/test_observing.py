@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from fedllm_sec.build.observing import audited
 from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.records import observed
+from fedllm_sec.records.verify import look
 from fedllm_sec.train import main as train
 from tests.conftest import SMALL
 
@@ -110,6 +112,31 @@ def test_an_audit_is_made_again_from_what_was_kept_and_a_damaged_file_is_a_reaso
     changed = [b["reason"] for a, b in zip(old, new, strict=True) if a["reason"] != b["reason"]]
     assert len(changed) == 1
     assert "cannot be read" in changed[0]
+
+
+def test_verify_looks_at_what_was_kept_and_learnt_and_an_audit_made_again_is_no_damage(watched: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(watched, folder)
+    raw = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump({**raw, "output": {**raw["output"], "folder": str(folder)}}))
+    fedllm_sec.audit(folder, again=True)  # tests before this one have changed what lies there
+    assert look(folder).wrong == {}
+    learnt, kept = folder / "privacy.json", sorted((folder / "observed").iterdir())[0]
+    learnt.write_text(learnt.read_text().replace("reveal_labels", "reveal_nothing"))
+    found = look(folder)
+    assert found.wrong.keys() == {"privacy.json"}
+    assert "privacy.json".startswith(found.again)
+    assert train([str(tmp_path / "again.yaml")]) == 0
+    assert look(folder).wrong == {}
+    assert "reveal_nothing" not in learnt.read_text()
+    fedllm_sec.audit(folder, again=True)
+    assert look(folder).wrong == {}
+    kept.unlink()
+    assert look(folder).wrong == {f"observed/{kept.name}": "is gone"}
+    fedllm_sec.audit(folder, again=True)  # which cannot bring it back: its scores are n/a, and summary.json says so
+    assert look(folder).wrong == {f"observed/{kept.name}": "is gone"}
+    leaked = json.loads((folder / "summary.json").read_text())["leakage"]
+    assert leaked == [{k: a[k] for k in leaked[0]} for a in json.loads(learnt.read_text())["attacks"]]
 
 
 def test_a_page_of_a_strangers_scores_shows_no_markup_and_no_picture_that_is_none(watched: Path):

@@ -89,7 +89,7 @@ def test_the_servers_own_update_is_trained_without_it():
                 **guarded({"name": "soteria"}, task="next_char", model={"name": "lstm"}),
                 "data": {"name": "LICENSE"},
             },
-            "soteria is of kind 'client_image' and cannot stand here. Fitting: wbc",
+            "soteria is of kind 'client_image' and cannot stand here. Fitting: int8, prune",
         ),
     ],
 )
