@@ -73,6 +73,8 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     if isinstance(parts.task, Classify):
         held = {**parts.shards, **({} if parts.root is None else {"server": parts.root})}
         need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])
+    if methods.defense.enter is not None:
+        methods.defense.enter.scales = getattr(parts.task, "scales", None)
     vector, buffers = begin(recipe, parts.task)
     for guard in methods.guards:
         if hasattr(guard, "prepare"):  # one that cannot act on this model or these steps says so

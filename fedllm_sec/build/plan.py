@@ -14,10 +14,13 @@ from fedllm_sec.build.drawn import drawn_problems, named_clients
 from fedllm_sec.build.judging import evaluation_problems
 from fedllm_sec.build.names import make, outside, told_in_a_line
 from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
+from fedllm_sec.build.space import PAIRED, space_problems, spaced
 from fedllm_sec.build.start import start_problems
 from fedllm_sec.build.threat import attack_problems, attacking, client_ids, make_threat
 from fedllm_sec.build.transfer import transfer_problems
+from fedllm_sec.defenses.layers import LayerByLayer
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.defenses.space import Space
 from fedllm_sec.errors import AttackError, DefenseError, RecipeError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Algorithm, LocalRule, LocalTraining
@@ -68,7 +71,7 @@ class Plan:
 def planned(recipe: Recipe) -> Plan:
     """The plan of a checked recipe, or one RecipeError with all that could not work."""
     problems = algorithm_problems(recipe) + attack_problems(recipe) + evaluation_problems(recipe)
-    problems += start_problems(recipe)
+    problems += start_problems(recipe) + space_problems(recipe)
     if recipe.output.folder:  # a cell of a grid has none before all are known
         problems += filter(None, [folder_problem(recipe.output.folder)])
     defense = threat = None
@@ -108,7 +111,7 @@ def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
         rounds=recipe.rounds,
         seed=recipe.seed,
         root=block is not None and bool(block.root_rows),
-        layout=layout,
+        layout=PAIRED if layout is UNNAMED and spaced(recipe) else layout,
         code=bool(outside(recipe.model_dump(include={"task", "attack", "defense"}))),
     )
 
@@ -134,10 +137,12 @@ def make_defense(recipe: Recipe) -> Pipeline:
     block = recipe.defense if recipe.enable_defense else None
     if block is None:
         return Pipeline(before=[], rule=make({"name": "mean"}, defenses.MENU, "defense.rule"), after=[])
-    return Pipeline(
+    kind = Pipeline if block.scope == "model" else LayerByLayer
+    return kind(
         before=[make(b, defenses.MENU, f"defense.before.{i}") for i, b in enumerate(block.before)],
         rule=make(block.rule, defenses.MENU, "defense.rule"),
         after=[make(b, defenses.MENU, f"defense.after.{i}") for i, b in enumerate(block.after)],
+        enter=None if block.space == "factors" else Space(block.space),
     )
 
 

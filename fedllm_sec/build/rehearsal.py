@@ -16,6 +16,7 @@ import torch
 
 from fedllm_sec import kernels
 from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.space import PAIRED
 from fedllm_sec.defenses.before import bucketing
 from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline
@@ -53,7 +54,7 @@ class Rehearsal:
                 try:
                     act(defense, threat)
                 except (AttackError, DefenseError) as error:
-                    if self.layout is not UNNAMED or not any(word in str(error) for word in NAMES):
+                    if self.layout not in (UNNAMED, PAIRED) or not any(word in str(error) for word in NAMES):
                         found.append(f"{place}: {error}")
                 except Exception as error:  # a method from outside may raise anything
                     if not (self.code or outside_frames(error)):

@@ -9,8 +9,8 @@ from fedllm_sec import kernels
 from fedllm_sec.attacks.update.simple import need_positive
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.factors import lora_pairs
 from fedllm_sec.matrix.updates import new_rows
-from fedllm_sec.models.products import lora_pairs
 from fedllm_sec.protocols import ThreatView
 
 
