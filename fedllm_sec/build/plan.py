@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from fedllm_sec import algorithms, defenses
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.averaging import BY_PRODUCTS, averaging_problems, way_of
 from fedllm_sec.build.drawn import drawn_problems, named_clients
 from fedllm_sec.build.judging import evaluation_problems
 from fedllm_sec.build.names import make, outside, told_in_a_line
@@ -84,6 +85,7 @@ def planned(recipe: Recipe) -> Plan:
         threat = make_threat(recipe)
     except AttackError as error:
         problems.append(f"attack: {error}")
+    problems += averaging_problems(recipe, _if_known(recipe), defense)
     if defense is not None:  # tried even where something else is wrong, so that all is told at once
         tried = make_threat(recipe) if not problems else None
         found = _rehearsal(recipe, UNNAMED).problems(make_defense(recipe), tried)
@@ -92,6 +94,14 @@ def planned(recipe: Recipe) -> Plan:
         raise RecipeError(problems)
     methods = Methods(make_algorithm(recipe), defense, guards, threat)
     return Plan(recipe, tuple(client_ids(recipe)), local_training(recipe), methods)
+
+
+def _if_known(recipe: Recipe) -> Algorithm | KnowledgeTransfer | None:
+    """The FL method, where it can be made; why not is told elsewhere."""
+    try:
+        return make_algorithm(recipe)
+    except RecipeError:
+        return None
 
 
 def _tried_without(recipe: Recipe, id: str) -> list[str]:
@@ -112,6 +122,7 @@ def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
         seed=recipe.seed,
         root=block is not None and bool(block.root_rows),
         layout=PAIRED if layout is UNNAMED and spaced(recipe) else layout,
+        weighs=way if (way := way_of(recipe)) in BY_PRODUCTS else None,
         code=bool(outside(recipe.model_dump(include={"task", "attack", "defense"}))),
     )
 

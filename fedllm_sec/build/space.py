@@ -23,9 +23,9 @@ def space_problems(recipe: Recipe) -> list[str]:
     what = f"space: {block.space}" if block.space != "factors" else f"scope: {block.scope}"
     if recipe.task not in TEXT_TASKS or lora is None:
         return [f"defense.{what}: is for LoRA adapters, and none is trained. Remove it, or set model.lora."]
-    if lora.train != "both":
+    if lora.frozen is not None:
         return [
-            f"defense.{what}: needs both factors of an adapter, and model.lora.train: {lora.train} freezes one: then "
+            f"defense.{what}: needs both factors of an adapter, and {lora.frozen} is frozen here: then "
             "there is no other gauge, and averages of factors are those of products. Remove it."
         ]
     return []
