@@ -53,7 +53,7 @@ def average(
             made[pair.a], made[pair.b] = wide.flatten().to(made), tall.flatten().to(made)
         now = own_factors(pair, made)
         left = minus(mean, now)
-        gains.append(left)
+        gains.append((pair.scale * left[0], left[1]))  # in the layer a product counts s times
         if mode == "svd":
             missed += pair.scale**2 * square(left)
             change += pair.scale**2 * square(minus(mean, own_factors(pair, products.start)))

@@ -55,7 +55,8 @@ def test_exact_and_stack_hold_the_mean_product_to_a_millionth_and_svd_the_best_o
                 torch.testing.assert_close(now, (u[:, :r] * s[:r]) @ v[:r], rtol=1e-5, atol=1e-5)
                 continue
             tall, wide = made.gains[number]
-            assert (now + tall @ wide - wanted).norm() <= 1e-6 * wanted.norm()
+            scale = products.pairs[number].scale
+            assert (now + tall @ wide / scale - wanted).norm() <= 1e-6 * wanted.norm()
             assert made.gap == 0
         head = LAYOUT.slices()["head"]
         assert torch.equal(made.vector[head], vector[head])  # what stands beside the factors is averaged as ever
@@ -78,7 +79,8 @@ def test_no_gauge_of_a_client_changes_the_model_that_exact_or_svd_leaves():
             vector = start + (WEIGHTS[[0, 2, 3]] @ own[[0, 2, 3]]).float()
             made = average(mode, vector, own, WEIGHTS, products)
             gains = made.gains or [(torch.zeros(1, 1).double(),) * 2] * 2
-            models.append([product(made.vector, layer) + (t @ w) for layer, (t, w) in zip("qv", gains, strict=True)])
+            held = zip("qv", gains, products.pairs, strict=True)
+            models.append([product(made.vector, layer) + t @ w / pair.scale for layer, (t, w), pair in held])
         for one, other in zip(*models, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
