@@ -71,7 +71,7 @@ def _means_the_same(key: str, old: Any, new: Any) -> bool:
 def _frozen_elsewhere(recipe: Recipe, theirs: Mapping[str, Any]) -> str | None:
     """Why the frozen part of the adapter is not what this run would draw: a checkpoint holds what was trained alone."""
     lora = recipe.model.lora if recipe.task in TEXT_TASKS else None
-    if lora is None or (lora.train == "both" and lora.init_lora_weights not in DRAWN):
+    if lora is None or (lora.frozen is None and lora.init_lora_weights not in DRAWN):
         return None
     if theirs.get("seed") != recipe.seed:
         return f"a part of its adapter is not trained but drawn by its seed, {in_a_line(theirs.get('seed'))}."

@@ -54,6 +54,11 @@ def _of_run(recipe: Recipe, task: Any, start: Start) -> tuple[Tensor, Tensor | N
     if not isinstance(vector, Tensor) or tuple(vector.shape) != (task.layout.size,) or vector.dtype not in FLOATS:
         said = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise RecipeError(f"{place}its model has {said} trained parameters, this one has ({task.layout.size},).")
+    if state.get("base"):
+        raise RecipeError(
+            f"{place}its rounds changed the base model's weights (model.lora.average), which its vector does not hold. "
+            "Merge its adapter folder into the base model, and give the folder of that as model.name."
+        )
     _refuse_drawn(recipe, task, start)
     found = vector.to(task.device, torch.float32)
     _refuse_infinite(place, "its model", found)

@@ -41,7 +41,9 @@ def save_language_model(
     if model.lora is None:
         save_whole(task.model, tokenizer, folder, card=written_out)
     else:
-        save_adapter(task.model, tokenizer, model, folder, initial=task.layout.split(task.initial), card=written_out)
+        initial, shifted = task.layout.split(task.initial), getattr(task, "shifted", None)
+        beside = {"card": written_out, "shifted": shifted, "scales": task.scales}
+        save_adapter(task.model, tokenizer, model, folder, initial=initial, **beside)
 
 
 def card(

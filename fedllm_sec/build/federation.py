@@ -12,6 +12,7 @@ from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build.arrays import array_parts, save_model
+from fedllm_sec.build.averaging import make_averaging
 from fedllm_sec.build.batches import need_batches, need_whole_batches
 from fedllm_sec.build.begin import begin
 from fedllm_sec.build.card import save_language_model
@@ -79,6 +80,9 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     if isinstance(parts.task, Classify):
         held = {**parts.shards, **({} if parts.root is None else {"server": parts.root})}
         need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])
+    if methods.defense.enter is not None:
+        methods.defense.enter.scales = getattr(parts.task, "scales", None)
+    averaging = make_averaging(recipe, parts.task)
     vector, buffers = begin(recipe, parts.task)
     for guard in methods.guards:
         if hasattr(guard, "prepare"):  # one that cannot act on this model or these steps says so
@@ -94,6 +98,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         algorithm=algorithm,
         defense=methods.defense,
         guards=methods.guards,
+        averaging=averaging,
         threat=threat,
         evaluation=parts.evaluation,
         observer=make_observer(recipe, plan.ids, parts.evaluation, machine),

@@ -10,14 +10,18 @@ from dataclasses import dataclass, replace
 from fedllm_sec import algorithms, defenses
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.averaging import BY_PRODUCTS, averaging_problems, way_of
 from fedllm_sec.build.drawn import drawn_problems, named_clients
 from fedllm_sec.build.judging import evaluation_problems
 from fedllm_sec.build.names import make, outside, told_in_a_line
 from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
+from fedllm_sec.build.space import PAIRED, space_problems, spaced
 from fedllm_sec.build.start import start_problems
 from fedllm_sec.build.threat import attack_problems, attacking, client_ids, make_threat
 from fedllm_sec.build.transfer import transfer_problems
+from fedllm_sec.defenses.layers import LayerByLayer
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.defenses.space import Space
 from fedllm_sec.errors import AttackError, DefenseError, RecipeError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Algorithm, LocalRule, LocalTraining
@@ -68,7 +72,7 @@ class Plan:
 def planned(recipe: Recipe) -> Plan:
     """The plan of a checked recipe, or one RecipeError with all that could not work."""
     problems = algorithm_problems(recipe) + attack_problems(recipe) + evaluation_problems(recipe)
-    problems += start_problems(recipe)
+    problems += start_problems(recipe) + space_problems(recipe)
     if recipe.output.folder:  # a cell of a grid has none before all are known
         problems += filter(None, [folder_problem(recipe.output.folder)])
     defense = threat = None
@@ -81,6 +85,7 @@ def planned(recipe: Recipe) -> Plan:
         threat = make_threat(recipe)
     except AttackError as error:
         problems.append(f"attack: {error}")
+    problems += averaging_problems(recipe, _if_known(recipe), defense)
     if defense is not None:  # tried even where something else is wrong, so that all is told at once
         tried = make_threat(recipe) if not problems else None
         found = _rehearsal(recipe, UNNAMED).problems(make_defense(recipe), tried)
@@ -89,6 +94,14 @@ def planned(recipe: Recipe) -> Plan:
         raise RecipeError(problems)
     methods = Methods(make_algorithm(recipe), defense, guards, threat)
     return Plan(recipe, tuple(client_ids(recipe)), local_training(recipe), methods)
+
+
+def _if_known(recipe: Recipe) -> Algorithm | KnowledgeTransfer | None:
+    """The FL method, where it can be made; why not is told elsewhere."""
+    try:
+        return make_algorithm(recipe)
+    except RecipeError:
+        return None
 
 
 def _tried_without(recipe: Recipe, id: str) -> list[str]:
@@ -108,7 +121,8 @@ def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
         rounds=recipe.rounds,
         seed=recipe.seed,
         root=block is not None and bool(block.root_rows),
-        layout=layout,
+        layout=PAIRED if layout is UNNAMED and spaced(recipe) else layout,
+        weighs=way if (way := way_of(recipe)) in BY_PRODUCTS else None,
         code=bool(outside(recipe.model_dump(include={"task", "attack", "defense"}))),
     )
 
@@ -134,10 +148,12 @@ def make_defense(recipe: Recipe) -> Pipeline:
     block = recipe.defense if recipe.enable_defense else None
     if block is None:
         return Pipeline(before=[], rule=make({"name": "mean"}, defenses.MENU, "defense.rule"), after=[])
-    return Pipeline(
+    kind = Pipeline if block.scope == "model" else LayerByLayer
+    return kind(
         before=[make(b, defenses.MENU, f"defense.before.{i}") for i, b in enumerate(block.before)],
         rule=make(block.rule, defenses.MENU, "defense.rule"),
         after=[make(b, defenses.MENU, f"defense.after.{i}") for i, b in enumerate(block.after)],
+        enter=None if block.space == "factors" else Space(block.space),
     )
 
 

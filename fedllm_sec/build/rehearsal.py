@@ -16,13 +16,15 @@ import torch
 
 from fedllm_sec import kernels
 from fedllm_sec.attacks.threat import Threat
+from fedllm_sec.build.space import PAIRED
 from fedllm_sec.defenses.before import bucketing
 from fedllm_sec.defenses.columns import mean
-from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.defenses.pipeline import Pipeline, name_of
 from fedllm_sec.defenses.privacy import settings_if
 from fedllm_sec.errors import AttackError, DefenseError, IdleAttack
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
+from fedllm_sec.rounds.averaging import needs_weights
 from fedllm_sec.seeds import generator_for
 
 HERE = Path(__file__).resolve().parents[1]
@@ -42,6 +44,7 @@ class Rehearsal:
     seed: int
     root: bool  # whether the server has an update of its own
     layout: Layout = UNNAMED
+    weighs: str | None = None  # the way of averaging adapters that needs row weights
     code: bool = False  # whether a method of attack or defense is named as package.module:name
 
     def problems(self, defense: Pipeline, threat: Threat | None) -> list[str]:
@@ -53,7 +56,7 @@ class Rehearsal:
                 try:
                     act(defense, threat)
                 except (AttackError, DefenseError) as error:
-                    if self.layout is not UNNAMED or not any(word in str(error) for word in NAMES):
+                    if self.layout not in (UNNAMED, PAIRED) or not any(word in str(error) for word in NAMES):
                         found.append(f"{place}: {error}")
                 except Exception as error:  # a method from outside may raise anything
                     if not (self.code or outside_frames(error)):
@@ -95,7 +98,10 @@ class Rehearsal:
             only_counted(defense, self.ids, context)
             update = torch.zeros(rows.d)
         else:
-            update = defense.decide(rows, context).update
+            decision = defense.decide(rows, context)
+            update = decision.update
+            if self.weighs is not None and decision.weights is None:
+                raise DefenseError(f"{name_of(defense.rule)}: {needs_weights(self.weighs)}")
         defense.finish(update, self._context(rows))
 
     def _forge(self, defense: Pipeline, threat: Threat | None) -> None:

@@ -138,6 +138,7 @@ def freqfed(updates: UpdateMatrix, ctx: RoundContext, *, fraction: float = 0.5) 
     read by itself: lower `fraction` where memory is short.
     """
     need(0 < fraction <= 1, "freqfed", "0 < fraction <= 1", "Change it.", fraction=fraction)
+    updates.need_columns()
     count = max(1, int(fraction * updates.d))
     order = by_id(updates.ids)
     picks = torch.eye(updates.n, dtype=torch.float64)

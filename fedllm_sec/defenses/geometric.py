@@ -64,21 +64,8 @@ def centred_gram(updates: UpdateMatrix, extra: Tensor | None = None) -> tuple[Te
     error = torch.minimum(error_distance, error_product)
     sizes = to_p.sqrt()
     if bool((error > TOLERANCE * sizes[:, None] * sizes[None]).logical_and(sizes[:, None] * sizes[None] > 0).any()):
-        gram = direct_gram(updates, extra, p)
+        gram = kernels.direct_gram(updates, p, extra)
     return gram, squares
-
-
-def direct_gram(updates: UpdateMatrix, extra: Tensor | None, p: int) -> Tensor:
-    """<x_i - x_p, x_j - x_p>, every value in float64: slow, and right for all rows."""
-    count = updates.n + (0 if extra is None else 1)
-    total = torch.zeros(count, count, dtype=torch.float64)
-    for place, block in updates.blocks():
-        wide = block.double()
-        if extra is not None:
-            wide = torch.cat([wide, extra[None, place].to(wide)])
-        wide = wide - wide[p]
-        total += (wide @ wide.T).cpu()
-    return total
 
 
 def within_reach(gram: Tensor, sq_distances: Tensor) -> tuple[Tensor, Tensor, Tensor]:

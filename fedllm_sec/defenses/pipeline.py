@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.defenses.privacy import DELTA, Spent
+from fedllm_sec.defenses.space import Space
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.factors import NoColumns
 from fedllm_sec.matrix.shown import only_shown, plain
 from fedllm_sec.protocols import After, Before, Decision, Defense, RoundContext
 from fedllm_sec.seeds import generator_for
@@ -29,19 +31,27 @@ class Pipeline:
     its own, so no two noises of a round are one.
     """
 
-    def __init__(self, before: Sequence[Before], rule: Defense, after: Sequence[After] = ()) -> None:
+    def __init__(
+        self, before: Sequence[Before], rule: Defense, after: Sequence[After] = (), enter: Space | None = None
+    ) -> None:
+        self.enter = enter  # what the rows are compared as (space.py); None: as they are
         self.before, self.rule, self.after = tuple(before), rule, tuple(after)
         for part in (*self.before, rule):
             _need_to_take(part, "updates", "ctx")
         for part in self.after:
             _need_to_take(part, "vector", "ctx")
         self.spent = Spent(self.before, rule, self.after)
+        if enter is not None and enter.unbacked is not None:
+            self.spent.rows, self.spent.why = None, enter.unbacked
         self._made: tuple[Tensor | None, int] = None, 0  # this round's update, and of how many rows
         self.noted: dict[str, float] = {}  # what the stages after the server's step have to say of this round
 
     def decide(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
         """Rows to one update, (d,)."""
         rows, trace, seed, renaming, self.noted = updates, Trace(updates), drawn_seed(ctx), "", {}
+        if self.enter is not None:
+            rows = self.enter(updates, ctx)
+            trace.follow(updates, rows)
         for i, stage in enumerate(self.before):
             own, rows = drawing(ctx, seed, f"before{i}"), readable(stage, rows, trace)
             changed = self._acted(stage, rows, own, updates, renaming, UpdateMatrix)
@@ -72,6 +82,8 @@ class Pipeline:
                 made = part(rows, ctx)
             if not isinstance(made, wanted):
                 raise DefenseError(f"{name_of(part)}: gave back {type(made).__name__}, no {wanted.__name__}.")
+        except NoColumns as error:
+            raise DefenseError(f"{name_of(part)}: {error}") from error
         except DefenseError as error:
             if not strange:
                 raise
@@ -173,7 +185,10 @@ def readable(part: Any, rows: UpdateMatrix, trace: Trace) -> UpdateMatrix:
     made = part.func if isinstance(part, functools.partial) else part
     if str(getattr(made, "__module__", type(made).__module__)).startswith("fedllm_sec."):
         return rows
-    stored = plain(rows)
+    try:
+        stored = plain(rows)
+    except NoColumns as error:
+        raise DefenseError(f"{name_of(part)}: {error}") from error
     trace.follow(rows, stored)
     return stored
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.errors import DefenseError
+from fedllm_sec.kernels.products import ProductSums
 from fedllm_sec.kernels.sums import new_sums
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
@@ -44,18 +45,24 @@ def foolsgold_weights(cosine: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
 
 
 class RowSums:
-    """What each client sent, added up over the rounds by id: one float32 row (d,) for each client ever seen."""
+    """What each client sent, added up over the rounds by id: one float32 row (d,) for each client ever seen.
+
+    In product space, what each client changed: see `kernels.products.ProductSums`.
+    """
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
         self.place: dict[str, int] = {}  # client id -> its number in `sums`
         self.sums: Tensor | None = None  # of the clients seen; `add` has them where blocks are computed
         self.d = 0  # values for each client
+        self.products = ProductSums()
 
     def add(self, updates: UpdateMatrix) -> Tensor:
         """Add this round's rows; inner products of the sums of this round's clients, (n, n) float64, in their order."""
         distinct = len(set(updates.ids)) == updates.n
         need(distinct, self.rule, "one row for each client", "Give distinct ids.", n=updates.n)
+        if updates.products is not None:
+            return self.products.add(updates)
         if self.sums is not None and self.d != updates.d:
             raise DefenseError(
                 f"{self.rule}: the history has {self.d} values for each client, the rows have {updates.d}. "
@@ -72,12 +79,14 @@ class RowSums:
         return kernels.accumulate(self.sums, [self.place[name] for name in updates.ids], updates)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.sums is None else {"place": dict(self.place), "sums": self.sums, "d": self.d}
+        state = {"products": self.products.state_dict()} if self.products.sums else {}
+        return state if self.sums is None else {**state, "place": dict(self.place), "sums": self.sums, "d": self.d}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.place = {name: int(row) for name, row in state.get("place", {}).items()}
         self.sums = state["sums"].clone().contiguous() if "sums" in state else None
         self.d = int(state.get("d", 0))
+        self.products.load_state_dict(state.get("products", {}))
 
 
 class FoolsGold:

@@ -148,11 +148,7 @@ def float64_distances(updates: UpdateMatrix) -> Tensor:
     For iterations that carry the last digits of `kernels.sq_distances` (1e-6 or so) into their result. Rows are
     taken relative to the one with the smallest median distance, so a common part costs nothing.
     """
-    pivot = central_row(kernels.sq_distances(updates))
-    gram = torch.zeros(updates.n, updates.n, dtype=torch.float64)
-    for _, block in updates.blocks():
-        wide = block.double() - block[pivot].double()
-        gram += (wide @ wide.T).cpu()
+    gram = kernels.direct_gram(updates, central_row(kernels.sq_distances(updates)))
     own = gram.diagonal()
     return (own[:, None] + own[None] - 2 * gram).clamp_min(0.0).fill_diagonal_(0.0)
 

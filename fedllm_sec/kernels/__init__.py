@@ -1,8 +1,9 @@
 """Numerics on an update matrix: each function is one stream over its column blocks.
 
 Small results ((n, n) and (n,)) come back as float64 on the CPU, (d,) results as float32 on the compute device.
-Where a function takes `extra`, these are further rows, (d,) or (e, d), such as a reference vector: they count as
-rows n, n+1, ... of the matrix without being copied into it. Screen NaN before you come here: sorting does not
+Rows that stand for products B A (`UpdateMatrix.products`) are compared by these and have no columns; `combine` adds up
+their factors. Where a function takes `extra`, these are further rows, (d,) or (e, d), such as a reference vector: they
+count as rows n, n+1, ... of the matrix without being copied into it. Screen NaN before you come here: sorting does not
 order it. Infinite rows are safe wherever their weight is 0.
 
 The work is done by one of three backends with the same functions: compiled with numba on the CPU, Triton on a GPU,
@@ -17,7 +18,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels import networks, torch_backend
 from fedllm_sec.kernels.mixed import mixed_pairs
+from fedllm_sec.kernels.products import product_distances, product_gram
 from fedllm_sec.kernels.sums import TILE, tiles
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.updates import exact_zeros
@@ -67,10 +69,29 @@ def sq_distances(updates: UpdateMatrix, extra: Tensor | None = None) -> Tensor:
 
 def row_norms(updates: UpdateMatrix) -> Tensor:
     """Euclidean norm of each row: (n,) float64."""
-    if updates.picked is None:
+    if updates.picked is None or updates.products is not None:
         return geometry(updates).norms
     squares: Tensor = _backend(updates).square_sums(updates)
     return squares.sqrt()
+
+
+def direct_gram(updates: UpdateMatrix, p: int, extra: Tensor | None = None) -> Tensor:
+    """<x_i - x_p, x_j - x_p> with every product in float64, `extra` (d,) as a last row: slow, and right for all rows.
+
+    For iterations that carry the last digits of `geometry` (1e-6 or so) into their result.
+    """
+    if updates.products is not None:
+        gram = product_gram(updates, _extra_rows(updates, extra))
+        return gram - gram[:, p, None] - gram[None, p] + gram[p, p]
+    count = updates.n + (0 if extra is None else 1)
+    total = torch.zeros(count, count, dtype=torch.float64)
+    for place, block in updates.blocks():
+        wide = block.double()
+        if extra is not None:
+            wide = torch.cat([wide, extra[None, place].to(wide)])
+        wide = wide - wide[p]
+        total += (wide @ wide.T).cpu()
+    return total
 
 
 def accumulate(sums: Tensor, places: Sequence[int], updates: UpdateMatrix) -> Tensor:
@@ -99,6 +120,7 @@ def combine(updates: UpdateMatrix, weights: Tensor, extra: Tensor | None = None)
 
     With `extra` rows, `weights` has one entry more for each of them.
     """
+    updates = replace(updates, products=None)
     more = _extra_rows(updates, extra)
     w = weights.detach().to(device="cpu", dtype=torch.float64)
     count = updates.n + (0 if more is None else more.shape[0])
@@ -160,11 +182,13 @@ def kth_value(updates: UpdateMatrix, k: int) -> Tensor:
 
 def sign_sums(updates: UpdateMatrix) -> Tensor:
     """Per coordinate, the number of positive minus the number of negative values: (d,)."""
+    updates.need_columns()
     sums: Tensor = _backend(updates).sign_sums(updates)
     return sums
 
 
 def _statistic(updates: UpdateMatrix, network: networks.Network) -> Tensor:
+    updates.need_columns()
     if network.n > LARGEST_NETWORK:
         return map_columns(updates, lambda block: torch_backend.sorted_statistic(block, network))
     result: Tensor = _backend(updates).order_statistics(updates, network)
@@ -173,6 +197,9 @@ def _statistic(updates: UpdateMatrix, network: networks.Network) -> Tensor:
 
 def _pairs(updates: UpdateMatrix, extra: Tensor | None, *, distances: bool) -> tuple[Tensor, Tensor]:
     more = _extra_rows(updates, extra)
+    if updates.products is not None:
+        products = product_gram(updates, more)
+        return products, product_distances(products)
     backend = _backend(updates)
     if updates.picked is not None:
         pairs: tuple[Tensor, Tensor] = backend.pair_sums(updates, more, distances)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from fedllm_sec.matrix.factors import NoColumns
 from fedllm_sec.matrix.updates import UpdateMatrix, new_rows
 
 
@@ -33,6 +34,10 @@ def plain(updates: UpdateMatrix) -> UpdateMatrix:
     """
     if updates.mixing is None:
         return updates
+    if updates.products is not None:
+        if updates.picked is None:
+            raise NoColumns("reads rows, and in product space a mix of rows has none. Drop the stages before it.")
+        return replace(plain(replace(updates, products=None)), products=updates.products)
     rows = new_rows(updates.n, updates.d, device=updates.compute_device)
     for place, block in updates.blocks():
         rows[:, place] = block

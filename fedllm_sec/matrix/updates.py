@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedllm_sec.errors import DefenseError
+from fedllm_sec.matrix.factors import NoColumns, Products
 from fedllm_sec.matrix.fetching import ahead, free_mb, gathered, uploaded
 from fedllm_sec.matrix.layout import Layout
 from fedllm_sec.matrix.rowfile import NAMES, RowFile, open_rows, save_rows
@@ -50,6 +51,7 @@ class UpdateMatrix:
     file: RowFile | None = None  # where `rows` is a memory-mapped file
     owners: tuple[int, ...] | None = None  # the rank that holds each row, where they are spread
     group: dist.ProcessGroup | None = None
+    products: Products | None = None  # what rows of factors stand for, where they are compared by it
 
     # ------------------------------------------------------------ making one
 
@@ -253,6 +255,7 @@ class UpdateMatrix:
 
     def raw_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Column blocks (slice, (sources, c)) of the stored rows in their dtype, on the compute device."""
+        self.need_columns()
         target = self.compute_device
         # On the CPU a block that fits the cache is read back from there; elsewhere large ones hide latencies.
         default_mb = 256.0 if target.type == "cuda" else (32.0 if self.file is not None else 8.0)
@@ -268,6 +271,15 @@ class UpdateMatrix:
 
     def _read(self, place: slice) -> Tensor:
         return self.rows[:, place] if self.file is None else self.file.read(place)
+
+    def need_columns(self) -> None:
+        """An error where a single number of a row means nothing, since the row stands for products."""
+        if self.products is not None:
+            raise NoColumns(
+                "reads single coordinates, and in product space a row has none: its products B A are never formed, and "
+                "the numbers of A and B are others in every gauge. Choose a rule of whole rows (krum, "
+                "geometric_median, flame, ...), or defense.space: aligned or factors."
+            )
 
     def formed(self, raw: Tensor) -> Tensor:
         """The (n, c) float32 block that stored rows (sources, c) stand for."""

@@ -234,7 +234,7 @@ def _with_lora(
                 f"layers that it can adapt with these settings: {possible}."
             ) from error
     for name, parameter in adapted.named_parameters():
-        if lora.train == "B" and re.search(r"\.lora_(embedding_)?A\.", name):
+        if lora.frozen is not None and re.search(rf"\.lora_(embedding_)?{lora.frozen}\.", name):
             parameter.requires_grad_(False)
     if problems := without_effect(adapted, lora):
         raise RecipeError(problems)

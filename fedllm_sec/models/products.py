@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedllm_sec.matrix import Layout, UpdateMatrix
-
-A_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.|$)")
-# peft adapts the fused experts of a mixture by one pair of stacked factors: one product for each expert
-FUSED = re.compile(r"\.experts\.(base_layer\.)*lora_A")
-
-
-def lora_pairs(layout: Layout) -> list[tuple[str, str]]:
-    """The names of the factors (A, B) of one adapter."""
-    names = set(layout.names)
-    pairs = [(name, A_FACTOR.sub(r"\1lora_\2B\3", name)) for name in layout.names if A_FACTOR.search(name)]
-    return [(a, b) for a, b in pairs if b in names]
-
-
-def product_pairs(layout: Layout) -> list[tuple[str, str]]:
-    """Those of them that form one product B A."""
-    return [(a, b) for a, b in lora_pairs(layout) if not FUSED.search(a)]
-
+from fedllm_sec.matrix.factors import product_pairs
 
 MOST_FLOPS = 2e11  # of one round's product_gap: some ten seconds on two cores
 BLOCK = 2**23  # values of a block of a product: 64 MB

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.models.lora import source_of
+from fedllm_sec.models.shifted import Shifted, folded
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -45,12 +46,15 @@ def save_adapter(
     *,
     initial: Mapping[str, Tensor],
     card: str = "",
+    shifted: Shifted | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> None:
     """Write a peft adapter folder: factors, where the base model is, tokenizer with its template, and the card.
 
     `initial` has the trainable parameters as they started, by name. A start that was taken out of the base model
     (pissa, olora) is put back: the adapter is saved as the difference to its start, at twice the rank, which fits the
-    base model as it is published.
+    base model as it is published. What was added to base weights (`shifted`) becomes a part of the adapter, whose rank
+    grows by it.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -63,6 +67,8 @@ def save_adapter(
         started = {name.replace(".default", ""): tensor for name, tensor in initial.items()}
         tensors = minus_start(tensors, started)
         config = twice_the_rank(config)
+    if shifted is not None and shifted.parts:
+        tensors, config = folded(tensors, config, shifted, scales or {})
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     with appearing(folder) as made:
         (made / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")

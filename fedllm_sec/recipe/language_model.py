@@ -42,6 +42,7 @@ def expression(value: str) -> str:
     return value
 
 
+Average = Literal["factors", "freeze_a", "freeze_b", "alternate", "stack", "exact", "svd"]
 Pattern = Annotated[str, AfterValidator(expression)]
 
 
@@ -69,7 +70,20 @@ class Lora(Section):
     use_dora: bool = False  # the lengths of the adapted weights' rows are trained too (DoRA, Liu et al. 2024)
     modules_to_save: list[str] = []  # modules that are trained whole beside the adapters, e.g. [lm_head]
     init_lora_weights: Start = True  # of A and B; pissa and olora take what they start with out of the base model
+    average: Average = "factors"  # what the server does with A and B: docs/lora.md
     train: Literal["both", "B"] = "both"  # B alone is FFA-LoRA (Sun et al. 2024); A alone learns nothing: B starts at 0
+
+    @property
+    def frozen(self) -> Literal["A", "B"] | None:
+        """The factor that is never trained."""
+        if self.average == "freeze_b":
+            return "B"
+        return "A" if self.train == "B" or self.average == "freeze_a" else None
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether rounds add to the base model's weights."""
+        return self.average in ("exact", "stack")
 
     @property
     def starts_from_base(self) -> bool:
@@ -96,7 +110,9 @@ class Model(Section):
     @property
     def changes_base(self) -> bool:
         """Whether another run cannot use the base model any more: some of its weights are trained, or were taken."""
-        return self.lora is None or self.lora.starts_from_base or bool(self.lora.modules_to_save)
+        return (
+            self.lora is None or self.lora.starts_from_base or bool(self.lora.modules_to_save) or self.lora.moves_base
+        )
 
     @field_validator("load_in_8bit")
     @classmethod

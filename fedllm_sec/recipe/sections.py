@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from fedllm_sec.recipe.adversary import Malicious, Observe
 from fedllm_sec.recipe.classifier import Classifier, LabelledEvaluate, LabelledText
+from fedllm_sec.recipe.defense import DefenseBlock
 from fedllm_sec.recipe.language_model import Model
 from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Folder, Place, Schedule, Section, Word
 
@@ -101,16 +102,6 @@ class Attack(Section):
     def curious(self) -> bool:
         """Whether somebody looks and nobody is malicious."""
         return bool(self.privacy) and not (self.data or self.local or self.update)
-
-
-class DefenseBlock(Section):
-    """What the server does with the rows, in order; acts where `enable_defense` is true."""
-
-    client: list[dict[str, Any]] = []  # what clients that do not attack run in their own training
-    before: list[dict[str, Any]] = []  # what changes or mixes rows before the rule
-    rule: dict[str, Any] = {"name": "mean"}  # what makes one update of the rows
-    after: list[dict[str, Any]] = []  # what changes that update
-    root_rows: PositiveInt | None = None  # clean rows the server holds, taken out of the training set
 
 
 class Harness(Section):

@@ -42,6 +42,7 @@ class Decided:
     vector: Tensor
     parts: Tensor  # (n,) float64: how much of its row each client of the cohort remembers; 0 in a skipped round
     buffers: Tensor | None = None  # (b,) what the model is to hold beside its vector
+    gains: Tensor | None = None  # what base weights gain, as `Averaging.packed` has it
     record: dict[str, Any] = field(default_factory=undecided)
 
 
@@ -59,6 +60,7 @@ def decide(
 ) -> Decided:
     """Attack, screening, defense and server step, on rank 0."""
     threat, algorithm, start = federation.threat, federation.algorithm, federation.vector
+    averaging = federation.averaging
     ids = tuple(c.id for c in cohort)
     updates = UpdateMatrix.of(
         rows, ids=ids, counts=claims[:, 0].tolist(), layout=federation.task.layout, chunk_mb=federation.chunk_mb
@@ -83,6 +85,7 @@ def decide(
         round=r,
         rounds=rounds,
         before=federation.before,
+        frozen=averaging.frozen(r) if averaging is not None else (),
     )
 
     if threat is not None:
@@ -108,6 +111,12 @@ def decide(
             record["skipped"] = "the rule kept nobody"
         else:
             decided.vector, took = server.step(decision, clean, rule, federation.defense, "defense")
+            if averaging is not None and algorithm.server_lr is not None:
+                made = averaging.take(decided.vector, clean, decision, start, algorithm.server_lr)
+                if made is not None:
+                    decided.vector, record["lora_gap"] = made.vector, made.gap
+                if made is not None and made.gains is not None:
+                    decided.gains = averaging.packed(made.gains, len(ids))
             decided.parts[[ids.index(id) for id in clean.ids]] = took.parts
             if federation.buffers is not None:
                 decided.buffers, record["buffers_refused"] = _buffers(federation, buffers, ids, clean.ids, decision)
@@ -126,7 +135,9 @@ def decide(
     _note_decision(record, decision, clean)
     record["notes"] |= federation.defense.noted
     weights = decision.weights if decision.weights is not None else torch.full((clean.n,), 1.0 / clean.n)
-    if gap_flops(clean.layout, clean.n) <= MOST_FLOPS:
+    if record["lora_gap"] is not None:
+        pass  # known from the averages themselves
+    elif gap_flops(clean.layout, clean.n) <= MOST_FLOPS:
         record["lora_gap"] = product_gap(clean, weights, start, getattr(federation.task, "scales", None))
     else:
         record["notes"]["lora_gap_left_out"] = 1.0

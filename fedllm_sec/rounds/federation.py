@@ -14,6 +14,7 @@ from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import AttackError, DivergedError, FedError
 from fedllm_sec.evaluation.smoothed import Smoothing, smoothed
 from fedllm_sec.matrix.shown import only_shown
+from fedllm_sec.models.shifted import Shifted
 from fedllm_sec.protocols import (
     Algorithm,
     Client,
@@ -24,6 +25,7 @@ from fedllm_sec.protocols import (
     tensors_of,
 )
 from fedllm_sec.records.history import RoundRecord
+from fedllm_sec.rounds.averaging import Averaging
 from fedllm_sec.rounds.client import make_optimizer, private_of, train_locally
 from fedllm_sec.rounds.clock import Clock
 from fedllm_sec.rounds.cohort import sample
@@ -67,6 +69,7 @@ class Federation:
     smoothing: Smoothing | None = None  # how the last model is also tested
     observer: Observer = NOBODY  # who keeps what some clients send
     buffers: Tensor | None = None  # (b,) float64 what the global model holds beside its vector, where it has buffers
+    averaging: Averaging | None = None  # how adapters are averaged; None: factor by factor, as all other parameters
     last_update: Tensor | None = None
     round: int = 0  # rounds done
     before: int = 0  # attack-free rounds done before these: draws of round r are those of round before + r
@@ -80,13 +83,21 @@ class Federation:
             "round": self.round,
             "vector": self.vector,
             **({"buffers": self.buffers} if self.buffers is not None else {}),
+            **({"base": shifted.state_dict()} if (shifted := self.shifted) is not None else {}),
             "last_update": self.last_update,
             "memory": {c.id: c.memory for c in self.trained() if c.memory},
             **({"guards": own} if own else {}),
             **{name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")},
         }
 
+    @property
+    def shifted(self) -> Shifted | None:
+        """What has been added to base weights, where that is done."""
+        return self.averaging.shifted if self.averaging is not None else None
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.shifted is not None:
+            self.shifted.load_state_dict(state["base"])
         self.round, self.vector, self.last_update = state["round"], state["vector"], state["last_update"]
         self.start = False  # it was measured before there was a state
         if self.buffers is not None:
@@ -106,6 +117,8 @@ class Federation:
 
         Its last round is the one before the first: rounds count from there.
         """
+        if self.shifted is not None:
+            self.shifted.load_state_dict(state["base"])
         self.before, self.vector, self.last_update = state["round"], state["vector"], state["last_update"]
         if self.buffers is not None:
             self.buffers = state["buffers"].cpu().double()
@@ -153,6 +166,8 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     lr = federation.training.lr_at(r, rounds)
     control = machine.share(algorithm.control(start)) if algorithm.control is not None else None
 
+    averaging = federation.averaging
+    together = averaging.local if averaging is not None else ()
     rng = generator_for(federation.seed, federation.before + r, "cohort")
     cohort = sample(federation.clients, federation.per_round, rng, threat.sure(r) if threat is not None else None)
     mine = machine.mine([threat.dress(c, r) if threat else c for c in cohort])
@@ -169,7 +184,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
                 optimizer=optimizer,
                 stepper=machine,
                 training=federation.training,
-                rules=(*algorithm.local, *guards, *attacks, *federation.observer.rules(client.id, r)),
+                rules=(*algorithm.local, *together, *guards, *attacks, *federation.observer.rules(client.id, r)),
                 round=r,
                 rounds=rounds,
                 seed=federation.seed,
@@ -218,6 +233,9 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
             "or use a defense that bounds what a row weighs."
         )
     federation.vector = vector
+    if averaging is not None and averaging.shifted is not None:
+        gains = decided.gains if decided.gains is not None else torch.zeros(averaging.width(len(cohort)))
+        averaging.gain(machine.share(gains.to(machine.device)), len(cohort))
     if federation.buffers is not None:
         assert decided.buffers is not None
         federation.buffers = machine.share(decided.buffers.to(machine.device)).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.matrix.shown import copied
 from fedllm_sec.protocols import Decision, RoundContext, ServerContext, ServerRule
+from fedllm_sec.rounds.averaging import without
 from fedllm_sec.seeds import generator_for
 
 
@@ -39,6 +40,7 @@ class ServerRound:
     round: int
     rounds: int
     before: int = 0  # rounds that were done before the first: draws go on from theirs
+    frozen: Sequence[slice] = ()  # what of a row is not taken in this round
 
     def context(self, purpose: str = "defense") -> RoundContext:
         """What a defense may know, in copies: whatever it does with them, the model is the server's own.
@@ -58,6 +60,7 @@ class ServerRound:
     def receive(self, updates: UpdateMatrix) -> tuple[UpdateMatrix, dict[str, str]]:
         """The rows the defense gets, screened and rescaled, and why the others are set aside, by client id."""
         clean, quarantined = screen(updates)
+        clean = without(clean, self.frozen)
         own = torch.tensor([self.factors[id] for id in clean.ids], dtype=torch.float64)
         return (clean if bool((own == 1).all()) else clean.mix(torch.diag(own))), quarantined
 

@@ -18,7 +18,7 @@ from fedllm_sec.attacks.update.simple import model_replacement
 from fedllm_sec.attacks.update.spread import alie_z, largest, tailored
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout
-from fedllm_sec.models.products import lora_pairs
+from fedllm_sec.matrix.factors import lora_pairs
 from fedllm_sec.protocols import Decision
 from fedllm_sec.seeds import generator_for
 

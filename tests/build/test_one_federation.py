@@ -54,6 +54,8 @@ OTHER = (
     "attack.malicious",
     "compute.mixed_precision",
     "attack.observe.others",  # of text alone
+    "defense.space",  # of adapters alone
+    "defense.scope",
 )
 
 # key -> another value of it

@@ -1,0 +1,125 @@
+"""Ways to average adapters: what becomes of A, B and the base weights once the rows have their weights.
+
+The mean product of a round is T = B_0 A_0 + sum_i w_i (B_i A_i - B_0 A_0), of which a mean of the A and a mean of the B
+are no factors. `exact` and `stack` put what is missing into the base weights, `svd` takes the best factors of rank r.
+Products are factors side by side, (out, k) and (k, in) in float64: none is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedllm_sec.matrix.factors import Pair, Products
+from fedllm_sec.protocols import LocalContext
+
+Factors = tuple[Tensor, Tensor]  # (out, k), (k, in)
+Mode = Literal["exact", "stack", "svd"]
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The new global vector (d,), what each layer's base weight gains (None: it stays), and how far T is missed."""
+
+    vector: Tensor
+    gains: list[Factors] | None
+    gap: float  # ||T - what the model holds|| / ||T - B_0 A_0||
+
+
+def average(
+    mode: Mode, vector: Tensor, rows: Tensor, weights: Tensor, products: Products, fresh: Tensor | None = None
+) -> Averaged:
+    """The mean product of rows (n, d) with weights (n,), given to factors and base weights.
+
+    `vector` (d,) has what was averaged apart: it stands for everything beside the factors.
+    - exact (FedEx-LoRA, Singhal et al. 2025): A' and B' are the averages, the base weight gains T - B' A'.
+    - stack (FLoRA, Wang et al. 2024): the base gains T, and A and B begin again as they were in `fresh` (d,), whose
+      product, 0 but for pissa and olora, is taken off again.
+    - svd (FlexLoRA, Bai et al. 2024): A' and B' are the best of rank r for T, the singular values shared out evenly.
+    """
+    made, gains, missed, change = vector.clone(), list[Factors](), 0.0, 0.0
+    for pair in products.pairs:
+        mean = mean_product(pair, rows, weights, products.start)
+        if mode == "stack":
+            assert fresh is not None
+            for place in (pair.a, pair.b):
+                made[place] = fresh[place].to(made)
+        if mode == "svd":
+            tall, wide = best_factors(mean, pair.rank)
+            made[pair.a], made[pair.b] = wide.flatten().to(made), tall.flatten().to(made)
+        now = own_factors(pair, made)
+        left = minus(mean, now)
+        gains.append((pair.scale * left[0], left[1]))  # in the layer a product counts s times
+        if mode == "svd":
+            missed += pair.scale**2 * square(left)
+            change += pair.scale**2 * square(minus(mean, own_factors(pair, products.start)))
+    gap = (missed / change) ** 0.5 if change > 0 else 0.0
+    return Averaged(made, None if mode == "svd" else gains, gap)
+
+
+def own_factors(pair: Pair, vector: Tensor) -> Factors:
+    """B and A of a vector (d,)."""
+    return pair.tall(vector[None])[0], pair.wide(vector[None])[0]
+
+
+def mean_product(pair: Pair, rows: Tensor, weights: Tensor, start: Tensor) -> Factors:
+    """T of one layer, of rank (n + 1) r: rows of weight 0 are not read."""
+    used = weights.nonzero().flatten().tolist()
+    b0, a0 = own_factors(pair, start.to(rows.device))
+    b, a = b0 + pair.tall(rows[used]), a0 + pair.wide(rows[used])
+    w = weights[used].to(b)
+    return torch.cat([(1 - w.sum()) * b0, *(w[:, None, None] * b)], 1), torch.cat([a0, *a])
+
+
+def minus(one: Factors, other: Factors) -> Factors:
+    """The difference of two products."""
+    return torch.cat([one[0], -other[0]], 1), torch.cat([one[1], other[1]])
+
+
+def square(factors: Factors) -> float:
+    """||B A||^2."""
+    tall, wide = factors
+    return max(0.0, float(((tall.T @ tall) * (wide @ wide.T)).sum()))
+
+
+def best_factors(factors: Factors, rank: int) -> Factors:
+    """The best approximation of a product by factors of this rank, each with the roots of the singular values."""
+    left, upper = torch.linalg.qr(factors[0])
+    right, lower = torch.linalg.qr(factors[1].T)
+    u, sizes, v = torch.linalg.svd(upper @ lower.T)
+    root = sizes[:rank].sqrt()
+    tall, wide = (left @ u[:, :rank]) * root, root[:, None] * (v[:rank] @ right.T)
+    if (short := rank - len(root)) > 0:
+        return torch.nn.functional.pad(tall, (0, short)), torch.nn.functional.pad(wide, (0, 0, 0, short))
+    return tall, wide
+
+
+# ---------------------------------------------------------------- one factor at a time
+
+
+@dataclass(frozen=True)
+class Alternate:
+    """Odd rounds train B, even rounds A (RoLoRA, Chen et al. 2025): then a mean of factors is a mean of products.
+
+    As a local rule it holds the other factor still; `frozen` says where it lies, which the server does not take
+    either.
+    """
+
+    pairs: Sequence[Pair]
+
+    def frozen(self, round: int) -> list[slice]:
+        return [pair.a if round % 2 else pair.b for pair in self.pairs]
+
+    def before_step(self, parameters: torch.nn.Parameter, step: int, ctx: LocalContext) -> None:
+        assert parameters.grad is not None
+        for place in self.frozen(ctx.round):
+            parameters.grad[place] = 0
+
+    def after_step(self, parameters: torch.nn.Parameter, step: int, ctx: LocalContext) -> None:
+        with torch.no_grad():  # weight decay moves what has no gradient
+            for place in self.frozen(ctx.round):
+                parameters[place] = ctx.start[place]

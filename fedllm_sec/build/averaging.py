@@ -1,0 +1,87 @@
+"""Recipe -> how adapters are averaged, and why some methods do not go with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedllm_sec.algorithms.server import Sgd
+from fedllm_sec.defenses.geometric import CenteredClipping
+from fedllm_sec.defenses.privacy import settings_if
+from fedllm_sec.defenses.trust import fltrust, monna
+from fedllm_sec.errors import RecipeError
+from fedllm_sec.matrix.factors import Products
+from fedllm_sec.models.shifted import Shifted
+from fedllm_sec.protocols import Algorithm
+from fedllm_sec.recipe.places import TEXT_TASKS
+from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.rounds.averaging import Averaging
+
+BY_PRODUCTS = ("exact", "stack", "svd")
+
+
+def way_of(recipe: Recipe) -> str:
+    """How the recipe's adapters are averaged; `factors` where there are none."""
+    lora = getattr(recipe.model, "lora", None) if recipe.task in TEXT_TASKS else None
+    return "factors" if lora is None else str(lora.average)
+
+
+def averaging_problems(recipe: Recipe, algorithm: Any, defense: Any) -> list[str]:
+    """What does not go with the recipe's way of averaging."""
+    way = way_of(recipe)
+    if way == "factors":
+        return []
+    lora, block = recipe.model.lora, recipe.defense if recipe.enable_defense else None
+    place = f"model.lora.average: {way}: "
+    found = list[str]()
+    if lora.train == "B":
+        found.append(f"{place}model.lora.train: B freezes A, and then a mean of factors is exact. Remove one of them.")
+    if way == "freeze_b" and not lora.starts_from_base:
+        found.append(
+            f"{place}B starts at 0, and with it A learns nothing. Set init_lora_weights: pissa or olora, or freeze_a."
+        )
+    if way not in BY_PRODUCTS:
+        return found
+    if lora.use_dora and lora.moves_base:
+        found.append(f"{place}use_dora takes the lengths of base weights that would change. Remove one of them.")
+    if block is not None and block.scope == "layer":
+        found.append(f"{place}defense.scope: layer gives a row no one weight. Set it to model, or average: factors.")
+    if block is not None and block.after:
+        found.append(f"{place}what defense.after changes in the factors would be taken back. Remove it.")
+    server = algorithm.server if isinstance(algorithm, Algorithm) else None
+    if not isinstance(server, Sgd) or server.momentum:
+        found.append(
+            f"{place}needs a server that adds the mean, and algorithm {recipe.algorithm['name']} has an optimizer of "
+            "its own. Use fedavg without server_momentum, fedprox or fedsgd."
+        )
+    rule = defense.rule if defense is not None else None
+    named = settings_if(rule, monna)
+    if isinstance(rule, CenteredClipping) or settings_if(rule, fltrust) is not None or (named and not named["trusted"]):
+        found.append(
+            f"{place}{recipe.defense.rule['name']} puts a vector into the update that no client of the round sent, and "
+            "whose product is not known. Choose another rule, or average: factors."
+        )
+    return found
+
+
+def make_averaging(recipe: Recipe, task: Any) -> Averaging | None:
+    """For a federation of this task; None where factors are averaged.
+
+    What an earlier run of this process has added to the base is taken off.
+    """
+    if (shifted := getattr(task, "shifted", None)) is not None:
+        shifted.load_state_dict({})
+    if (way := way_of(recipe)) not in (*BY_PRODUCTS, "alternate"):
+        return None
+    products = Products.of(task.layout, task.initial, task.scales)
+    if recipe.model.lora.moves_base:
+        if odd := [pair.name for pair in products.pairs if ".lora_A." not in pair.name]:
+            raise RecipeError(
+                f"model.lora.average: {way}: {odd[0]} adapts an embedding, not a linear layer. Leave it out."
+            )
+        if shifted is None:
+            shifted = task.shifted = Shifted(task.model, [pair.name for pair in products.pairs])
+    first = task.initial[None]
+    sizes = tuple((pair.tall(first).shape[1], pair.wide(first).shape[2]) for pair in products.pairs)
+    return Averaging(
+        way, products.pairs, sizes, products.plain, task.initial, shifted if recipe.model.lora.moves_base else None
+    )

@@ -1,0 +1,41 @@
+"""What a recipe that averages adapters by their products is told before anything is trained."""
+
+import pytest
+
+from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
+from fedllm_sec.errors import RecipeError
+
+
+def plan_of(average, lora=None, rule=None, **more):
+    raw = {"clients": {"total": 6, "local_steps": 1}, "model": {"lora": {"average": average, **(lora or {})}}, **more}
+    if rule is not None:
+        raw |= {"enable_defense": True, "defense": {"rule": rule, **more.get("defense", {})}}
+    return planned(checked(raw))
+
+
+def test_rules_of_whole_rows_go_with_every_way_of_averaging():
+    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd"):
+        plan_of(average, rule={"name": "multi_krum", "f": 1})
+    plan_of("exact", rule={"name": "flame", "noise": 0.0})
+    plan_of("freeze_b", {"init_lora_weights": "olora"})
+
+
+@pytest.mark.parametrize(
+    ("average", "lora", "rule", "more", "said"),
+    [
+        ("exact", {}, {"name": "median"}, {}, "median: model.lora.average: exact makes the mean of the products B A"),
+        ("svd", {}, {"name": "flame"}, {}, "flame with noise: 0"),
+        ("stack", {}, {"name": "centered_clipping"}, {}, "a vector into the update that no client of the round sent"),
+        ("alternate", {"train": "B"}, None, {}, "train: B freezes A"),
+        ("freeze_b", {}, None, {}, "B starts at 0, and with it A learns nothing"),
+        ("exact", {"use_dora": True}, None, {}, "use_dora takes the lengths"),
+        ("exact", {}, None, {"algorithm": {"name": "fedopt"}}, "needs a server that adds the mean"),
+        ("exact", {}, {"name": "mean"}, {"defense": {"after": [{"name": "weak_dp"}]}}, "would be taken back"),
+        ("svd", {}, {"name": "mean"}, {"defense": {"scope": "layer"}}, "gives a row no one weight"),
+    ],
+)
+def test_what_does_not_go_with_a_way_of_averaging_is_an_error_with_the_reason(average, lora, rule, more, said):
+    with pytest.raises(RecipeError) as error:
+        plan_of(average, lora, rule, **more)
+    assert said in str(error.value)
