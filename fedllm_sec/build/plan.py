@@ -108,6 +108,7 @@ def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
         rounds=recipe.rounds,
         seed=recipe.seed,
         root=block is not None and bool(block.root_rows),
+        images=recipe.task == "classify",
         layout=layout,
         code=bool(outside(recipe.model_dump(include={"task", "attack", "defense"}))),
     )

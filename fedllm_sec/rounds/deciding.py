@@ -18,7 +18,7 @@ from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.memory import watch
 from fedllm_sec.models.products import MOST_FLOPS, gap_flops, product_gap
-from fedllm_sec.protocols import Client, Decision, LocalResult
+from fedllm_sec.protocols import Client, Decision, Labelled, LocalResult
 from fedllm_sec.rounds.clock import Clock
 from fedllm_sec.rounds.server import ServerRound, nobody_kept
 
@@ -43,6 +43,15 @@ class Decided:
     parts: Tensor  # (n,) float64: how much of its row each client of the cohort remembers; 0 in a skipped round
     buffers: Tensor | None = None  # (b,) what the model is to hold beside its vector
     record: dict[str, Any] = field(default_factory=undecided)
+
+
+def at_hand(federation: Federation) -> dict[str, Any]:
+    """The server's model and clean rows, where they are of images."""
+    task, root = federation.task, federation.root.shard if federation.root is not None else None
+    return {
+        "root_rows": root if isinstance(root, Labelled) else None,
+        "classifier": task.function(federation.buffers) if hasattr(task, "function") else None,
+    }
 
 
 def decide(
@@ -83,6 +92,7 @@ def decide(
         round=r,
         rounds=rounds,
         before=federation.before,
+        **at_hand(federation),
     )
 
     if threat is not None:

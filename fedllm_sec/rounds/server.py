@@ -16,7 +16,8 @@ from fedllm_sec.defenses.screen import screen
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.matrix.shown import copied
-from fedllm_sec.protocols import Decision, RoundContext, ServerContext, ServerRule
+from fedllm_sec.models.function import Classifier
+from fedllm_sec.protocols import Decision, Labelled, RoundContext, ServerContext, ServerRule
 from fedllm_sec.seeds import generator_for
 
 
@@ -39,6 +40,8 @@ class ServerRound:
     round: int
     rounds: int
     before: int = 0  # rounds that were done before the first: draws go on from theirs
+    root_rows: Labelled | None = None  # the server's clean data, where they are images
+    classifier: Classifier | None = None  # its model, where it is one of images
 
     def context(self, purpose: str = "defense") -> RoundContext:
         """What a defense may know, in copies: whatever it does with them, the model is the server's own.
@@ -53,6 +56,8 @@ class ServerRound:
             rounds=self.rounds,
             last_update=copied(self.last_update),
             root_update=copied(self.root_update),
+            root_rows=self.root_rows,
+            classifier=self.classifier,
         )
 
     def receive(self, updates: UpdateMatrix) -> tuple[UpdateMatrix, dict[str, str]]:
