@@ -66,6 +66,15 @@ def neighbour_counts(distances: Tensor) -> Tensor:
     return torch.bincount(ranked.flatten(), minlength=n).double()
 
 
+def need_views(classifier: Classifier, start: Tensor, x: Tensor) -> None:
+    """A DefenseError where the model's last layer reads the images themselves."""
+    if torch.equal(classifier.features(start, x), classifier.features(start + 1, x)):
+        raise DefenseError(
+            "flare: what the model's last layer reads is the same for every vector: there is no representation to "
+            "compare. Choose a model with two layers or more, or another rule."
+        )
+
+
 def flare(updates: UpdateMatrix, ctx: RoundContext, *, tau: float = 1.0) -> Decision:
     """Weigh clients by how often their model's view of the server's rows is among the nearest half of others' views.
 
@@ -85,11 +94,7 @@ def flare(updates: UpdateMatrix, ctx: RoundContext, *, tau: float = 1.0) -> Deci
     order, x = by_id(updates.ids), ctx.root_rows.x
     start = ctx.global_vector
     with torch.no_grad():
-        if torch.equal(classifier.features(start, x), classifier.features(start + 1, x)):
-            raise DefenseError(
-                "flare: what the model's last layer reads is the same for every vector: there is no representation to "
-                "compare. Choose a model with two layers or more, or another rule."
-            )
+        need_views(classifier, start, x)
         seen = [classifier.features(vector_of(updates, i, start), x).flatten(1).cpu() for i in order.tolist()]
     counts = torch.empty(updates.n, dtype=torch.float64)
     counts[order] = neighbour_counts(discrepancies(torch.stack(seen)))

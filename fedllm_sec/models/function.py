@@ -50,7 +50,8 @@ class Classifier:
             hook.remove()
         if len(held) != 2 or not torch.equal(held[1].detach().float(), logits.detach()):
             raise DataError(
-                "model.name: its last linear layer does not give the logits: encoder and classifier cannot be told apart."
+                "model.name: its last linear layer does not give the logits, so there is no telling encoder and "
+                "classifier apart."
             )
         return held[0].float()
 

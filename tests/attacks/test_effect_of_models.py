@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from fedllm_sec.build.federation import build
 from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.names import checked
+from fedllm_sec.errors import FedError
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.compute import Machine
@@ -61,6 +62,21 @@ def last_round(rule: dict[str, Any] | None = None, **changes: Any) -> RoundRecor
 @functools.cache
 def hurt() -> RoundRecord:
     return last_round(attack={"data": [PATCH], "update": SCALED})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"name": "logistic"}}, "is the same for every vector"),
+        ({"defense": {"rule": {"name": "flare"}}}, "needs two clean rows or more on the server"),
+        ({"task": "nas", "model": {"name": "darts"}}, "needs the server's model"),
+    ],
+)
+def test_what_flare_cannot_work_with_is_an_error_before_training(changes, words):
+    raw = {**DIGITS, "enable_defense": True, "defense": {"rule": {"name": "flare"}, "root_rows": 20}, **changes}
+    del raw["attack"]
+    with pytest.raises(FedError, match=words):
+        build(checked(raw), Machine(Accelerator(cpu=True)), LOADED)
 
 
 @pytest.mark.slow
