@@ -76,9 +76,8 @@ class LocalTraining:
 class Task(Protocol):
     """One model with a loss. There is one in memory per process; clients are flat vectors swapped in and out.
 
-    `parameters` is the flat trainable vector itself: the model's trainable parameters are views of it, and
-    `parameters.grad` likewise collects their gradients. So an optimizer step, FedProx or a norm-ball projection is
-    one operation on one vector.
+    `parameters` is the flat trainable vector itself: the model's trainable parameters are views of it, and their
+    gradients of `parameters.grad`. So an optimizer step or a norm-ball projection is one operation on one vector.
     """
 
     layout: Layout
@@ -102,6 +101,7 @@ class LocalContext:
     layout: Layout
     steps: int  # local steps of this client
     control: Tensor | None = None  # (d,) what the server sent besides `start` (SCAFFOLD's c)
+    classifier: Classifier | None = None  # the model as a function, where it is one of images
 
 
 class LocalRule(Protocol):

@@ -78,6 +78,9 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     vector, buffers = begin(recipe, parts.task)
     if settings_if(methods.defense.rule, flare) is not None and isinstance(parts.root, Labelled):
         need_views(parts.task.function(buffers), vector, parts.root.x[:2])
+    for rule in threat.local if threat is not None and threat.malicious else ():
+        if hasattr(rule, "prepare"):
+            rule.prepare(parts.task, steps)
     for guard in methods.guards:
         if hasattr(guard, "prepare"):  # one that cannot act on this model or these steps says so
             guard.prepare(parts.task, steps)

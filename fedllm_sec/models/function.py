@@ -55,6 +55,14 @@ class Classifier:
             )
         return held[0].float()
 
+    def head(self) -> slice:
+        """Where in the vector the last linear layer's parameters lie, which are next to each other."""
+        name, _ = head_of(self.model)
+        own = [place for key, place in self.layout.slices().items() if key.startswith(f"{name}.")]
+        if not own or own[-1].stop - own[0].start != sum(place.stop - place.start for place in own):
+            raise DataError(f"model.name: its last linear layer {name} is not trained whole, so not alone either.")
+        return slice(own[0].start, own[-1].stop)
+
     def _called(self, vector: Tensor, x: Tensor) -> Tensor:
         training = self.model.training
         self.model.eval()

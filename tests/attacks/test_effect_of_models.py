@@ -1,4 +1,4 @@
-"""Rules that look for clusters and at representations, in runs on digits: 12 iid clients, 3 malicious, two layers."""
+"""Rules and attacks that know layers and representations, in runs on digits: 12 iid clients, 3 malicious."""
 
 from __future__ import annotations
 
@@ -77,6 +77,28 @@ def test_what_flare_cannot_work_with_is_an_error_before_training(changes, words)
     del raw["attack"]
     with pytest.raises(FedError, match=words):
         build(checked(raw), Machine(Accelerator(cpu=True)), LOADED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"name": "logistic"}}, "chameleon: the model is one linear layer"),
+        ({"attack": DIGITS["attack"] | {"local": [{"name": "chameleon"}]}}, "chameleon acts on poisoned rows"),
+    ],
+)
+def test_what_chameleon_cannot_work_with_is_an_error_before_training(changes, words):
+    attack = DIGITS["attack"] | {"data": [PATCH], "local": [{"name": "chameleon"}]}
+    with pytest.raises(FedError, match=words):
+        build(checked({**DIGITS, "enable_attack": True, "attack": attack, **changes}), Machine(Accelerator(cpu=True)))
+
+
+@pytest.mark.slow
+def test_a_backdoor_by_contrast_takes_hold_and_multi_krum_removes_it():
+    attack = {"attack": {"data": [PATCH], "local": [{"name": "chameleon"}], "update": SCALED}, "rounds": 6}
+    assert last_round(**attack).attack["asr"]["value"] >= 0.6
+    held = last_round({"name": "multi_krum", "f": 3}, **attack)
+    assert held.attack["asr"]["value"] <= 0.05
+    assert held.detection["tpr"] == 1.0
 
 
 @pytest.mark.slow
