@@ -2,7 +2,6 @@
 
 A run is one straight line: recipe -> federation -> clients -> update matrix -> attack -> defense -> server step ->
 record -> report. Everything below is a plain callable or a small frozen record; nothing needs a base class.
-
 Letters: n clients of the round, m attackers, h honest clients, d trainable parameters, f assumed attackers.
 """
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.models.function import Classifier
 
 # ---------------------------------------------------------------- clients and tasks
 
@@ -77,9 +77,8 @@ class LocalTraining:
 class Task(Protocol):
     """One model with a loss. There is one in memory per process; clients are flat vectors swapped in and out.
 
-    `parameters` is the flat trainable vector itself: the model's trainable parameters are views of it, and
-    `parameters.grad` likewise collects their gradients. So an optimizer step, FedProx or a norm-ball projection is
-    one operation on one vector.
+    `parameters` is the flat trainable vector itself: the model's trainable parameters are views of it, and their
+    gradients of `parameters.grad`. So an optimizer step or a norm-ball projection is one operation on one vector.
     """
 
     layout: Layout
@@ -103,6 +102,7 @@ class LocalContext:
     layout: Layout
     steps: int  # local steps of this client
     control: Tensor | None = None  # (d,) what the server sent besides `start` (SCAFFOLD's c)
+    classifier: Classifier | None = None  # the model as a function, where it is one of images
 
 
 class LocalRule(Protocol):
@@ -206,7 +206,8 @@ class RoundContext:
     rounds: int | None = None  # how many the run has, if known
     last_update: Tensor | None = None  # (d,) the last global step
     root_update: Tensor | None = None  # (d,) the server's own update on clean data, if the recipe gives it some
-    probe: Callable[[Tensor], float] | None = None  # loss of a (d,) global vector on the server's clean data
+    root_rows: Labelled | None = None  # these data, and the server's model, where they are of images
+    classifier: Classifier | None = None
     notes: dict[str, float] = field(default_factory=dict)  # what a stage wants recorded; a rule has Decision.notes
 
 

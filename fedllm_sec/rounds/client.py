@@ -84,7 +84,8 @@ def train_locally(
     size = task.size(client.shard)
     steps = training.steps_of(size)
     shown = (start, last_update, control) if not rules else (start.clone(), copied(last_update), copied(control))
-    context = LocalContext(client, round, shown[0], shown[1], task.layout, steps, shown[2])
+    function = task.function(buffers) if rules and hasattr(task, "function") else None
+    context = LocalContext(client, round, shown[0], shown[1], task.layout, steps, shown[2], function)
     parameters = task.parameters
     with torch.no_grad():
         parameters.copy_(start)

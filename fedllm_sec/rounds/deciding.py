@@ -18,7 +18,7 @@ from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.memory import watch
 from fedllm_sec.models.products import MOST_FLOPS, gap_flops, product_gap
-from fedllm_sec.protocols import Client, Decision, LocalResult
+from fedllm_sec.protocols import Client, Decision, Labelled, LocalResult
 from fedllm_sec.rounds.clock import Clock
 from fedllm_sec.rounds.server import ServerRound, nobody_kept
 
@@ -44,6 +44,15 @@ class Decided:
     buffers: Tensor | None = None  # (b,) what the model is to hold beside its vector
     gains: Tensor | None = None  # what base weights gain, as `Averaging.packed` has it
     record: dict[str, Any] = field(default_factory=undecided)
+
+
+def at_hand(federation: Federation) -> dict[str, Any]:
+    """The server's model and clean rows, where they are of images."""
+    task, root = federation.task, federation.root.shard if federation.root is not None else None
+    return {
+        "root_rows": root if isinstance(root, Labelled) else None,
+        "classifier": task.function(federation.buffers) if hasattr(task, "function") else None,
+    }
 
 
 def decide(
@@ -86,6 +95,7 @@ def decide(
         rounds=rounds,
         before=federation.before,
         frozen=averaging.frozen(r) if averaging is not None else (),
+        **at_hand(federation),
     )
 
     if threat is not None:

@@ -47,6 +47,11 @@ class Buffers:
         """Every buffer by name, as a file holds it."""
         return {**self.layout.split(self.floats), **self.counted.split(self.counters)}
 
+    def named(self, values: Tensor) -> dict[str, Tensor]:
+        """Buffers (b + c,) by name, as the model would hold them."""
+        floats, counters = values[: len(self.floats)].float(), values[len(self.floats) :].long()
+        return {**self.layout.split(floats), **self.counted.split(counters)}
+
 
 Place = tuple[nn.Module, str, str, Tensor]  # module, key, full name, value
 

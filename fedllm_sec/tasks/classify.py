@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
+from fedllm_sec.models.function import Classifier
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.tasks.buffers import Mode, beside
 from fedllm_sec.tasks.draws import Drawn
@@ -77,6 +78,11 @@ class Classify:
     def images_of(self, rows: Labelled) -> Tensor:
         """All images of a shard as the model is given them in evaluation."""
         return (rows.x.to(self.device) - self.mean) / self.std
+
+    def function(self, buffers: Tensor | None = None) -> Classifier:
+        """The model as a function of its vector, with these buffers (b + c,) where it has some."""
+        held = {} if self.buffers is None or buffers is None else self.buffers.named(buffers.to(self.device))
+        return Classifier(self.model, self.layout, logits_of, self.mean, self.std, held)
 
     def size(self, shard: Labelled) -> int:
         return len(shard.y)

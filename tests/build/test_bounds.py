@@ -119,7 +119,7 @@ def rehearsed(name: str, n: int, f: int) -> list[str]:
     settings = {key: value for key, value in known.items() if key in settings_of(entry.make)}
     part = resolve(name, settings, MENU, "defense")
     stages = {"before": ([part], mean, []), "after": ([], mean, [part])}.get(entry.kind, ([], part, []))
-    found = Rehearsal([f"c{i}" for i in range(n)], n, 10, 0, True).problems(Pipeline(*stages), None)
+    found = Rehearsal([f"c{i}" for i in range(n)], n, 10, 0, True, True).problems(Pipeline(*stages), None)
     return [text.replace(f"{n}", "N") for text in found]
 
 

@@ -31,7 +31,7 @@ MOVES_ALONG = {
 # two hostile rows of any size among sixteen leave the update among the honest rows
 RESISTS = {
     "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median",
-    "residual_reweighting", "meamed", "mda", "caf", "smea",
+    "residual_reweighting", "meamed", "mda", "caf", "smea", "rflbat",
 }  # fmt: skip
 ABSOLUTE = {"crfl"}  # works in the units of the global vector
 DRAWS = {"weak_dp_client"}

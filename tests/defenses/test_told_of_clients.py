@@ -10,6 +10,7 @@ import torch
 
 from fedllm_sec.defenses import MENU, bucketing, flame, krum, mean, nnm, norm_clipping, weak_dp, weak_dp_client
 from fedllm_sec.defenses.pipeline import Pipeline, keys_of, mixture, state_of
+from fedllm_sec.defenses.subject import EXAMPLES, StandIn
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.recipe.resolve import resolve, settings_of
@@ -39,7 +40,7 @@ def sixteen(d=30):
 
 
 def ctx(d=30):
-    return replace(context(d, rounds=10), root_update=torch.ones(d))
+    return replace(context(d, rounds=10), root_update=torch.ones(d), root_rows=EXAMPLES, classifier=StandIn())
 
 
 def is_combination(decision, rows):

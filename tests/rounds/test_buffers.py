@@ -181,7 +181,7 @@ def test_buffers_are_combined_by_the_weights_of_every_rule(name: str, monkeypatc
         settings = settings | {"f": 1}
     made = federation(
         rounds=9, clients=RECIPE["clients"] | {"total": 8}, enable_defense=True,
-        defense={"rule": {"name": name, **settings}} | ({"root_rows": 16} if name == "fltrust" else {}),
+        defense={"rule": {"name": name, **settings}} | ({"root_rows": 16} if name in ("fltrust", "flare") else {}),
     )  # fmt: skip
     record = next(run(made, 9))
     if record.skipped:

@@ -16,12 +16,12 @@ from fedllm_sec.attacks import received
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.defenses.subject import LAYOUT
+from fedllm_sec.defenses.subject import EXAMPLES, LAYOUT, StandIn
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Algorithm, Client, Decision, LocalTraining, ThreatView
 from fedllm_sec.recipe.resolve import resolve, settings_of
-from fedllm_sec.rounds import server
+from fedllm_sec.rounds import deciding, server
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.rounds.federation import Federation, run
 from fedllm_sec.seeds import generator_for
@@ -56,6 +56,7 @@ def seen(monkeypatch) -> Seen:
         return vector, took
 
     monkeypatch.setattr(server.ServerRound, "step", watched)
+    monkeypatch.setattr(deciding, "at_hand", lambda made: {"root_rows": EXAMPLES, "classifier": StandIn()})
     monkeypatch.setattr(server, "generator_for", lambda seed, round, purpose: generator_for(seed, round, "defense"))
     return both
 
