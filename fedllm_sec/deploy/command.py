@@ -1,0 +1,214 @@
+"""`fedllm-sec deploy init | up | server | client`: a recipe on real clients."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedllm_sec.deploy.problems import need_flower
+from fedllm_sec.errors import FedError, RecipeError, quietly
+from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.records.environment import typed
+from fedllm_sec.train import Terminated, heed_ctrl_c, in_words, load
+
+if TYPE_CHECKING:
+    from fedllm_sec.deploy.folder import Deployment
+
+
+@quietly
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parser().parse_intermixed_args(words) if words[:1] != ["up"] else parser().parse_args(words)
+    heed_ctrl_c()
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        need_flower()
+        options.act(options, typed("deploy", words))
+        return 0
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if (said := in_words(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print("stopped; the same command goes on from the last whole round.", file=sys.stderr)
+        return 143 if isinstance(stopped, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    top = argparse.ArgumentParser(
+        prog="fedllm-sec deploy",
+        description="A recipe on real clients, over Flower's deployment engine.",
+        epilog="example: fedllm-sec deploy up recipes/edge/quickstart.yaml",
+    )
+    kinds = top.add_subparsers(required=True, metavar="init | up | server | client")
+
+    init = kinds.add_parser("init", help="write a folder that is a Flower app")
+    init.add_argument("folder", type=Path, help="where to")
+    init.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's")
+    init.add_argument("--recipe", type=Path, required=True, help="the YAML recipe, or the name of a shipped one")
+    init.set_defaults(act=_init)
+
+    up = kinds.add_parser("up", help="run it here: SuperLink and SuperNodes on this machine, over TLS")
+    up.add_argument("what", type=Path, help="a recipe, the name of a shipped one, or a folder made by init")
+    up.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's")
+    up.add_argument("--clients", type=int, metavar="N", help="clients of the federation; as clients.total=N")
+    up.set_defaults(act=_up)
+
+    server = kinds.add_parser("server", help="run the server, for clients on machines of their own")
+    server.add_argument("folder", type=Path, help="a folder made by init")
+    server.add_argument("--host", default="0.0.0.0", help="the address it listens on")
+    server.add_argument("--port", type=int, default=8000, help="the port it listens on")
+    server.add_argument(
+        "--name", action="append", default=[], help="a host name or address that clients know it by; may be repeated"
+    )
+    server.set_defaults(act=_server)
+
+    client = kinds.add_parser("client", help="run one client, on its own machine")
+    client.add_argument("folder", type=Path, help="the folder made by init, or a copy of it")
+    client.add_argument("--client", required=True, metavar="ID", help="which client this is: c00, c01, ...")
+    client.add_argument("--superlink", required=True, metavar="HOST:PORT", help="where the server is")
+    client.add_argument("--data", metavar="PATH", help="its own rows, a file or folder; else its share of the recipe's")
+    client.add_argument("--attack", action="store_true", help="be malicious, as this device's own recipe says")
+    client.set_defaults(act=_client)
+    return top
+
+
+# ---------------------------------------------------------------- the four
+
+
+def one_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
+    """The only run that a recipe asks for."""
+    plans = load(path, overrides)
+    if len(plans) > 1:
+        raise RecipeError(
+            f"{path}: asks for {len(plans)} runs (variants), and a deployment is one. Add variants=null, or give a "
+            "recipe of one run."
+        )
+    return next(iter(plans.values())).recipe
+
+
+def _init(options: argparse.Namespace, command: str) -> None:
+    from fedllm_sec.deploy.folder import Deployment
+    from fedllm_sec.deploy.keys import make_certificates, make_key
+
+    made = Deployment.init(options.folder, one_recipe(options.recipe, options.overrides), command)
+    make_certificates(made.folder / "tls")
+    for client in made.clients():
+        make_key(made.folder / "keys", client)
+    print((made.folder / "README.md").read_text(encoding="utf-8"), end="")
+
+
+def _up(options: argparse.Namespace, command: str) -> None:
+    from fedllm_sec.deploy.folder import Deployment
+
+    if (options.what / "deployment.json").is_file():
+        if options.overrides or options.clients is not None:
+            raise RecipeError(
+                f"{options.what}: its recipe is written down. Change recipe.yaml there, or make another folder."
+            )
+        made = Deployment.at(options.what)
+    else:
+        more = [f"clients.total={options.clients}"] if options.clients is not None else []
+        recipe = one_recipe(options.what, [*options.overrides, *more])
+        made = Deployment.init(recipe.output.folder, recipe, command)
+    bring_up(made)
+
+
+def bring_up(made: Deployment) -> None:
+    """SuperLink, nodes and run on this machine, to the report; the clients that the recipe calls malicious attack."""
+    from fedllm_sec.attacks.threat import Threat
+    from fedllm_sec.build.threat import make_threat
+    from fedllm_sec.deploy import local
+    from fedllm_sec.deploy.processes import Processes, free_port
+
+    recipe, clients = made.recipe(), made.clients()
+    threat: Threat | None = make_threat(recipe)
+    malicious = threat.malicious if threat is not None else frozenset()
+    made.enter()
+    with Processes(made.logs, made.home) as processes:
+        for client in clients:
+            (made.logs / f"client-{client}.log").unlink(missing_ok=True)
+            (made.logs / f"node-{client}.log").unlink(missing_ok=True)
+        port, nodes = free_port(), [local.Node(made, client, client in malicious) for client in clients]
+        for node in nodes:
+            node.start_resident(processes)
+        local.start_link(processes, made, "127.0.0.1", port)
+        print(f"SuperLink at 127.0.0.1:{port} over TLS; {len(clients)} clients with a key each", flush=True)
+        local.register(processes, made, clients)
+        for node in nodes:
+            node.start(processes, f"127.0.0.1:{port}")
+        local.wait_for_nodes(processes, clients)
+        local.run_to_the_end(processes, made, lambda line: print(line, flush=True))
+    _report(made)
+
+
+def _server(options: argparse.Namespace, command: str) -> None:
+    from fedllm_sec.deploy import local
+    from fedllm_sec.deploy.folder import Deployment
+    from fedllm_sec.deploy.processes import Processes
+
+    made = Deployment.at(options.folder)
+    clients = made.clients()
+    made.enter()
+    with Processes(made.logs, made.home) as processes:
+        local.start_link(processes, made, options.host, options.port, options.name)
+        local.register(processes, made, clients)
+        print(
+            f"SuperLink at {options.host}:{options.port} over TLS. On each device, with {made.folder}'s recipe.yaml, "
+            f"deployment.json, tls/ca.pem and keys/ID.key copied to it:\n  fedllm-sec deploy client FOLDER --client ID "
+            f"--superlink HOST:{options.port}\nwith ID one of {clients[0]} to {clients[-1]}. Registering a node and "
+            "starting a run need no key: let only /v1/fleet/ through to other hosts (docs/edge.md).",
+            flush=True,
+        )
+        local.run_to_the_end(processes, made, lambda line: print(line, flush=True))
+    _report(made)
+
+
+def _client(options: argparse.Namespace, command: str) -> None:
+    import time
+
+    from fedllm_sec.deploy import local
+    from fedllm_sec.deploy.folder import Deployment
+    from fedllm_sec.deploy.processes import Processes
+
+    made = Deployment.at(options.folder)
+    if options.client not in made.clients():
+        raise RecipeError(
+            f"--client: {options.client!r} is none of the recipe's clients {', '.join(made.clients()[:5])} ..."
+        )
+    for name in ("tls/ca.pem", f"keys/{options.client}.key"):
+        if not (made.folder / name).is_file():
+            raise FedError(f"{made.folder / name}: is not on this device. Copy it from the server's folder.")
+    data = str(Path(options.data).expanduser().resolve()) if options.data else None
+    with Processes(made.logs, made.home) as processes:
+        node = local.Node(made, options.client, options.attack, data)
+        node.start_resident(processes)
+        node.start(processes, options.superlink, wait=600.0)
+        while (why := processes.ended()) is None:
+            time.sleep(0.5)
+        raise FedError(why)
+
+
+def _report(made: Deployment) -> None:
+    from fedllm_sec.report.page import terminal_summary, write_report
+
+    print("\n" + terminal_summary(made.run))
+    print(f"\nreport: {write_report(made.run)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
