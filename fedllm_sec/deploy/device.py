@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedllm_sec import __version__
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.federation import assemble
 from fedllm_sec.build.loaded import Loaded
@@ -84,7 +84,7 @@ class Device:
     def introduction(self) -> dict[str, str]:
         """Who it is and by what the server knows that both mean the same."""
         layout = layout_hash(self.federation.task.layout)
-        return {"client": self.id, "recipe": self.recipe_hash, "layout": layout, "version": __version__}
+        return {"client": self.id, "recipe": self.recipe_hash, "layout": layout, "version": version("fedllm_sec")}
 
     def train(self, vectors: Mapping[str, Tensor], r: int, rounds: int) -> LocalResult:
         """What it sends in round r for what it received: start (d,), and what the FL method sends beside it."""

@@ -7,18 +7,17 @@ unreadable, endless or missing reply costs its sender, nobody else.
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, Queue
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from fedllm_sec import __version__
+from fedllm_sec.deploy.exchange import LONGEST, in_short, replies
 from fedllm_sec.deploy.memory import limited
 from fedllm_sec.deploy.problems import layout_hash, recipe_hash
 from fedllm_sec.deploy.records import ask_records
@@ -31,9 +30,6 @@ from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.federation import Federation
 from fedllm_sec.rounds.remembering import OWN_BUFFERS
 from fedllm_sec.rounds.source import Asked, Came
-
-POLL = 0.05  # seconds between two looks for a reply at first; up to ten times that while clients train
-LONGEST = 200  # characters of what a client says that go into a record
 
 
 @dataclass
@@ -74,9 +70,9 @@ class Devices:
                 results[id] = read_reply(reply.content, expected[id])
                 return True
             except Refused as error:
-                absent[id] = printable(str(error))[:LONGEST]
+                absent[id] = in_short(str(error))
             except Exception as error:  # whatever a strange reply makes of being looked at
-                absent[id] = printable(f"its reply cannot be read: {type(error).__name__}: {error}")[:LONGEST]
+                absent[id] = in_short(f"its reply cannot be read: {type(error).__name__}: {error}")
             return False
 
         wanted = min(self.settings.wait_for or len(cohort), len(known))
@@ -142,7 +138,7 @@ class Devices:
         said = {
             "recipe": recipe_hash(self.recipe),
             "layout": layout_hash(federation.task.layout),
-            "version": __version__,
+            "version": version("fedllm_sec"),
         }
 
         def take(key: str, reply: Message) -> bool:
@@ -181,8 +177,6 @@ class Devices:
         self.nodes[id] = node
         return None
 
-    # ------------------------------------------------------------ questions and replies
-
     def _exchange(
         self,
         nodes: Mapping[str, int],
@@ -192,68 +186,25 @@ class Devices:
         wanted: int,
         take: Callable[[str, Message], bool],
     ) -> dict[str, str]:
-        """Send each its question and `take` replies until `wanted` are taken or it is late; gives who is missing.
-
-        A thread pulls one reply and catches all that can come out of that, memory errors included; one that hangs is
-        left behind.
-        """
+        """Send each its question and `take` replies until `wanted` are taken or it is late; gives who is missing."""
         keys, kind = list(nodes), "query" if group == "hello" else "train"
         messages = [Message(contents[key], nodes[key], kind, group_id=group) for key in keys]
-        if not messages:
-            return {}
-        sent = dict(zip(keys, self.grid.push_messages(messages), strict=True))
-        came: Queue[tuple[str, Message | None, str]] = Queue()
-        stop = threading.Event()
-        for key, id in sent.items():
-            if id is None:
-                came.put((key, None, "its question could not be sent"))
-            else:
-                threading.Thread(target=self._pull, args=(key, id, came, stop), daemon=True).start()
         missing = dict.fromkeys(keys, f"no reply within {self.settings.timeout_s:g} s")
-        taken, left = 0, len(keys)
-        while left and taken < wanted:
-            try:
-                key, reply, why = came.get(timeout=max(0.0, deadline - time.monotonic()))
-            except Empty:
-                break
-            left -= 1
-            why = why or self._foreign(reply, nodes[key])
-            if why:
+        taken, waited = 0, set(keys)
+        came = replies(self.grid, messages, deadline)
+        for place, reply, why in came:
+            key = keys[place]
+            waited.discard(key)
+            if reply is None:
                 missing[key] = why
-            elif reply is not None and take(key, reply):
+            elif take(key, reply):
                 taken += 1
                 del missing[key]
-            else:
-                missing[key] = "its reply was refused"
-        stop.set()
-        if left and taken >= wanted:
-            late = f"was not waited for: {taken} of {len(keys)} had answered"
-            missing = {key: late if why.startswith("no reply within") else why for key, why in missing.items()}
+            if taken >= wanted:
+                missing |= dict.fromkeys(waited, f"was not waited for: {taken} of {len(keys)} had answered")
+                break
+        came.close()
         return missing
-
-    def _pull(self, key: str, id: str, came: Queue[tuple[str, Message | None, str]], stop: threading.Event) -> None:
-        began = time.monotonic()
-        while not stop.is_set():
-            try:
-                found = list(self.grid.pull_messages([id]))
-            except BaseException as error:  # of a hostile reply: not JSON, out of memory, anything
-                why = printable(f"its reply cannot be pulled: {type(error).__name__}: {error}")[:LONGEST]
-                came.put((key, None, why))
-                return
-            if found:
-                came.put((key, found[0], ""))
-                return
-            stop.wait(min(10 * POLL, POLL + (time.monotonic() - began) / 50))
-
-    def _foreign(self, reply: Message | None, node: int) -> str:
-        """Why a message is no reply of this node; "" where it is one."""
-        if reply is None:
-            return "no reply"
-        if reply.has_error():
-            return printable(f"its device answers with an error: {reply.error.reason}")[:LONGEST]
-        if reply.metadata.src_node_id != node:
-            return "the reply comes from another node"
-        return ""
 
     def _limit(self, federation: Federation, n: int) -> None:
         reply = bytes_of(self.settings.wire, federation.task.layout.size) + 8 * len(

@@ -57,8 +57,13 @@ def read_reply(content: Any, expected: Expected) -> LocalResult:
 
 
 def packed(array: Any) -> Packed:
-    """An array as it came, nothing of it read."""
-    return Packed(array.dtype, array.shape, array.data, array.stype)
+    """An array as it came, nothing of it read; Refused where it is no array."""
+    parts = [getattr(array, name, None) for name in ("dtype", "shape", "data", "stype")]
+    if not all(type(part) is kind for part, kind in zip(parts, (str, tuple, bytes, str), strict=True)):
+        raise Refused(f"an array is a {type(array).__name__} of {', '.join(type(part).__name__ for part in parts)}")
+    if not all(type(length) is int for length in parts[1]):
+        raise Refused(f"an array has shape {str(parts[1])[:60]}")
+    return Packed(*parts)
 
 
 def number(value: Any, name: str, low: float, high: float) -> float:

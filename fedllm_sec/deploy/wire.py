@@ -56,10 +56,12 @@ def encode(delta: Tensor, wire: str, residual: Tensor | None = None) -> tuple[di
     if wire != "int8":
         return {"flat": pack(delta, wire)}, None
     wanted = delta.float() if residual is None else delta.float() + residual
+    if not bool(wanted.isfinite().all()):  # training diverged: no codes say that, but a scale does
+        nothing = torch.full((math.ceil(len(wanted) / BLOCK),), float("nan"))
+        return {"flat": Packed("int8", (len(wanted),), bytes(len(wanted))), "scales": pack(nothing, "float32")}, None
     codes, scales = quantise(wanted, BLOCK)
     sent = {"flat": Packed("int8", (len(codes),), codes.cpu().numpy().tobytes()), "scales": pack(scales, "float32")}
-    lost = wanted - dequantise(codes, scales, BLOCK)
-    return sent, lost if bool(lost.isfinite().all()) else None
+    return sent, wanted - dequantise(codes, scales, BLOCK)
 
 
 def names(wire: str) -> tuple[str, ...]:
@@ -70,12 +72,12 @@ def names(wire: str) -> tuple[str, ...]:
 def check(array: Packed, name: str, dtype: str, size: int) -> None:
     """Raise Refused unless an array is so many numbers of this type, to the byte; nothing is read."""
     if array.kind != KIND:
-        raise Refused(f"{name}: its bytes are of kind {str(array.kind)[:40]!r}, must be {KIND!r}")
+        raise Refused(f"{name}: its bytes are of kind {array.kind[:40]!r}, must be {KIND!r}")
     if array.dtype != dtype:
-        raise Refused(f"{name}: is of type {str(array.dtype)[:40]!r}, must be {dtype!r}")
-    if tuple(array.shape) != (size,) or any(type(n) is not int for n in array.shape):
-        raise Refused(f"{name}: has shape {str(tuple(array.shape))[:60]}, must be ({size},)")
-    if type(array.data) is not bytes or len(array.data) != size * BYTES[dtype]:
+        raise Refused(f"{name}: is of type {array.dtype[:40]!r}, must be {dtype!r}")
+    if array.shape != (size,):
+        raise Refused(f"{name}: has shape {str(array.shape)[:60]}, must be ({size},)")
+    if len(array.data) != size * BYTES[dtype]:
         raise Refused(f"{name}: holds {len(array.data)} bytes, must be {size * BYTES[dtype]}")
 
 

@@ -1,24 +1,44 @@
-"""One byte a number: blocks of a flat vector as int8 codes with a float32 scale each."""
+"""A flat vector as one signed byte a value, with a scale for each block of values."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fedllm_sec.errors import FedError
+
+LARGEST = 127  # codes are -127 to 127: symmetric, so that -x has the codes of x negated
+
 
 def quantise(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Codes (d,) int8 and scales (ceil(d / block),) float32 of a vector (d,): x is near code * scale.
+    """(d,) as codes (d,) int8 and scales (ceil(d / block),) float32: value = code * the scale of its block.
 
-    A block's scale is its largest |x| / 127, so no value is off by more than half a scale, and 0 stays 0. A block that
-    is not finite has a scale that is not finite: the receiver sees that.
+    A block's scale is its largest absolute value / 127 and codes are rounded to the nearest, half to even, so that no
+    value moves by more than half a scale (absmax quantisation; Dettmers et al. 2022, sec. 2.1). The last block may be
+    shorter. A block of zeros has the scale 0. Values must be finite.
     """
-    x = flat.detach().to(torch.float32)
-    padded = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
-    scales = padded.abs().amax(1) / 127
-    codes = (padded / torch.where(scales > 0, scales, 1.0)[:, None]).round().clamp(-127, 127).nan_to_num()
-    return codes.to(torch.int8).view(-1)[: len(x)].contiguous(), scales
+    if flat.ndim != 1 or block < 1:
+        raise FedError(
+            f"quantise: needs a flat vector and block >= 1, got shape {tuple(flat.shape)} and block={block}. "
+            "Flatten it, or raise the block."
+        )
+    if not bool(flat.isfinite().all()):
+        raise FedError("quantise: the vector has values that are not finite, which no scale holds. Do not send it.")
+    d, blocks = len(flat), -(-len(flat) // block)
+    values = torch.zeros(blocks * block, dtype=torch.float64, device=flat.device)
+    values[:d] = flat
+    values = values.view(blocks, block)
+    scales = (values.abs().amax(1) / LARGEST).float()
+    # divided by the scale that is sent; one that underflows to 0 leaves codes of 0
+    codes = torch.where(scales[:, None] > 0, values / scales[:, None].double(), torch.zeros_like(values))
+    return codes.round().clamp_(-LARGEST, LARGEST).to(torch.int8).flatten()[:d], scales
 
 
 def dequantise(codes: Tensor, scales: Tensor, block: int) -> Tensor:
-    """The vector (d,) float32 that codes (d,) and scales (ceil(d / block),) stand for."""
-    return codes.to(torch.float32) * scales.repeat_interleave(block)[: len(codes)]
+    """The vector (d,) float32 of codes (d,) int8 and their blocks' scales (ceil(d / block),)."""
+    if codes.ndim != 1 or block < 1 or scales.shape != (-(-len(codes) // block),):
+        raise FedError(
+            f"dequantise: codes of shape {tuple(codes.shape)} in blocks of {block} do not go with scales of shape "
+            f"{tuple(scales.shape)}. Pass what quantise gave, with its block."
+        )
+    return codes.float() * scales.float().repeat_interleave(block)[: len(codes)]
