@@ -176,9 +176,8 @@ def test_without_an_attacker_the_mean_is_flower_s_own():
     nodes = [trained(t) for t in TARGETS]
     own = FedAvg().start(_Plain(nodes), ArrayRecord(net().state_dict()), num_rounds=3).arrays.to_torch_state_dict()
     ours = played(RobustStrategy(FedAvg(), rule="mean", weights="counts"), nodes).arrays.to_torch_state_dict()
-    for name, value in own.items():
-        if value.is_floating_point():
-            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+    for name in ("0.weight", "0.bias", "1.running_mean", "1.running_var"):
+        torch.testing.assert_close(ours[name], own[name], rtol=1e-5, atol=1e-6)
     assert ours["1.num_batches_tracked"] == 9  # a counter, which Flower's mean keeps in floats
 
 
@@ -204,7 +203,7 @@ def test_fedadam_steps_with_the_defended_update_and_clients_may_send_deltas():
 
     found = played(RobustStrategy(Adds(), rule="median", deltas=True), nodes).arrays.to_torch_state_dict()
     same = played(RobustStrategy(FedAvg(), rule="median"), [trained(t) for t in TARGETS]).arrays.to_torch_state_dict()
-    for name in same:
+    for name in ("0.weight", "0.bias", "1.running_mean", "1.running_var"):
         torch.testing.assert_close(found[name], same[name], check_dtype=False)
 
 
