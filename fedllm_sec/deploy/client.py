@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import resource
+import time
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -51,6 +53,9 @@ def train(message: Message, context: Context) -> Message:
     """One round on this device's rows."""
     device = device_of(context.node_config)
     vectors, of = read_ask(message.content, device.federation.task.layout.size)
+    began = time.time()
     result = device.train(vectors, int(of["round"]), int(of["rounds"]))
+    print(f"round {of['round']}: trained from {began:.3f} to {time.time():.3f}", flush=True)
+    print(f"peak memory so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
     content, device.residual = reply_records(result, of, device.residual)
     return Message(content, reply_to=message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    options = parser().parse_intermixed_args(words) if words[:1] != ["up"] else parser().parse_args(words)
+    if not words or words[0] not in KINDS:
+        asked = words[:1] in (["-h"], ["--help"])
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else 2)
+    options = KINDS[words[0]]().parse_intermixed_args(words[1:])
     heed_ctrl_c()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -47,44 +51,61 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
-def parser() -> argparse.ArgumentParser:
-    """All flags."""
-    top = argparse.ArgumentParser(
-        prog="fedllm-sec deploy",
-        description="A recipe on real clients, over Flower's deployment engine.",
-        epilog="example: fedllm-sec deploy up recipes/edge/quickstart.yaml",
-    )
-    kinds = top.add_subparsers(required=True, metavar="init | up | server | client")
+def _parser(kind: str, what: str, act: Callable[[argparse.Namespace, str], None]) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog=f"fedllm-sec deploy {kind}", description=what)
+    made.set_defaults(act=act)
+    return made
 
-    init = kinds.add_parser("init", help="write a folder that is a Flower app")
-    init.add_argument("folder", type=Path, help="where to")
-    init.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's")
-    init.add_argument("--recipe", type=Path, required=True, help="the YAML recipe, or the name of a shipped one")
-    init.set_defaults(act=_init)
 
-    up = kinds.add_parser("up", help="run it here: SuperLink and SuperNodes on this machine, over TLS")
-    up.add_argument("what", type=Path, help="a recipe, the name of a shipped one, or a folder made by init")
-    up.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's")
-    up.add_argument("--clients", type=int, metavar="N", help="clients of the federation; as clients.total=N")
-    up.set_defaults(act=_up)
+def _overrides(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    made.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's")
+    return made
 
-    server = kinds.add_parser("server", help="run the server, for clients on machines of their own")
-    server.add_argument("folder", type=Path, help="a folder made by init")
-    server.add_argument("--host", default="0.0.0.0", help="the address it listens on")
-    server.add_argument("--port", type=int, default=8000, help="the port it listens on")
-    server.add_argument(
+
+def init_parser() -> argparse.ArgumentParser:
+    made = _parser("init", "Write a folder that is a Flower app.", _init)
+    made.add_argument("folder", type=Path, help="where to")
+    made.add_argument("--recipe", type=Path, required=True, help="the YAML recipe, or the name of a shipped one")
+    return _overrides(made)
+
+
+def up_parser() -> argparse.ArgumentParser:
+    made = _parser("up", "Run it here: SuperLink and SuperNodes on this machine, over TLS.", _up)
+    made.add_argument("what", type=Path, help="a recipe, the name of a shipped one, or a folder made by init")
+    made.add_argument("--clients", type=int, metavar="N", help="clients of the federation; as clients.total=N")
+    return _overrides(made)
+
+
+def server_parser() -> argparse.ArgumentParser:
+    made = _parser("server", "Run the server, for clients on machines of their own.", _server)
+    made.add_argument("folder", type=Path, help="a folder made by init")
+    made.add_argument("--host", default="0.0.0.0", help="the address it listens on")
+    made.add_argument("--port", type=int, default=8000, help="the port it listens on")
+    made.add_argument(
         "--name", action="append", default=[], help="a host name or address that clients know it by; may be repeated"
     )
-    server.set_defaults(act=_server)
+    return made
 
-    client = kinds.add_parser("client", help="run one client, on its own machine")
-    client.add_argument("folder", type=Path, help="the folder made by init, or a copy of it")
-    client.add_argument("--client", required=True, metavar="ID", help="which client this is: c00, c01, ...")
-    client.add_argument("--superlink", required=True, metavar="HOST:PORT", help="where the server is")
-    client.add_argument("--data", metavar="PATH", help="its own rows, a file or folder; else its share of the recipe's")
-    client.add_argument("--attack", action="store_true", help="be malicious, as this device's own recipe says")
-    client.set_defaults(act=_client)
-    return top
+
+def client_parser() -> argparse.ArgumentParser:
+    made = _parser("client", "Run one client, on its own machine.", _client)
+    made.add_argument("folder", type=Path, help="the folder made by init, or a copy of it")
+    made.add_argument("--client", required=True, metavar="ID", help="which client this is: c00, c01, ...")
+    made.add_argument("--superlink", required=True, metavar="HOST:PORT", help="where the server is")
+    made.add_argument("--data", metavar="PATH", help="its own rows, a file or folder; else its share of the recipe's")
+    made.add_argument("--attack", action="store_true", help="be malicious, as this device's own recipe says")
+    return made
+
+
+KINDS = {"init": init_parser, "up": up_parser, "server": server_parser, "client": client_parser}
+USAGE = """usage: fedllm-sec deploy init | up | server | client ...
+
+  init    write a folder that is a Flower app
+  up      run it here: SuperLink and SuperNodes on this machine, over TLS
+  server  run the server, for clients on machines of their own
+  client  run one client, on its own machine
+
+Each has its own --help. Example: fedllm-sec deploy up recipes/edge/quickstart.yaml"""
 
 
 # ---------------------------------------------------------------- the four

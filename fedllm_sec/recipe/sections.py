@@ -229,7 +229,7 @@ class Recipe(Section):
     evaluate: Any  # what is measured, and how often
     compute: Compute = Compute()  # how it is computed
     output: Output = Output()  # where results go
-    deploy: Deploy = Deploy()  # how real devices are asked, by `fedllm-sec deploy`; a simulation has no use for it
+    deploy: Deploy = Deploy()  # how real devices are asked; a simulation has no use for it
     variants: dict[str, dict[str, Any]] | None = None  # name -> overrides: a comparison of several runs
 
     @property

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg
 from fedllm_sec.deploy.flower import RobustStrategy
 from fedllm_sec.records.history import read_history
 from fedllm_sec.report.runs import read_runs
+from tests.conftest import ROOT
 from tests.deploy.nodes import Blocks, Nodes
 
 TARGETS = (1.0, 1.1, 0.9, 1.05, 0.95)  # to which each client's training leads every parameter, half way in a round
@@ -238,3 +239,13 @@ def test_the_report_reads_the_log_and_stages_after_the_step_act(tmp_path):
     (run,) = read_runs([tmp_path])
     assert run.defense["rule"]["name"] == "median"
     assert len(run.records) == 1
+
+
+def test_the_lines_of_the_page_are_an_app_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = next(b for b in (ROOT / "docs" / "edge.md").read_text().split("```")[1::2] if "RobustStrategy(" in b)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/edge.md", "exec"), names)
+    result = played(names["strategy"], all_but(HOSTILE["1e30"]), rounds=2)
+    assert far(result.arrays.to_torch_state_dict()) < 0.5
+    assert len(read_history(tmp_path / "robust")) == 2
