@@ -173,8 +173,12 @@ def bring_up(made: Deployment) -> None:
         for node in nodes:
             node.start(processes, f"127.0.0.1:{port}")
         local.wait_for_nodes(processes, clients)
-        local.run_to_the_end(processes, made, lambda line: print(line, flush=True))
+        local.run_to_the_end(processes, made, _say, local.Tending(processes, nodes, f"127.0.0.1:{port}", _say))
     _report(made)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _server(options: argparse.Namespace, command: str) -> None:
@@ -195,7 +199,7 @@ def _server(options: argparse.Namespace, command: str) -> None:
             "starting a run need no key: let only /v1/fleet/ through to other hosts (docs/edge.md).",
             flush=True,
         )
-        local.run_to_the_end(processes, made, lambda line: print(line, flush=True))
+        local.run_to_the_end(processes, made, _say)
     _report(made)
 
 
@@ -216,12 +220,18 @@ def _client(options: argparse.Namespace, command: str) -> None:
             raise FedError(f"{made.folder / name}: is not on this device. Copy it from the server's folder.")
     data = str(Path(options.data).expanduser().resolve()) if options.data else None
     with Processes(made.logs, made.home) as processes:
+        for name in (f"client-{options.client}", f"node-{options.client}"):
+            (made.logs / f"{name}.log").unlink(missing_ok=True)  # of an earlier start
         node = local.Node(made, options.client, options.attack, data)
         node.start_resident(processes)
         node.start(processes, options.superlink, wait=600.0)
-        while (why := processes.ended()) is None:
-            time.sleep(0.5)
-        raise FedError(why)
+        local.wait_for_nodes(processes, [node.client])
+        print(f"client {node.client} is connected to {options.superlink}", flush=True)
+        tend = local.Tending(processes, [node], options.superlink, _say)
+        while tend.left:
+            tend()
+            time.sleep(1)
+        raise FedError(str(processes.ended() or "its processes ended too often") + " Start it again.")
 
 
 def _report(made: Deployment) -> None:

@@ -77,6 +77,34 @@ class Node:
         )  # fmt: skip
 
 
+@dataclass
+class Tending:
+    """Starts a node's processes again where one has ended, at most so often; its client is away in between.
+
+    A SuperLink holds a killed node for online for a minute, and refuses its key until then: hence the pause.
+    """
+
+    processes: Processes
+    nodes: Sequence[Node]
+    superlink: str
+    say: Callable[[str], None]
+    left: int = 20
+    pause: float = 10.0  # seconds between two starts of one process
+    begun: dict[str, float] = field(default_factory=dict)  # when each was last started
+
+    def __call__(self) -> None:
+        for node in self.nodes:
+            for name, start in (
+                (f"client-{node.client}", node.start_resident),
+                (f"node-{node.client}", lambda processes, node=node: node.start(processes, self.superlink)),
+            ):
+                rested = time.monotonic() - self.begun.get(name, -self.pause) >= self.pause
+                if self.left and rested and self.processes.running[name].poll() is not None:
+                    self.left, self.begun[name] = self.left - 1, time.monotonic()
+                    self.say(f"{name} has ended and is started again: {self.processes.said(name, 1)}")
+                    start(self.processes)
+
+
 def wait_for_nodes(processes: Processes, clients: Sequence[str], seconds: float = 180.0) -> None:
     """Until each node is connected and its client has its model; an error where one ends before."""
 
@@ -85,12 +113,13 @@ def wait_for_nodes(processes: Processes, clients: Sequence[str], seconds: float 
         return log.exists() and "ready" in log.read_text(encoding="utf-8", errors="replace").splitlines()
 
     mine = [name for name in processes.running if name.startswith(("node-", "client-"))]
-    processes.wait(lambda: all(map(ready, clients)), "the clients", seconds, LINK, *mine)
+    mine += [LINK] if LINK in processes.running else []
+    processes.wait(lambda: all(map(ready, clients)), "the clients", seconds, *mine)
 
     def connected(client: str) -> bool:
         return "SuperNode ID" in (processes.logs / f"node-{client}.log").read_text(encoding="utf-8", errors="replace")
 
-    processes.wait(lambda: all(map(connected, clients)), "the nodes", seconds, LINK, *mine)
+    processes.wait(lambda: all(map(connected, clients)), "the nodes", seconds, *mine)
 
 
 def run_to_the_end(

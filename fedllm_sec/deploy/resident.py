@@ -38,13 +38,10 @@ def serve(address: str, poll: float) -> None:
             retry_invoker=make_simple_http_retry_invoker(),
         )
 
-    tasks = connected("SuperExec")
-    while True:
-        task = tasks.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"], agentapp_fab_hashes=[]))
-        if not (task.HasField("task") and task.token):
-            time.sleep(poll)
-            continue
-        client = connected("flwr-clientapp", RuntimeTokenHttpInterceptor(task.token))
+    training = threading.Lock()  # there is one model
+
+    def work(token: str) -> None:
+        client = connected("flwr-clientapp", RuntimeTokenHttpInterceptor(token))
         beats = HeartbeatSender(make_task_heartbeat_fn_http(client))
         beats.start()
         message = context = None
@@ -52,7 +49,8 @@ def serve(address: str, poll: float) -> None:
         try:
             message, context, _, _ = pull_task_input(client)
             try:
-                reply = app(message=message, context=context)
+                with training:
+                    reply = app(message=message, context=context)
             except Exception as error:  # the device lives on, and the server is told
                 traceback.print_exc()
                 status, details = SubStatus.FAILED, f"{type(error).__name__}: {error}"
@@ -61,9 +59,21 @@ def serve(address: str, poll: float) -> None:
         except Exception as error:
             traceback.print_exc()
             status, details = SubStatus.FAILED, f"{type(error).__name__}: {error}"
-        push_task_output(client, context, status, details)
+        try:
+            push_task_output(client, context, status, details)
+        except Exception:  # the task's run may have ended meanwhile
+            traceback.print_exc()
         beats.stop()
         client.close()
+
+    tasks = connected("SuperExec")
+    while True:
+        task = tasks.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"], agentapp_fab_hashes=[]))
+        if task.HasField("task") and task.token:
+            # a thread each: a question whose server died while it sent it is waited for by Flower for minutes
+            threading.Thread(target=work, args=(task.token,), daemon=True).start()
+        else:
+            time.sleep(poll)
 
 
 def watch(parent: int) -> None:
