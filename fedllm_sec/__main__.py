@@ -12,6 +12,7 @@ from fedllm_sec.errors import quietly
 COMMANDS = {
     "train": ("fedllm_sec.train", "run a recipe"),
     "benchmark": ("fedllm_sec.benchmark", "run a grid of attacks and defenses"),
+    "deploy": ("fedllm_sec.deploy.command", "run a recipe on real clients, over Flower"),
     "report": ("fedllm_sec.report.__main__", "make tables and a page of finished runs"),
     "aggregate": ("fedllm_sec.api.folders", "make one adapter of several, by a rule"),
     "audit": ("fedllm_sec.build.audit", "show what an observer learnt from a run"),

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fedllm_sec.build.names import BESIDE  # noqa: E402
-from fedllm_sec.recipe import adversary, classifier, defense, language_model, sections  # noqa: E402
+from fedllm_sec.recipe import adversary, classifier, defense, language_model, machines, sections  # noqa: E402
 from fedllm_sec.recipe.places import home  # noqa: E402
 from fedllm_sec.recipe.sections import TASKS, Recipe, Section  # noqa: E402
 
@@ -43,7 +43,7 @@ folder; only `base:` of a grid, which names another recipe file, is relative to 
 def comments() -> dict[tuple[str, str], str]:
     """(class, field) -> the comment behind the field."""
     found = {}
-    for text in map(inspect.getsource, (adversary, classifier, defense, language_model, sections)):
+    for text in map(inspect.getsource, (adversary, classifier, defense, language_model, machines, sections)):
         lines = text.splitlines()
         for node in ast.parse(text).body:
             for field in node.body if isinstance(node, ast.ClassDef) else ():

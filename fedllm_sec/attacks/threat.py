@@ -86,12 +86,14 @@ class Threat:
         round: int,
         defense: Callable[[UpdateMatrix], Decision] | None,
         server_lr: float | None = 1.0,
+        cohort_size: int | None = None,
     ) -> tuple[list[int], Tensor] | None:
         """The attackers' places in the cohort and the rows (m, d) they submit; None where they send their own.
 
         Who does not collude forges alone, with a memory of its own: `own` is its one row, and the other attackers are
         clients like any other to it, whose rows, as they were trained, it sees where knowledge grants that. Rows that
-        the server's screen would set aside are seen by nobody.
+        the server's screen would set aside are seen by nobody. `cohort_size` is n where `updates` are not all rows of
+        the round, but the one row of an attacker's own device.
         """
         attackers = self.attackers(round)
         places = [i for i, id in enumerate(updates.ids) if id in attackers]
@@ -100,8 +102,9 @@ class Threat:
         read = places if self.knowledge == "own" else range(updates.n)
         sound = {i for i, good in zip(read, usable(updates.select(read)), strict=True) if good}
         shown = _Shown(
-            updates, sound, vector, last_update, defense if self.knowledge == "cohort+defense" else None, server_lr
-        )
+            updates, sound, vector, last_update, defense if self.knowledge == "cohort+defense" else None, server_lr,
+            cohort_size or updates.n,
+        )  # fmt: skip
         if self.collude:
             return places, self._forged(self.update, shown, places, round)
         rows = []
@@ -128,7 +131,7 @@ class Threat:
                 defense=shown.defense,
                 layout=updates.layout,
                 own_counts=tuple(updates.counts[i] for i in places),
-                cohort_size=len(places) + len(rest) if sees else updates.n,
+                cohort_size=len(places) + len(rest) if sees else shown.cohort_size,
                 round=round,
                 rng=generator_for(*drawn, number, *(() if self.collude else own_ids)),
                 own_ids=own_ids,
@@ -188,6 +191,7 @@ class _Shown:
     last_update: Tensor | None
     defense: Callable[[UpdateMatrix], Decision] | None
     server_lr: float | None
+    cohort_size: int  # n of the round
 
 
 def stand_in(own: Tensor, sound: Sequence[bool]) -> Tensor:

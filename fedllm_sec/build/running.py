@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedllm_sec.build.plan import Plan
     from fedllm_sec.recipe.sections import Recipe
     from fedllm_sec.rounds.compute import Machine
+    from fedllm_sec.rounds.source import Source
 
 
 def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) -> Machine:
@@ -62,20 +63,23 @@ def run_one(
     loaded: Loaded,
     say: Callable[[str], None] | None = None,
     beside: Path | None = None,
+    source: Source | None = None,
 ) -> None:
     """One run from where its folder stands; of a finished one, what was lost is made again from its checkpoint.
 
     `loaded` is what the process keeps between runs; `say` gets a line a round instead of the terminal; `beside` is the
-    folder in which runs that start alike find the rounds of `pretrain`, None: the run's own.
+    folder in which runs that start alike find the rounds of `pretrain`, None: the run's own; `source` gives the rows
+    where they are not trained here.
     """
     folder = Path(plan.recipe.output.folder)
     with RunFolder(folder).held() if machine.main else contextlib.nullcontext():
-        _run_held(plan, machine, command, loaded, say, beside or folder)
+        _run_held(plan, machine, command, loaded, say, beside or folder, source)
 
 
 def _run_held(
-    plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None, beside: Path
-) -> None:
+    plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None, beside: Path,
+    source: Source | None,
+) -> None:  # fmt: skip
     import torch
 
     from fedllm_sec.build.federation import assemble, run, save
@@ -110,6 +114,9 @@ def _run_held(
         before = _pretrained(recipe, machine, command, loaded, tell, beside)
     federation = assemble(plan, machine, loaded)
     task: Any = federation.task
+    if source is not None:
+        assert isinstance(federation, Federation)  # nor has it devices
+        federation.source = source
     if before is not None:
         assert isinstance(federation, Federation)  # fedgkt has no pretrain
         federation.begin_after(_to(before, machine.device))

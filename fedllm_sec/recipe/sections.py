@@ -14,7 +14,8 @@ from fedllm_sec.recipe.adversary import Malicious, Observe
 from fedllm_sec.recipe.classifier import Classifier, LabelledEvaluate, LabelledText
 from fedllm_sec.recipe.defense import DefenseBlock
 from fedllm_sec.recipe.language_model import Model
-from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Folder, Place, Schedule, Section, Word
+from fedllm_sec.recipe.machines import Compute, Deploy, Output
+from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Place, Schedule, Section, Word
 
 
 class Columns(Section):
@@ -133,22 +134,6 @@ class Evaluate(Section):
     harness: Harness | None = None  # also measure the model by public tasks
 
 
-class Compute(Section):
-    """With what, and how spread, it is computed."""
-
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: what accelerate is configured for
-    gradient_accumulation: Count | None = None  # None: what accelerate is configured for
-    placement: Literal["clients", "data"] = "clients"  # spread clients, or each batch, over the processes
-    chunk_mb: PositiveFloat | None = None  # size of a column block in the defense; None: from free memory
-    threads: int | None = Field(None, ge=1, le=1024)  # CPU threads of each process
-
-
-class Output(Section):
-    folder: Folder = "runs/{name}"  # {name} is the recipe's file name
-    adapter_every: PositiveInt | None = None  # also keep the adapter of every k-th round
-    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None  # also log there what a round measured
-
-
 class ArrayData(Section):
     """Images and other arrays with class labels."""
 
@@ -218,6 +203,7 @@ class Recipe(Section):
     evaluate: Any  # what is measured, and how often
     compute: Compute = Compute()  # how it is computed
     output: Output = Output()  # where results go
+    deploy: Deploy = Deploy()  # how real devices are asked; a simulation has no use for it
     variants: dict[str, dict[str, Any]] | None = None  # name -> overrides: a comparison of several runs
 
     @property

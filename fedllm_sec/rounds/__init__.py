@@ -2,6 +2,7 @@
 
 federation  the parts of a run and a round, top to bottom      server  the server's side of a round
 client      how a client trains                                remembering  what clients write down after it
+source      where rows come from: trained here, or devices
 compute     device, precision, processes; rows come together here
 distillation  FedGKT's own loop
 """

@@ -18,9 +18,10 @@ from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.memory import watch
 from fedllm_sec.models.products import MOST_FLOPS, gap_flops, product_gap
-from fedllm_sec.protocols import Client, Decision, Labelled, LocalResult
+from fedllm_sec.protocols import Decision, Labelled, LocalResult
 from fedllm_sec.rounds.clock import Clock
 from fedllm_sec.rounds.server import ServerRound, nobody_kept
+from fedllm_sec.rounds.source import Came
 
 if TYPE_CHECKING:
     from fedllm_sec.rounds.federation import Federation
@@ -57,10 +58,7 @@ def at_hand(federation: Federation) -> dict[str, Any]:
 
 def decide(
     federation: Federation,
-    cohort: Sequence[Client],
-    rows: Tensor,
-    claims: Tensor,
-    buffers: Tensor,
+    came: Came,
     root: LocalResult | None,
     r: int,
     rounds: int,
@@ -70,7 +68,9 @@ def decide(
     """Attack, screening, defense and server step, on rank 0."""
     threat, algorithm, start = federation.threat, federation.algorithm, federation.vector
     averaging = federation.averaging
-    ids = tuple(c.id for c in cohort)
+    assert came.collected is not None
+    rows, claims, buffers = came.collected
+    ids = tuple(c.id for c in came.cohort)
     updates = UpdateMatrix.of(
         rows, ids=ids, counts=claims[:, 0].tolist(), layout=federation.task.layout, chunk_mb=federation.chunk_mb
     )
@@ -112,10 +112,12 @@ def decide(
     record = decided.record
     record["losses"] = dict(zip(ids, claims[:, 2].tolist(), strict=True))
     record["norms"] = dict(zip(ids, kernels.row_norms(updates).tolist(), strict=True))
+    record["quarantined"] = dict(came.absent)
     memory, rule = watch(rows.device), algorithm.server
     held = rule.state_dict() if hasattr(rule, "state_dict") else {}
     try:
-        clean, record["quarantined"] = server.receive(updates)
+        clean, unusable = server.receive(updates)
+        record["quarantined"] |= unusable
         decision = federation.defense.decide(clean, server.context())
         if nobody_kept(decision):
             record["skipped"] = "the rule kept nobody"

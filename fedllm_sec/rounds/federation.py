@@ -33,6 +33,7 @@ from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.rounds.deciding import Decided, decide, undecided
 from fedllm_sec.rounds.observing import NOBODY, Observer
 from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember, with_own
+from fedllm_sec.rounds.source import Asked, Source, trained_here
 from fedllm_sec.seeds import generator_for
 
 NOBODY_PROTECTED = "nobody: the recipe's public seed draws the noise"  # beside an epsilon, which asks for a secret one
@@ -73,6 +74,7 @@ class Federation:
     last_update: Tensor | None = None
     round: int = 0  # rounds done
     before: int = 0  # attack-free rounds done before these: draws of round r are those of round before + r
+    source: Source = trained_here  # where the rows of a round come from
     progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,38 +169,19 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     control = machine.share(algorithm.control(start)) if algorithm.control is not None else None
 
     averaging = federation.averaging
-    together = averaging.local if averaging is not None else ()
     rng = generator_for(federation.seed, federation.before + r, "cohort")
-    cohort = sample(federation.clients, federation.per_round, rng, threat.sure(r) if threat is not None else None)
-    mine = machine.mine([threat.dress(c, r) if threat else c for c in cohort])
+    sure = threat.sure(r) if threat is not None else None
+    cohort: Sequence[Client] = sample(federation.clients, federation.per_round, rng, sure)
 
     def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
-        attacks: Sequence[LocalRule] = ()
-        if threat is not None and client.id in threat.attackers(r):
-            attacks, guards = threat.rules(client, r), ()  # nobody defends a federation against himself
-        with only_shown("attack.local", AttackError, **tensors_of(client.shard)):  # later runs have the shard too
-            return train_locally(
-                task,
-                client,
-                start,
-                optimizer=optimizer,
-                stepper=machine,
-                training=federation.training,
-                rules=(*algorithm.local, *together, *guards, *attacks, *federation.observer.rules(client.id, r)),
-                round=r,
-                rounds=rounds,
-                seed=federation.seed,
-                last_update=federation.last_update,
-                control=control,
-                buffers=client.memory.get(OWN_BUFFERS, federation.buffers),
-                before=federation.before,
-            )
+        return train_client(federation, client, start, optimizer, guards, control, r, rounds)
 
-    results = (train(client, federation.guards) for client in federation.progress(mine))
     local = getattr(task, "kept", None) == "local"
     everywhere = algorithm.remember is not None or local
     width = len(federation.buffers) if federation.buffers is not None else 0
-    collected = machine.collect(results, len(cohort), task.layout.size, everywhere, width)
+    asked = Asked(r, rounds, start, federation.last_update, control, train, everywhere, width)
+    came = federation.source(federation, cohort, asked)
+    cohort, collected = came.cohort, came.collected
     root = train(federation.root, ()) if federation.root is not None else None
     seconds["train"] = clock.lap()
 
@@ -214,8 +197,11 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         if federation.root is not None and root is not None:
             trained.append(Trained(federation.root, root.delta, root.steps))
     decided = Decided(start.clone(), torch.zeros(len(cohort), dtype=torch.float64), federation.buffers)
-    if machine.main and collected is not None:
-        decided = decide(federation, cohort, *collected, root, r, rounds, clock, seconds)
+    if came.too_few is not None:
+        decided.record |= {"skipped": came.too_few, "quarantined": dict(came.absent)}
+    elif machine.main and collected is not None:
+        decided = decide(federation, came, root, r, rounds, clock, seconds)
+    if machine.main:
         sent = "the FL method sends clients a second vector, made of rows without noise"
         spent = federation.defense.privacy(sent=sent if control is not None else None)
         rows = {"rows": private.told(federation.guards)} if private is not None else {}
@@ -246,14 +232,16 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     step = federation.vector - start
     federation.last_update, federation.round = step, r
 
+    there = {c.id for c in cohort} | set(came.absent)
+    ids = [c.id for c in federation.clients if c.id in there]
     quality, attack, answers = None, None, list[Any]()
     if federation.evaluation is not None and (r % federation.evaluate_every == 0 or r == rounds):
         quality, attack, answers = evaluate(federation, last=r == rounds)
         seconds["evaluate"] = round(seconds.get("evaluate", 0.0) + clock.lap(), 4)
     return RoundRecord(
         round=r,
-        cohort=[c.id for c in cohort],
-        malicious=[c.id for c in cohort if threat is not None and c.id in threat.who(r)],
+        cohort=ids,
+        malicious=[id for id in ids if threat is not None and id in threat.who(r)],
         attacking=threat is not None and threat.active(r),
         update_norm=float(step.norm()),
         quality=quality,
@@ -262,6 +250,40 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         answers=answers,
         **decided.record,
     )
+
+
+def train_client(
+    federation: Federation,
+    client: Client,
+    start: Tensor,
+    optimizer: torch.optim.Optimizer,
+    guards: Sequence[LocalRule],
+    control: Tensor | None,
+    r: int,
+    rounds: int,
+) -> LocalResult:
+    """One client's training of round r, in a simulation or on its own device; who attacks does it by his rules."""
+    together = federation.averaging.local if federation.averaging is not None else ()
+    attacks: Sequence[LocalRule] = ()
+    if federation.threat is not None and client.id in federation.threat.attackers(r):
+        attacks, guards = federation.threat.rules(client, r), ()  # nobody defends a federation against himself
+    with only_shown("attack.local", AttackError, **tensors_of(client.shard)):  # later runs have the shard too
+        return train_locally(
+            federation.task,
+            client,
+            start,
+            optimizer=optimizer,
+            stepper=federation.machine,
+            training=federation.training,
+            rules=(*federation.algorithm.local, *together, *guards, *attacks, *federation.observer.rules(client.id, r)),
+            round=r,
+            rounds=rounds,
+            seed=federation.seed,
+            last_update=federation.last_update,
+            control=control,
+            buffers=client.memory.get(OWN_BUFFERS, federation.buffers),
+            before=federation.before,
+        )
 
 
 def evaluate(federation: Federation, last: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None, list[Any]]:

@@ -93,6 +93,10 @@ CHANGES: dict[str, Any] = {
     "compute.chunk_mb": 0.01,
     "compute.threads": 1,
     "output.folder": "elsewhere",
+    "deploy.wire": "int8",
+    "deploy.wait_for": 2,
+    "deploy.min_replies": 2,
+    "deploy.timeout_s": 5.0,
     "output.adapter_every": 1,
     "output.tracker": None,
 }

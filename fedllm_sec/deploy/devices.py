@@ -1,0 +1,213 @@
+"""A source of rows: the devices behind a Flower Grid.
+
+One question to each client of the round, one reply pulled by each of as many threads, a deadline of our own: an
+unreadable, endless or missing reply costs its sender, nobody else.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+from fedllm_sec.deploy.exchange import LONGEST, in_short, replies
+from fedllm_sec.deploy.memory import limited
+from fedllm_sec.deploy.problems import layout_hash, recipe_hash
+from fedllm_sec.deploy.records import ask_records
+from fedllm_sec.deploy.replies import Expected, read_reply
+from fedllm_sec.deploy.wire import Refused, bytes_of
+from fedllm_sec.errors import printable
+from fedllm_sec.protocols import Client, LocalResult
+from fedllm_sec.recipe.machines import Deploy
+from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.rounds.federation import Federation
+from fedllm_sec.rounds.remembering import OWN_BUFFERS
+from fedllm_sec.rounds.source import Asked, Came
+
+
+@dataclass
+class Devices:
+    """Which node is which client, and how they are asked. `say` gets a line about who comes, goes or is turned away."""
+
+    grid: Any  # flwr.serverapp.Grid
+    recipe: Recipe
+    say: Callable[[str], None]
+    nodes: dict[str, int] = field(default_factory=dict)  # client id -> the node that speaks for it
+    turned_away: dict[int, str] = field(default_factory=dict)  # node -> why
+    begun: bool = False
+
+    @property
+    def settings(self) -> Deploy:
+        return self.recipe.deploy
+
+    def __call__(self, federation: Federation, cohort: Sequence[Client], asked: Asked) -> Came:
+        """The rows that come before the round closes, and why the others did not."""
+        if not self.begun:
+            self.begun = True
+            self._limit(federation, len(cohort))
+        deadline = time.monotonic() + self.settings.timeout_s
+        self._meet(federation, cohort, deadline)
+        known = {c.id: self.nodes[c.id] for c in cohort if c.id in self.nodes}
+        absent = {c.id: "no device of it is online" for c in cohort if c.id not in known}
+        expected = {
+            id: Expected(id, asked.round, secrets.token_hex(16), federation.task.layout.size, asked.beside,
+                         self.settings.wire)
+            for id in known
+        }  # fmt: skip
+        memory = {c.id: c.memory for c in cohort}
+        asks = {id: self._ask(federation, asked, expected[id], memory[id]) for id in known}
+        results: dict[str, LocalResult] = {}
+
+        def take(id: str, reply: Message) -> bool:
+            try:
+                results[id] = read_reply(reply.content, expected[id])
+                return True
+            except Refused as error:
+                absent[id] = in_short(str(error))
+            except Exception as error:  # whatever a strange reply makes of being looked at
+                absent[id] = in_short(f"its reply cannot be read: {type(error).__name__}: {error}")
+            return False
+
+        wanted = min(self.settings.wait_for or len(cohort), len(known))
+        missing = self._exchange(known, asks, str(asked.round), deadline, wanted, take)
+        for id, why in missing.items():
+            absent.setdefault(id, why)
+        return self._came(federation, cohort, asked, results, absent)
+
+    def _came(
+        self, federation: Federation, cohort: Sequence[Client], asked: Asked, results: Mapping[str, LocalResult],
+        absent: dict[str, str],
+    ) -> Came:  # fmt: skip
+        there = [c for c in cohort if c.id in results]
+        d, device = federation.task.layout.size, federation.machine.device
+        rows = torch.empty(len(there), d, device=device)
+        claims = torch.empty(len(there), 3, dtype=torch.float64)
+        buffers = torch.zeros(len(there), asked.beside, dtype=torch.float64)
+        for i, client in enumerate(there):
+            result = results[client.id]
+            rows[i] = result.delta
+            claims[i] = torch.tensor([result.count, float(result.steps), result.loss], dtype=torch.float64)
+            if result.buffers is not None:
+                buffers[i] = result.buffers
+        few = None
+        if len(there) < (least := self.settings.min_replies):
+            few = f"{len(there)} of {len(cohort)} clients sent a usable reply; deploy.min_replies: {least}"
+        return Came(there, (rows, claims, buffers), {c.id: absent[c.id] for c in cohort if c.id in absent}, few)
+
+    def _ask(
+        self, federation: Federation, asked: Asked, expected: Expected, memory: Mapping[str, Tensor]
+    ) -> RecordDict:
+        rules = bool(federation.algorithm.local) or bool(federation.guards)
+        vectors = {
+            "start": asked.start,
+            "last_update": asked.last_update if rules else None,
+            "control": asked.control,
+            "buffers": memory.get(OWN_BUFFERS, federation.buffers),
+            **{f"memory.{name}": value for name, value in memory.items() if name != OWN_BUFFERS},
+        }
+        return ask_records(expected, asked.rounds, {name: v for name, v in vectors.items() if v is not None})
+
+    # ------------------------------------------------------------ who is there
+
+    def _meet(self, federation: Federation, cohort: Sequence[Client], deadline: float) -> None:
+        """Ask new nodes who they are; wait for the cohort where too few of it have come yet."""
+        first, enough = not self.nodes, self.settings.min_replies
+        while True:
+            online = {node.node_id: node.name if node.HasField("name") else None for node in self.grid.get_nodes()}
+            for id, node in list(self.nodes.items()):
+                if node not in online:
+                    del self.nodes[id]
+            new = {n: name for n, name in online.items() if n not in self.nodes.values() and n not in self.turned_away}
+            if new:
+                self._greet(federation, new, deadline)
+            here = sum(c.id in self.nodes for c in cohort)
+            if here >= (len(cohort) if first else enough) or time.monotonic() >= deadline:
+                return
+            time.sleep(0.5)
+
+    def _greet(self, federation: Federation, new: Mapping[int, str | None], deadline: float) -> None:
+        """Which client each new node is; one with another recipe, layout, version or client's id is turned away."""
+        ids = {c.id for c in federation.clients}
+        said = {
+            "recipe": recipe_hash(self.recipe),
+            "layout": layout_hash(federation.task.layout),
+            "version": version("fedllm_sec"),
+        }
+
+        def take(key: str, reply: Message) -> bool:
+            node = int(key)
+            try:
+                why = self._introduced(node, new[node], reply.content, said, ids)
+            except Exception as error:
+                why = f"its answer cannot be read: {type(error).__name__}"
+            if why is not None:
+                self.turned_away[node] = why = printable(why)[: 3 * LONGEST]
+                self.say(f"node {node} is turned away: {why}")
+            return why is None
+
+        nodes = {str(node): node for node in new}
+        hello = {key: RecordDict({"hello": ConfigRecord(dict(said))}) for key in nodes}
+        for key, why in self._exchange(nodes, hello, "hello", deadline, len(nodes), take).items():
+            if int(key) not in self.turned_away:
+                self.say(f"node {key} has not said who it is: {why}")
+
+    def _introduced(
+        self, node: int, name: str | None, content: Any, said: Mapping[str, str], ids: set[str]
+    ) -> str | None:
+        """Take a node up as the client it says it is; or why not."""
+        answer = content.config_records["hello"]
+        id = answer["client"]
+        for key in ("recipe", "layout", "version"):
+            if answer[key] != said[key]:
+                has = f"{key} {str(answer[key])[:40]}, the server {said[key]}"
+                return f"client {str(id)[:40]} has {has}. Mend it there."
+        if type(id) is not str or id not in ids:
+            return f"it says that it is client {str(id)[:40]!r}, which the recipe has not"
+        if name is not None and name != id:
+            return f"it is registered as {name!r} and says that it is {id!r}"
+        if id in self.nodes:
+            return f"client {id} is there already, as node {self.nodes[id]}"
+        self.nodes[id] = node
+        return None
+
+    def _exchange(
+        self,
+        nodes: Mapping[str, int],
+        contents: Mapping[str, RecordDict],
+        group: str,
+        deadline: float,
+        wanted: int,
+        take: Callable[[str, Message], bool],
+    ) -> dict[str, str]:
+        """Send each its question and `take` replies until `wanted` are taken or it is late; gives who is missing."""
+        keys, kind = list(nodes), "query" if group == "hello" else "train"
+        messages = [Message(contents[key], nodes[key], kind, group_id=group) for key in keys]
+        missing = dict.fromkeys(keys, f"no reply within {self.settings.timeout_s:g} s")
+        taken, waited = 0, set(keys)
+        came = replies(self.grid, messages, deadline)
+        for place, reply, why in came:
+            key = keys[place]
+            waited.discard(key)
+            if reply is None:
+                missing[key] = why
+            elif take(key, reply):
+                taken += 1
+                del missing[key]
+            if taken >= wanted:
+                missing |= dict.fromkeys(waited, f"was not waited for: {taken} of {len(keys)} had answered")
+                break
+        came.close()
+        return missing
+
+    def _limit(self, federation: Federation, n: int) -> None:
+        reply = bytes_of(self.settings.wire, federation.task.layout.size) + 8 * len(
+            federation.buffers if federation.buffers is not None else ()
+        )
+        self.say(limited(n, federation.task.layout.size, reply))

@@ -1,0 +1,314 @@
+"""The server over a Grid of scripted nodes: whatever a client does costs that client its row, and is in the record."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs flwr, the extra `edge`")
+
+from accelerate import Accelerator
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from fedllm_sec.algorithms import MENU as ALGORITHMS
+from fedllm_sec.build.names import checked
+from fedllm_sec.defenses.columns import median
+from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.deploy.devices import Devices
+from fedllm_sec.deploy.problems import deploy_problems
+from fedllm_sec.deploy.records import read_ask, reply_records
+from fedllm_sec.errors import RecipeError
+from fedllm_sec.protocols import Client, LocalTraining
+from fedllm_sec.rounds.client import make_optimizer
+from fedllm_sec.rounds.compute import Machine
+from fedllm_sec.rounds.federation import Federation, run, train_client
+from tests.deploy.nodes import Blocks, Nodes, Silent
+from tests.toy import Quadratic
+
+D, IDS = 4, ("c00", "c01", "c02", "c03")
+
+
+def recipe(**deploy):
+    return checked(
+        {
+            "task": "classify", "rounds": 2, "model": {"name": "logistic"}, "data": {"name": "digits"},
+            "clients": {"total": 4, "local_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.1},
+            "deploy": {"timeout_s": 5.0, **deploy},
+        }
+    )  # fmt: skip
+
+
+def federation(evaluation=None) -> Federation:
+    torch.set_num_threads(1)
+    return Federation(
+        task=Quadratic(D),
+        clients=[Client(id, torch.full((4, D), float(i + 1))) for i, id in enumerate(IDS)],
+        training=LocalTraining(batch_size=2, steps=2, optimizer="sgd", lr=0.1, max_grad_norm=None),
+        machine=Machine(Accelerator(cpu=True)),
+        algorithm=ALGORITHMS["fedavg"].make(),
+        defense=Pipeline([], median),
+        threat=None,
+        evaluation=evaluation,
+        vector=torch.zeros(D),
+    )
+
+
+def honest(id: str, said, change=lambda content: content):
+    """A node that trains client `id` as a device does; `change` makes something else of its reply's content."""
+    own = federation()
+    optimizer = make_optimizer(own.task, own.training)
+    client = next(c for c in own.clients if c.id == id)
+
+    def answer(message):
+        if message.metadata.message_type == "query":
+            return RecordDict(
+                {"hello": ConfigRecord({**message.content.config_records["hello"], "client": said or id})}
+            )
+        vectors, of = read_ask(message.content, D)
+        own.last_update = vectors.get("last_update")
+        result = train_client(own, client, vectors["start"], optimizer, (), None, of["round"], of["rounds"])
+        return change(reply_records(result, of, None)[0])
+
+    return answer
+
+
+def raising(error):
+    def change(content):
+        raise error
+
+    return change
+
+
+def record(name, made):
+    def change(content):
+        content[name] = made
+        return content
+
+    return change
+
+
+def replayed():
+    """Sends the reply of the first round again."""
+    kept = []
+
+    def change(content):
+        kept.append(content)
+        return kept[0]
+
+    return change
+
+
+def arrays(**changes):
+    def change(content):
+        array = content["delta"]["flat"]
+        given = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | changes
+        content["delta"] = ArrayRecord({"flat": Array(**given)})
+        return content
+
+    return change
+
+
+def number_of_examples(value):
+    return record("claims", MetricRecord({"num-examples": value, "steps": 2, "loss": 0.5}))
+
+
+HOSTILE = {
+    "nan values": (arrays(data=torch.full((D,), float("nan")).numpy().tobytes()), "not finite"),
+    "another shape": (arrays(shape=(D + 1,)), "shape"),
+    "float64": (arrays(dtype="float64"), "type 'float64'"),
+    "a pickle": (arrays(data=b"\x80\x04K\x01."), "5 bytes"),
+    "10 GB announced": (arrays(shape=(2_500_000_000,)), "shape"),
+    "numpy's format": (record("delta", ArrayRecord({"flat": Array(torch.ones(D))})), "of kind"),
+    "another key": (record("delta", ArrayRecord({"w": Array(torch.ones(D))})), "arrays"),
+    "2000 arrays": (record("delta", ArrayRecord({str(i): Array(torch.ones(1)) for i in range(2000)})), "2000 of them"),
+    "1e308 examples": (number_of_examples(1e308), "not between"),
+    "2^62 examples": (number_of_examples(2**62), "not between"),
+    "-1 examples": (number_of_examples(-1.0), "not between"),
+    "NaN examples": (number_of_examples(float("nan")), "not finite"),
+    "a list of examples": (number_of_examples([1.0]), "is a list"),
+    "no claims": (record("claims", ConfigRecord({})), "metric records"),
+    "a replay": (replayed(), "round: '1': must be 2"),
+    "no JSON": (raising(ValueError("Expecting value: line 1 column 1")), "cannot be pulled: ValueError"),
+    "a bomb": (raising(MemoryError()), "cannot be pulled: MemoryError"),
+    "junk": (lambda content: RecordDict({}), "array records"),
+}
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Two rounds in one process."""
+    return list(run(federation(), 2))
+
+
+def over(nodes, names=None, **deploy):
+    """Two rounds over nodes, what the server said, and the seconds it took."""
+    made, said = federation(), []
+    grid = Nodes(nodes, names)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("fedllm_sec.deploy.devices.limited", lambda *sizes: "no limit in a test")
+    made.source = Devices(grid, recipe(**deploy), said.append)
+    began = time.monotonic()
+    try:
+        records = list(run(made, 2))
+    finally:
+        monkey.undo()
+    return records, said, time.monotonic() - began
+
+
+def all_honest(**others):
+    return {i + 1: others.get(id) or honest(id, None) for i, id in enumerate(IDS)}
+
+
+def test_devices_give_the_simulation_s_rounds_and_replies_are_pulled_in_threads_of_their_own(simulated):
+    records, _, _ = over(all_honest())
+    for found, wanted in zip(records, simulated, strict=True):
+        assert (found.cohort, found.losses, found.norms, found.update_norm, found.quarantined) == (
+            wanted.cohort, wanted.losses, wanted.norms, wanted.update_norm, {})  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_reply_costs_its_sender_and_is_recorded_with_its_reason(kind):
+    change, why = HOSTILE[kind]
+    records, _, seconds = over(all_honest(c02=honest("c02", None, change)))
+    last = records[-1]
+    assert list(last.quarantined) == ["c02"]
+    assert why in last.quarantined["c02"]
+    assert last.cohort == list(IDS)
+    assert last.skipped is None
+    assert last.update_norm > 0
+    assert seconds < 5
+
+
+def test_a_device_that_errs_is_silent_or_blocks_costs_the_deadline_and_no_more():
+    nodes = all_honest(
+        c01=honest("c01", None, raising(Silent())),
+        c02=honest("c02", None, raising(Blocks())),
+    )
+    erring = honest("c03", None)
+    nodes[4] = lambda m: erring(m) if m.metadata.message_type == "query" else Message(Error(2, "no rows"), reply_to=m)
+    records, _, seconds = over(nodes, timeout_s=1.0)
+    assert seconds < 5
+    for found in records:
+        assert list(found.losses) == ["c00"]
+        assert found.quarantined == {
+            "c01": "no reply within 1 s",
+            "c02": "no reply within 1 s",
+            "c03": "its device answers with an error: no rows",
+        }
+
+
+def test_too_few_replies_skip_the_round_and_say_so():
+    nodes = all_honest(
+        c01=honest("c01", None, lambda c: RecordDict({})), c02=honest("c02", None, raising(ValueError()))
+    )
+    records, _, _ = over(nodes, min_replies=3)
+    assert [r.skipped for r in records] == ["2 of 4 clients sent a usable reply; deploy.min_replies: 3"] * 2
+    assert [r.update_norm for r in records] == [0.0, 0.0]
+
+
+def test_of_four_asked_two_are_waited_for():
+    slow = {id: honest(id, None, raising(Silent())) for id in ("c00", "c03")}
+    records, _, seconds = over(all_honest(**slow), wait_for=2)
+    assert seconds < 4
+    assert list(records[0].losses) == ["c01", "c02"]
+    assert records[0].quarantined["c03"] == "was not waited for: 2 of 4 had answered"
+
+
+def test_who_claims_another_s_id_has_another_recipe_or_is_registered_otherwise_is_turned_away():
+    def strange(message):
+        return RecordDict({"hello": ConfigRecord({**message.content.config_records["hello"], "client": "c01",
+                                                  "recipe": "0"})})  # fmt: skip
+
+    nodes = {**all_honest(), 5: honest("c00", None), 6: strange, 7: honest("c02", "c99"), 8: lambda m: RecordDict({})}
+    _, said, _ = over(nodes)
+    told = "\n".join(said)
+    assert "node 5 is turned away: client c00 is there already, as node 1" in told
+    assert "node 6 is turned away: client c01 has recipe 0, the server" in told
+    assert "node 7 is turned away: it says that it is client 'c99', which the recipe has not" in told
+    assert "node 8 is turned away: its answer cannot be read: KeyError" in told
+    _, said, _ = over(all_honest(), names={2: "c00", 1: "c00", 3: "c02", 4: "c03"}, timeout_s=1.0)
+    assert any("node 2 is turned away: it is registered as 'c00' and says that it is 'c01'" in line for line in said)
+
+
+def test_a_device_that_comes_back_as_another_node_is_asked_again():
+    nodes = all_honest()
+    made, grid = federation(), Nodes(nodes)
+    made.source = partial(_limited, Devices(grid, recipe(timeout_s=2.0), lambda line: None))
+    rounds = run(made, 3)
+    assert next(rounds).quarantined == {}
+    gone = nodes.pop(2)
+    assert next(rounds).quarantined == {"c01": "no device of it is online"}
+    nodes[9] = gone
+    assert next(rounds).quarantined == {}
+
+
+def _limited(devices, *given):
+    devices.begun = True  # no memory limit on the tests' own process
+    return devices(*given)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"pretrain": {"rounds": 2}}, "pretrain: its rounds would be trained at the server"),
+        ({"knowledge": "cohort"}, "attack.knowledge: 'cohort': a device sees its own row alone"),
+        ({"collude": True}, "attack.collude: true"),
+        ({"wait_for": 9}, "deploy.wait_for: 9 is more than the 4 clients"),
+        ({"wait_for": 1, "min_replies": 2}, "every round would be skipped"),
+    ],
+)
+def test_what_devices_cannot_do_is_said_before_anything_runs(change, why):
+    raw = recipe().model_dump()
+    attack = {key: change[key] for key in ("knowledge", "collude") if key in change}
+    raw["attack"] = {"malicious": {"count": 1}, "update": [{"name": "byzantine_flip"}], "collude": False, **attack}
+    raw["enable_attack"] = True
+    raw["pretrain"] = change.get("pretrain")
+    raw["deploy"] |= {key: change[key] for key in ("wait_for", "min_replies") if key in change}
+    assert any(why in problem for problem in deploy_problems(checked(raw)))
+
+
+def test_without_flower_the_command_says_what_to_install(monkeypatch, capsys):
+    import importlib.util
+
+    from fedllm_sec.deploy.command import main
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["up", "quickstart"]) == 2
+    assert "pip install flwr" in capsys.readouterr().err
+
+
+def test_the_memory_limit_is_said_and_follows_from_the_layout(monkeypatch):
+    import resource
+
+    from fedllm_sec.deploy.memory import limited
+
+    set_to = []
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: set_to.append(limits[0]))
+    said = limited(10, 1_000_000, 4_000_000)
+    larger = limited(20, 1_000_000, 4_000_000)
+    assert "10 replies of 3.81 MiB" in said
+    assert "20 replies" in larger
+    assert set_to[1] - set_to[0] == pytest.approx(10 * (6 * 4_000_000 + 12 * 1_000_000), abs=20 * 2**20)
+
+
+def test_a_taken_port_is_said_at_once():
+    import socket
+
+    from fedllm_sec.deploy.processes import refuse_taken
+    from fedllm_sec.errors import FedError
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(FedError, match="Give another"):
+            refuse_taken("127.0.0.1", busy.getsockname()[1])
+
+
+def test_a_folder_that_is_no_deployment_is_an_error_in_words(tmp_path):
+    from fedllm_sec.deploy.folder import Deployment
+
+    with pytest.raises(RecipeError, match="deploy init FOLDER --recipe RECIPE"):
+        Deployment.at(tmp_path)

@@ -1,0 +1,251 @@
+"""RobustStrategy around Flower's own strategies, in an app like Flower's PyTorch quickstart: parameters travel, and
+`num-examples` weighs. Flower's `Strategy.start` runs it, over a grid of scripted nodes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs flwr, the extra `edge`")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvg
+
+from fedllm_sec.deploy.flower import RobustStrategy
+from fedllm_sec.records.history import read_history
+from fedllm_sec.report.runs import read_runs
+from tests.conftest import ROOT
+from tests.deploy.nodes import Blocks, Nodes
+
+TARGETS = (1.0, 1.1, 0.9, 1.05, 0.95)  # to which each client's training leads every parameter, half way in a round
+
+
+def net() -> torch.nn.Module:
+    """A model with what real ones have: a kernel, a bias, running statistics and a counter."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 2, 2), torch.nn.BatchNorm2d(2))
+
+
+def trained(target: float, change: Callable[[RecordDict], Any] = lambda content: content, deltas: bool = False):
+    """A client app: parameters in, parameters out."""
+
+    def answer(message):
+        if message.metadata.message_type == "evaluate":
+            made = RecordDict({"metrics": MetricRecord({"num-examples": 10, "loss": target})})
+            return change(made)
+        sent = message.content["arrays"].to_torch_state_dict()
+        state = {k: v + (target - v) / 2 if v.is_floating_point() else v + 3 for k, v in sent.items()}
+        if deltas:
+            state = {k: v - sent[k] if v.is_floating_point() else v for k, v in state.items()}
+        metrics = MetricRecord({"num-examples": 10, "train_loss": target})
+        return change(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}))
+
+    return answer
+
+
+def played(strategy, nodes, rounds=3):
+    arrays = ArrayRecord(net().state_dict())
+    grid = Nodes({i + 1: node for i, node in enumerate(nodes)})
+    return strategy.start(grid, initial_arrays=arrays, num_rounds=rounds, timeout=1.0)
+
+
+def all_but(change, n=1):
+    return [*(trained(t) for t in TARGETS), *(trained(1.0, change) for _ in range(n))]
+
+
+def far(state) -> float:
+    """How far the parameters are from where honest clients lead them, 1."""
+    return max(float((v - 1).abs().max()) for k, v in state.items() if k.endswith(("weight", "bias")))
+
+
+def arrays_of(change):
+    def altered(content):
+        if "arrays" in content:
+            content["arrays"] = ArrayRecord(change(dict(content["arrays"].items())))
+        return content
+
+    return altered
+
+
+def metric(**values):
+    def altered(content):
+        content["metrics"] = MetricRecord({**content["metrics"], **{k.replace("_", "-"): v for k, v in values.items()}})
+        return content
+
+    return altered
+
+
+def raises(error):
+    def altered(content):
+        raise error
+
+    return altered
+
+
+def with_header(shape, dtype="<f4", kind="numpy.ndarray"):
+    """numpy's format with a header of the attacker's choice."""
+
+    def change(arrays):
+        file = BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype})
+        arrays["0.bias"] = Array(
+            dtype="float32", shape=(2,), stype=kind, data=file.getvalue() + struct.pack("<2f", 1, 1)
+        )
+        return arrays
+
+    return change
+
+
+def set_to(value):
+    return lambda arrays: {
+        k: Array(np.full_like(a.numpy(), value)) if "float" in a.dtype else a for k, a in arrays.items()
+    }
+
+
+HOSTILE = {
+    "NaN": arrays_of(set_to(np.nan)),
+    "1e30": arrays_of(set_to(1e30)),
+    "other keys": arrays_of(lambda a: {"x" + k: v for k, v in a.items()}),
+    "one array fewer": arrays_of(lambda a: dict(list(a.items())[1:])),
+    "one array more": arrays_of(lambda a: {**a, "more": Array(np.ones(1))}),
+    "a shape (1,)": arrays_of(lambda a: {k: Array(np.ones(1, np.float32)) for k in a}),
+    "float64": arrays_of(lambda a: {k: Array(v.numpy().astype(np.float64)) for k, v in a.items()}),
+    "int8": arrays_of(lambda a: {k: Array(v.numpy().astype(np.int8)) for k, v in a.items()}),
+    "strings": arrays_of(lambda a: {k: Array(np.full(v.shape, "x")) for k, v in a.items()}),
+    "complex": arrays_of(lambda a: {k: Array(v.numpy().astype(complex)) for k, v in a.items()}),
+    "big-endian": arrays_of(with_header((2,), ">f4")),
+    "objects": arrays_of(with_header((2,), "|O")),
+    "373 GiB announced": arrays_of(with_header((10**11,))),
+    "an unknown kind": arrays_of(with_header((2,), kind="cloudpickle")),
+    "empty bytes": arrays_of(lambda a: {**a, "0.bias": Array("float32", (2,), "numpy.ndarray", b"")}),
+    "a pickle": arrays_of(lambda a: {**a, "0.bias": Array("float32", (2,), "numpy.ndarray", b"\x80\x04K\x01." * 30)}),
+    "2^62 examples": metric(num_examples=2**62),
+    "1e308 examples": metric(num_examples=1e308),
+    "-1 examples": metric(num_examples=-1),
+    "NaN examples": metric(num_examples=float("nan")),
+    "a list of examples": metric(num_examples=[1, 2]),
+    "a NaN metric": metric(train_loss=float("nan")),
+    "no claims": lambda c: RecordDict({"arrays": c["arrays"]} if "arrays" in c else {}),
+    "junk": lambda c: RecordDict({"x": ConfigRecord({})}),
+    "no JSON": raises(ValueError("Expecting value")),
+    "a bomb": raises(MemoryError()),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_client_neither_ends_the_app_nor_moves_its_model(kind, tmp_path):
+    strategy = RobustStrategy(FedAvg(), rule="multi_krum", f=1, log=tmp_path)
+    result = played(strategy, all_but(HOSTILE[kind]), rounds=2)
+    assert far(result.arrays.to_torch_state_dict()) < 0.5
+    for record in read_history(tmp_path):
+        assert record.skipped is None
+        dropped = "6" in record.quarantined or (record.kept is not None and "6" not in record.kept)
+        assert dropped
+        assert len(record.kept) >= 3
+    assert result.evaluate_metrics_clientapp[2]["loss"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_same_client_ends_or_takes_over_the_plain_strategy():
+    plain = FedAvg()
+    state = plain.start(_Plain(all_but(HOSTILE["1e30"])), ArrayRecord(net().state_dict()), num_rounds=1).arrays
+    assert far(state.to_torch_state_dict()) > 1e28
+    with pytest.raises(Exception, match=r"nconsistent|keys"):
+        FedAvg().start(_Plain(all_but(HOSTILE["other keys"])), ArrayRecord(net().state_dict()), num_rounds=1)
+
+
+class _Plain(Nodes):
+    """Flower's own way: all replies in the caller's thread."""
+
+    def __init__(self, nodes):
+        super().__init__({i + 1: node for i, node in enumerate(nodes)})
+
+    def send_and_receive(self, messages, *, timeout=None):
+        from flwr.app import Message
+
+        asked = list(messages)
+        self.push_messages(asked)
+        return [Message(self.nodes[m.metadata.dst_node_id](m), reply_to=m) for m in asked]
+
+
+def test_without_an_attacker_the_mean_is_flower_s_own():
+    nodes = [trained(t) for t in TARGETS]
+    own = FedAvg().start(_Plain(nodes), ArrayRecord(net().state_dict()), num_rounds=3).arrays.to_torch_state_dict()
+    ours = played(RobustStrategy(FedAvg(), rule="mean", weights="counts"), nodes).arrays.to_torch_state_dict()
+    for name in ("0.weight", "0.bias", "1.running_mean", "1.running_var"):
+        torch.testing.assert_close(ours[name], own[name], rtol=1e-5, atol=1e-6)
+    assert ours["1.num_batches_tracked"] == 9  # a counter, which Flower's mean keeps in floats
+
+
+def test_fedadam_steps_with_the_defended_update_and_clients_may_send_deltas():
+    attacked = all_but(HOSTILE["1e30"])
+    result = played(RobustStrategy(FedAdam(eta=0.1), rule="median", before=["norm_clipping"]), attacked, rounds=5)
+    state = net().state_dict()
+    assert far(result.arrays.to_torch_state_dict()) < far(state) < 10
+    nodes = [trained(t, deltas=True) for t in TARGETS]
+
+    class Adds(FedAvg):
+        """An app whose clients send differences: its strategy adds the mean of them."""
+
+        def configure_train(self, server_round, arrays, config, grid):
+            self.held = arrays.to_torch_state_dict()
+            return super().configure_train(server_round, arrays, config, grid)
+
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            delta = arrays.to_torch_state_dict()
+            made = {k: v + delta[k] if v.is_floating_point() else delta[k] for k, v in self.held.items()}
+            return ArrayRecord(made), metrics
+
+    found = played(RobustStrategy(Adds(), rule="median", deltas=True), nodes).arrays.to_torch_state_dict()
+    same = played(RobustStrategy(FedAvg(), rule="median"), [trained(t) for t in TARGETS]).arrays.to_torch_state_dict()
+    for name in ("0.weight", "0.bias", "1.running_mean", "1.running_var"):
+        torch.testing.assert_close(found[name], same[name], check_dtype=False)
+
+
+def test_a_reply_that_blocks_costs_the_timeout_and_the_round_goes_on(tmp_path):
+    strategy = RobustStrategy(FedAvg(fraction_evaluate=0.0), rule="median", log=tmp_path)
+    played(strategy, all_but(raises(Blocks())), rounds=1)
+    (record,) = read_history(tmp_path)
+    assert record.quarantined == {"6": "no reply in time"}
+    assert record.skipped is None
+
+
+def test_when_nobody_can_be_used_the_model_stays_and_the_round_is_said_to_be_skipped(tmp_path):
+    strategy = RobustStrategy(FedAvg(), rule="multi_krum", f=1, log=tmp_path)
+    result = played(strategy, [trained(1.0, HOSTILE["NaN"]) for _ in range(3)], rounds=1)
+    assert result.arrays is None or len(result.arrays) == 0
+    assert read_history(tmp_path)[0].skipped is not None
+
+
+def test_the_report_reads_the_log_and_stages_after_the_step_act(tmp_path):
+    seen = []
+
+    def halved(vector, ctx):
+        seen.append(ctx.round)
+        return ctx.global_vector + (vector - ctx.global_vector) / 2
+
+    nodes = [trained(t) for t in TARGETS]
+    state = played(RobustStrategy(FedAvg(), rule="median", after=[halved], log=tmp_path), nodes, rounds=1)
+    whole = played(RobustStrategy(FedAvg(), rule="median"), nodes, rounds=1)
+    start, half = net().state_dict()["0.weight"], state.arrays.to_torch_state_dict()["0.weight"]
+    torch.testing.assert_close(half - start, (whole.arrays.to_torch_state_dict()["0.weight"] - start) / 2)
+    assert seen == [1]
+    (run,) = read_runs([tmp_path])
+    assert run.defense["rule"]["name"] == "median"
+    assert len(run.records) == 1
+
+
+def test_the_lines_of_the_page_are_an_app_that_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = next(b for b in (ROOT / "docs" / "edge.md").read_text().split("```")[1::2] if "RobustStrategy(" in b)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/edge.md", "exec"), names)
+    result = played(names["strategy"], all_but(HOSTILE["1e30"]), rounds=2)
+    assert far(result.arrays.to_torch_state_dict()) < 0.5
+    assert len(read_history(tmp_path / "robust")) == 2
