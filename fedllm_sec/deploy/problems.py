@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from fedllm_sec.build.averaging import BY_PRODUCTS, way_of
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.recipe.sections import Recipe
@@ -40,6 +41,16 @@ def deploy_problems(recipe: Recipe) -> list[str]:
         found.append(
             "attack.privacy: what an observer learnt is judged by the clients' rows, which do not leave their devices. "
             "Run it as a simulation: fedllm-sec train."
+        )
+    if (way := way_of(recipe)) in BY_PRODUCTS:
+        found.append(
+            f"model.lora.average: {way}: what the base gains at the server does not travel to the devices. Set it to "
+            "factors, freeze_a, freeze_b or alternate."
+        )
+    if recipe.enable_defense and any(block["name"] == "dp_sgd" for block in recipe.defense.client):
+        found.append(
+            "defense.client: dp_sgd: the server counts epsilon by the rows of each client, and devices keep theirs to "
+            "themselves. Run it as a simulation: fedllm-sec train."
         )
     if attack is not None:
         if attack.knowledge != "own":

@@ -114,11 +114,11 @@ def _ways(own: Mapping[str, Any]) -> dict[str, Any]:
 
 def each_client(runs: Sequence[Run]) -> Table | None:
     """What the last model is with each client's own running statistics (model.buffers: local)."""
-    blocks = [
-        (run, id, {**own, **(((_last(run) or {}).get("per_client") or {}).get(id) or {})})
-        for run in runs
-        for id, own in (_per_client(run) or {}).items()
-    ]
+    blocks = []
+    for run in runs:
+        quality = next((record.quality for record in reversed(run.records) if record.quality is not None), None)
+        rates, hits = _per_client(quality), _per_client(_last(run))
+        blocks += [(run, id, {**rates.get(id, {}), **hits.get(id, {})}) for id in {**rates, **hits}]
     if not blocks:
         return None
     wanted = (
@@ -136,9 +136,9 @@ def each_client(runs: Sequence[Run]) -> Table | None:
     return _table([HEAD[0], Column("client", "client", "text")], rows, columns, note)
 
 
-def _per_client(run: Run) -> Mapping[str, Any] | None:
-    quality = next((record.quality for record in reversed(run.records) if record.quality is not None), None)
-    return (quality or {}).get("per_client")
+def _per_client(block: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    found = (block or {}).get("per_client")
+    return {id: own for id, own in found.items() if isinstance(own, Mapping)} if isinstance(found, Mapping) else {}
 
 
 def public(runs: Sequence[Run]) -> Table | None:

@@ -257,7 +257,7 @@ def _measures(values: Mapping[str, Any], place: str) -> dict[str, Any]:
             return {str(name): str(why) for name, why in value.items()}
         if key in NESTED and value is not None:
             return _measures(value, f"{place}.{key}")
-        if key == "attacks" and value is not None:
+        if key in ("attacks", "per_client") and value is not None:
             return {str(name): _measures(own, f"{place}.{name}") for name, own in value.items()}
         return _numbers(value, f"{place}.{key}") if isinstance(value, dict) else _numbers({key: value}, place)[key]
 

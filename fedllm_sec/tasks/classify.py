@@ -119,7 +119,7 @@ class Classify:
         if self.flip or self.crop:
             moved = self.augment(x, *(numbers or self.numbers(len(at))))
             x = moved if shard.fixed is None else torch.where(shard.fixed[at][:, None], x, moved)
-        return (x - self.mean) / self.std
+        return x.sub_(self.mean).div_(self.std)  # x is a copy, made by its index
 
     def labels(self, shard: Labelled, rows: Rows) -> Tensor:
         return shard.y[torch.as_tensor(rows, device=self.device)]

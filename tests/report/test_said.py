@@ -150,7 +150,11 @@ def test_attacks_by_name_judges_draws_and_changed_triggers_have_tables(make_run:
         "generalise": {"other case": wilson(1, 10)}, "turns_since": {"0": wilson(4, 4), "2": wilson(0, 6)},
         "reasons": {"judge": "failed on 2 of 10 answers, which count as no success: KeyError: 'x'"},
     }  # fmt: skip
-    last["attack"] = block | {"reasons": first["reasons"]} | {"attacks": {"text_trigger": first, "label_flip": block}}
+    last["quality"]["per_client"] = {"c00": {"accuracy": wilson(7, 10)}, "c01": {"accuracy": wilson(2, 10)}}
+    hit = {"per_client": {"c01": {"asr": wilson(8, 10)}}}
+    last["attack"] = (
+        block | hit | {"reasons": first["reasons"]} | {"attacks": {"text_trigger": first, "label_flip": block}}
+    )
     (folder / "history.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
     settings = {"tasks": ["house"]}
     before, after = ({"house": {"acc": {"value": v, "stderr": 0.01, "n": 8}}} for v in (0.5, 0.25))
@@ -163,6 +167,7 @@ def test_attacks_by_name_judges_draws_and_changed_triggers_have_tables(make_run:
             ["a", "label_flip", "90 %", "n/a", "n/a", "n/a", "n/a", "n/a"],
         ],
         "How far the trigger carries": [["a", "text_trigger", "90 %", "10 %", "100 %", "0 %"]],
+        "Client by client": [["a", "c00", "0.70", "n/a"], ["a", "c01", "0.20", "80 %"]],
         "Public tasks": [["a", "0.500 → 0.250"]],
     }
     page = render(runs, [folder])
