@@ -188,7 +188,7 @@ class Labelled:
 
 
 def tensors_of(rows: Any) -> dict[str, Tensor]:
-    """What of a shard could be written into; a text table cannot."""
+    """What of a shard could be written into: not a text table."""
     return {"inputs": rows.x, "labels": rows.y} if isinstance(rows, Labelled) else {}
 
 
@@ -206,8 +206,8 @@ class RoundContext:
     rounds: int | None = None  # how many the run has, if known
     last_update: Tensor | None = None  # (d,) the last global step
     root_update: Tensor | None = None  # (d,) the server's own update on clean data, if the recipe gives it some
-    root_rows: Labelled | None = None  # these data, and the server's model, where they are of images
-    classifier: Classifier | None = None
+    root_rows: Labelled | None = None  # these data, where they are images
+    classifier: Classifier | None = None  # the server's model, where it is one of images
     notes: dict[str, float] = field(default_factory=dict)  # what a stage wants recorded; a rule has Decision.notes
 
 

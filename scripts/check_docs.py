@@ -275,10 +275,13 @@ def check(root: Path, *, write: bool = False) -> tuple[list[str], list[str], int
 
 
 def store(folder: Path, file: Path) -> None:
-    """results.csv of a grid, or the summaries of a recipe's variants, as one stored table."""
+    """The results of a grid, of cells over their seeds where all were run, or of a recipe's variants, as one table."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if (folder / "results.csv").exists():
-        shutil.copyfile(folder / "results.csv", file)
+        with (folder / "results_by_cell.csv").open(encoding="utf-8", newline="") as opened:
+            cells = list(csv.DictReader(opened))
+        repeated = all(int(cell["seeds"]) > 1 and cell["done"] == cell["seeds"] for cell in cells)
+        shutil.copyfile(folder / ("results_by_cell.csv" if repeated else "results.csv"), file)
         return
     found = sorted(folder.glob("*/summary.json")) or [folder / "summary.json"]
     runs = {summary.parent.name: json.loads(summary.read_text(encoding="utf-8")) for summary in found}
