@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,7 @@ TRAINED = re.compile(r"^round (\d+): trained from ([\d.]+) to ([\d.]+)$", re.MUL
 
 def main() -> None:
     path, *overrides = sys.argv[1:]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes it started end with it
     folder = Path(tempfile.mkdtemp(prefix="bench-deploy-"))
     recipe = one_recipe(Path(path), [*overrides, f"output.folder={folder}/sim"])
     made = Deployment.init(folder / "d", recipe, "scripts/bench_deploy.py")

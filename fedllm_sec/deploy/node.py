@@ -13,6 +13,9 @@ import types
 
 
 def main() -> None:
+    from fedllm_sec.deploy.resident import watch
+
+    watch(os.getppid())
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli import flower_supernode
 
