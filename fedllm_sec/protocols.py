@@ -1,8 +1,8 @@
 """Read this page first: the parts of a run and what passes between them.
 
-A run is one straight line: recipe -> federation -> clients -> update matrix -> attack -> defense -> server step ->
-record -> report. Everything below is a plain callable or a small frozen record; nothing needs a base class.
-Letters: n clients of the round, m attackers, h honest clients, d trainable parameters, f assumed attackers.
+A run is one straight line: recipe -> federation -> clients -> update matrix -> attack -> defense -> step -> record ->
+report. Below are plain callables and small frozen records: nothing needs a base class. Letters: n clients of the round,
+m attackers, h honest clients, d trainable parameters, f assumed attackers.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class LocalTraining:
 
     def steps_of(self, size: int) -> int:
         """Local steps on a shard of `size` rows; an epoch ends with a short batch."""
-        each = math.ceil(size / (self.batch_size or max(1, size)))
-        return (self.epochs or 1) * each if self.steps is None else self.steps
+        return self.steps or (self.epochs or 1) * math.ceil(size / (self.batch_size or max(1, size)))
 
 
 class Task(Protocol):
