@@ -278,10 +278,12 @@ def store(folder: Path, file: Path) -> None:
     """The results of a grid, of cells over their seeds where all were run, or of a recipe's variants, as one table."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if (folder / "results.csv").exists():
-        with (folder / "results_by_cell.csv").open(encoding="utf-8", newline="") as opened:
-            cells = list(csv.DictReader(opened))
-        repeated = all(int(cell["seeds"]) > 1 and cell["done"] == cell["seeds"] for cell in cells)
-        shutil.copyfile(folder / ("results_by_cell.csv" if repeated else "results.csv"), file)
+        cells: list[dict[str, str]] = []
+        if (by_cell := folder / "results_by_cell.csv").exists():
+            with by_cell.open(encoding="utf-8", newline="") as opened:
+                cells = list(csv.DictReader(opened))
+        repeated = bool(cells) and all(int(c["seeds"]) > 1 and c["done"] == c["seeds"] for c in cells)
+        shutil.copyfile(by_cell if repeated else folder / "results.csv", file)
         return
     found = sorted(folder.glob("*/summary.json")) or [folder / "summary.json"]
     runs = {summary.parent.name: json.loads(summary.read_text(encoding="utf-8")) for summary in found}

@@ -162,6 +162,10 @@ def test_store_keeps_a_grids_table_and_the_summaries_of_a_recipes_runs(tmp_path:
     (tmp_path / "runs" / "results.csv").write_text(GRID)
     check_docs.main(["--store", str(tmp_path / "runs"), str(tmp_path / "kept" / "grid.csv")])
     assert (tmp_path / "kept" / "grid.csv").read_text() == GRID
+    for done, kept in ((2, GRID), (3, "attack,seeds,done\nnone,3,3\n")):  # over the seeds where all were run
+        (tmp_path / "runs" / "results_by_cell.csv").write_text(f"attack,seeds,done\nnone,3,{done}\n")
+        check_docs.main(["--store", str(tmp_path / "runs"), str(tmp_path / "kept" / "grid.csv")])
+        assert (tmp_path / "kept" / "grid.csv").read_text() == kept
 
 
 # ---------------------------------------------------------------- what the docs say of the code

@@ -24,6 +24,7 @@ from fedllm_sec.matrix import UpdateMatrix
 
 __all__ = ["accumulate", "combine", "order_statistics", "pair_sums", "sign_sums", "square_sums"]
 
+CHOSEN = 64  # rows of a mean around the median; its choices take the compiler minutes beyond
 WIDTH = 1024  # columns of one program of a sum over rows
 REGISTERS = 128  # rows that fit a thread's registers, one column each; beyond, torch runs the network
 PARTS = 8192  # programs at once: bounds the memory for partial inner products
@@ -237,7 +238,7 @@ def sign_sums(updates: UpdateMatrix) -> Tensor:
 def order_statistics(updates: UpdateMatrix, network: Network) -> Tensor:
     """The network's statistic of each column: (d,) float32."""
     n = network.n
-    if n > REGISTERS:
+    if n > REGISTERS or (network.nearest and n > CHOSEN):
         return torch_backend.order_statistics(updates, network)
     out = torch.empty(updates.d, device=updates.compute_device)
     kernel = network_kernel(network)
