@@ -66,7 +66,7 @@ def jobs(dtype: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int],
         for name, network in statistics.items():
             if network.nearest and n > triton_backend.CHOSEN:
                 continue
-            constants = {"WIDTH": triton_backend.network_width(n), "VECTOR": vector}
+            constants = {"WIDTH": triton_backend.network_width(n, halves), "VECTOR": vector}
             yield f"{name}, {n} rows", triton_kernels.network_kernel(network), constants, {}, "*fp32"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedllm_sec.api.states import Merged, aggregate_state_dicts
 from fedllm_sec.errors import DefenseError, FedError, quietly, reason
+from fedllm_sec.models.saving import CLASSES, classes_of
 from fedllm_sec.recipe import plainyaml
 from fedllm_sec.records.files import in_a_line, write_atomic
 
@@ -69,6 +70,14 @@ def merged(folders: Sequence[Path], start: Path | None, name: str, settings: Map
                 f"{in_a_line(wanted.get(odd[0]))}: their factors mean different things. Leave one out."
             )
     states = [read_weights(folder) for folder in folders]
+    classes = {folder: classes_of(folder / WEIGHTS) for folder in ([start] if start else []) + list(folders)}
+    told = {folder: names for folder, names in classes.items() if names is not None}
+    if len(set(told.values())) > 1:
+        (one, its), (other, others) = list({names: (folder, names) for folder, names in told.items()}.values())[:2]
+        raise DefenseError(
+            f"{other / WEIGHTS}: tells {in_a_line(', '.join(others))} apart, in this order; {one} "
+            f"{in_a_line(', '.join(its))}: their outputs mean different classes. Leave one out."
+        )
     begun = read_weights(start) if start is not None else _zeros(states)
     if start is None and (alike := likeness(states)) < UNLIKE:
         warnings.warn(
@@ -123,7 +132,10 @@ def save(made: Merged, folders: Sequence[Path], out: Path, said: str) -> None:
         usual = max(there, key=there.count, default=None)
         if usual is not None and 2 * there.count(usual) > len(taken):
             write_atomic(out / name, usual)
-    write_atomic(out / WEIGHTS, as_bytes({k: v.contiguous() for k, v in made.state.items()}, metadata={"format": "pt"}))
+    told = [names for names in (classes_of(folder / WEIGHTS) for folder in taken) if names is not None]
+    named = {CLASSES: json.dumps(list(told[0]))} if told else {}
+    tensors = {key: value.contiguous() for key, value in made.state.items()}
+    write_atomic(out / WEIGHTS, as_bytes(tensors, metadata={"format": "pt", **named}))
     write_atomic(out / CARD, f"---\nlibrary_name: peft\n---\n\n# An adapter of several\n\n{said}\n".encode())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedllm_sec.build.start import Start, start_of, told
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.models import pretrained
+from fedllm_sec.models.saving import classes_of
 from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records import checkpoint
@@ -34,6 +35,7 @@ def begin(recipe: Recipe, task: Any) -> tuple[Tensor, Tensor | None]:
     if start is None:
         return task.initial.clone(), buffers.initial.clone() if buffers is not None else None
     with told(start.path):
+        _refuse_other_classes(task, start)
         if start.kind == "run":
             return _of_run(recipe, task, start)
         with torch.no_grad():
@@ -44,6 +46,18 @@ def begin(recipe: Recipe, task: Any) -> tuple[Tensor, Tensor | None]:
                 _lay_state(task, start)
             vector = task.parameters.detach().clone()
             return vector, buffers.read().cpu() if buffers is not None else None
+
+
+def _refuse_other_classes(task: Any, start: Start) -> None:
+    """An adapter's output k is the class of its own data: an error where that is another here."""
+    held = start.file if start.kind == "adapter" else Path(start.path) / "adapter" / "adapter_model.safetensors"
+    if not hasattr(task, "names") or start.kind == "file" or not held.is_file():
+        return
+    if (theirs := classes_of(held)) is not None and theirs != tuple(task.names):
+        raise RecipeError(
+            f"model.start: {start.path}: tells {in_a_line(', '.join(theirs))} apart, in this order; the data have "
+            f"{in_a_line(', '.join(task.names))}. Its outputs would mean other classes: use data of its own classes."
+        )
 
 
 def _of_run(recipe: Recipe, task: Any, start: Start) -> tuple[Tensor, Tensor | None]:

@@ -42,7 +42,7 @@ def save_language_model(
         save_whole(task.model, tokenizer, folder, card=written_out)
     else:
         initial, shifted = task.layout.split(task.initial), getattr(task, "shifted", None)
-        beside = {"card": written_out, "shifted": shifted, "scales": task.scales}
+        beside = {"card": written_out, "shifted": shifted, "scales": task.scales, "classes": getattr(task, "names", ())}
         save_adapter(task.model, tokenizer, model, folder, initial=initial, **beside)
 
 

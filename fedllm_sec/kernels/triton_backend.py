@@ -102,9 +102,9 @@ def products_settings(cut: Programs, vector: int, same: bool, shift: bool, split
     return {**fixed, "SAME": same, "SHIFT": shift, "SPLIT": split}
 
 
-def network_width(n: int) -> int:
+def network_width(n: int, halves: bool) -> int:
     """How many columns a program of an order statistic takes: 4, 2 or 1 of a thread."""
-    return 512 if n <= 16 else 256 if n <= 32 else 128
+    return 512 if n <= 16 and not halves else 256 if n <= 32 else 128
 
 
 def tile_products(
@@ -242,7 +242,7 @@ def order_statistics(updates: UpdateMatrix, network: Network) -> Tensor:
         return torch_backend.order_statistics(updates, network)
     out = torch.empty(updates.d, device=updates.compute_device)
     kernel = network_kernel(network)
-    width = network_width(n)
+    width = network_width(n, updates.rows.dtype != torch.float32)
     for block in stored_blocks(updates):
         parts = block.columns // width
         here = out[block.place]

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedllm_sec.recipe.sections import Model
 
 CARD = "README.md"
+CLASSES = "classes"  # a key of the metadata of an adapter's tensors
 
 
 def base_name(model: Model, base: Any) -> tuple[str, str | None]:
@@ -48,13 +49,14 @@ def save_adapter(
     card: str = "",
     shifted: Shifted | None = None,
     scales: Mapping[str, float] | None = None,
+    classes: Sequence[str] = (),
 ) -> None:
     """Write a peft adapter folder: factors, where the base model is, tokenizer with its template, and the card.
 
     `initial` has the trainable parameters as they started, by name. A start that was taken out of the base model
     (pissa, olora) is put back: the adapter is saved as the difference to its start, at twice the rank, which fits the
     base model as it is published. What was added to base weights (`shifted`) becomes a part of the adapter, whose rank
-    grows by it.
+    grows by it. `classes` are a classifier's, in the order of its outputs: they go with the tensors, see `classes_of`.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -73,9 +75,23 @@ def save_adapter(
     with appearing(folder) as made:
         (made / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, made / "adapter_model.safetensors", metadata={"format": "pt"})
+        named = {CLASSES: json.dumps(list(classes))} if classes else {}
+        save_file(own, made / "adapter_model.safetensors", metadata={"format": "pt", **named})
         tokenizer.save_pretrained(made)
         (made / CARD).write_text(card, encoding="utf-8")
+
+
+def classes_of(file: Path) -> tuple[str, ...] | None:
+    """The classes that an adapter's file of tensors says it tells apart, in the order of its outputs; None: no word."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        said = (opened.metadata() or {}).get(CLASSES)
+    try:
+        found = json.loads(said) if said is not None else None
+    except (ValueError, RecursionError):
+        return None
+    return tuple(map(str, found)) if isinstance(found, list) else None
 
 
 def save_whole(whole: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str = "") -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from fedllm_sec import train
+from fedllm_sec.api.folders import main as aggregate
 from fedllm_sec.build.federation import build, run
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.build.text_classifier import names_of
 from fedllm_sec.data import text
 from fedllm_sec.errors import DataError, RecipeError
+from fedllm_sec.models.saving import classes_of
 from fedllm_sec.recipe import reading
 from fedllm_sec.records import checkpoint
 from fedllm_sec.records.history import read_history
@@ -94,6 +98,27 @@ def test_a_run_is_attacked_defended_resumed_and_started_from(tmp_path: Path, cap
     for start in (attacked, attacked / "adapter"):
         begun = build(checked(reading.put(raw, "model.start", str(start))), machine).vector
         assert torch.equal(begun, ends)
+
+    # but not where its outputs would be other classes
+    other = tmp_path / "data" / "other"
+    other.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (other / name).write_text((tmp_path / "data" / name).read_text().replace("Food", "Zoology"))
+    for start in (attacked, attacked / "adapter"):
+        elsewhere = reading.put(reading.put(raw, "model.start", str(start)), "data.name", str(other))
+        with pytest.raises(
+            RecipeError, match=r"tells Food, Science, Sports, Travel apart.*the data have Science, Sports"
+        ):
+            build(checked(elsewhere), machine)
+    odd = shutil.copytree(attacked / "adapter", tmp_path / "odd") / "adapter_model.safetensors"
+    save_file(load_file(odd), odd, metadata={"classes": '["Sports", "Food", "Science", "Travel"]'})
+    folders = [str(defended / "adapter"), str(attacked / "adapter"), str(tmp_path / "odd")]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        aggregate([*folders, "--rule", "median", "--out", str(tmp_path / "made")])
+    assert "tells Sports, Food, Science, Travel apart" in " ".join(capsys.readouterr().err.split())
+    assert aggregate([*folders[:2], "--rule", "mean", "--out", str(tmp_path / "made")]) == 0
+    assert classes_of(tmp_path / "made" / odd.name) == ("Food", "Science", "Sports", "Travel")
 
     capsys.readouterr()
     assert train.main([str(path), "--explain"]) == 0

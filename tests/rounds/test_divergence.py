@@ -19,16 +19,17 @@ DIGITS = {
 }
 
 
-def test_a_server_step_that_is_too_long_ends_the_run_and_keeps_the_last_finite_model(tmp_path: Path, capsys):
+@pytest.mark.parametrize("server_lr", ["1.0e+40", "1.0e+30"])  # beyond float32; within it, but not its square
+def test_a_server_step_that_is_too_long_ends_the_run_and_keeps_the_last_finite_model(server_lr, tmp_path, capsys):
     path, folder = tmp_path / "r.yaml", tmp_path / "out"
-    path.write_text(yaml.safe_dump({**DIGITS, "output": {"folder": str(folder)}}))
+    path.write_text(yaml.safe_dump({**DIGITS, "output": {"folder": str(folder)}}).replace("1.0e+40", server_lr))
     assert main([str(path)]) == 2
     said = capsys.readouterr().err
     assert "error: round 1: the global model would not be finite any more" in said
     assert "The model of round 0 is kept. Lower algorithm.server_lr" in said
     assert (folder / "history.jsonl").read_text() == ""
     assert not (folder / "summary.json").exists()
-    path.write_text(path.read_text().replace("1.0e+40", "1.0"))
+    path.write_text(path.read_text().replace(server_lr, "1.0"))
     assert main([str(path), f"output.folder={folder}-2"]) == 0
 
 
