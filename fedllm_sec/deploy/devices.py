@@ -31,6 +31,7 @@ from fedllm_sec.rounds.federation import Federation
 from fedllm_sec.rounds.remembering import OWN_BUFFERS
 from fedllm_sec.rounds.source import Asked, Came
 
+FIRST = 180.0  # seconds, at least, for which the first round waits for its cohort: devices that start with the server
 AGAIN = 30.0  # seconds after which a node that was turned away is asked again: it may have been mended
 NEW = 5.0  # seconds for which a round waits for a node to say who it is, where it could begin without
 
@@ -136,7 +137,7 @@ class Devices:
         A node that does not answer is waited for beside the rounds: it holds up none of them.
         """
         first, enough = not self.nodes, self.settings.min_replies
-        deadline = time.monotonic() + self.settings.timeout_s
+        deadline = time.monotonic() + max(self.settings.timeout_s, FIRST if first else 0.0)
         while True:
             self._look(federation)
             now, here = time.monotonic(), sum(c.id in self.nodes for c in cohort)

@@ -82,6 +82,7 @@ def over(nodes, names=None, **deploy):
     grid = Nodes(nodes, names)
     monkey = pytest.MonkeyPatch()
     monkey.setattr("fedllm_sec.deploy.devices.limited", lambda *sizes: "no limit in a test")
+    monkey.setattr("fedllm_sec.deploy.devices.FIRST", 0.0)
     made.source = Devices(grid, recipe(**deploy), said.append)
     began = time.monotonic()
     try:

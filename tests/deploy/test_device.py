@@ -136,6 +136,7 @@ def test_a_round_that_is_asked_twice_is_trained_the_same_twice(changes, tmp_path
 @pytest.mark.parametrize("buffers", ["local", "average"])
 def test_rounds_without_any_row_are_skipped_whatever_clients_remember(buffers, tmp_path, monkeypatch):
     monkeypatch.setattr("fedllm_sec.deploy.devices.limited", lambda *sizes: "no limit in a test")
+    monkeypatch.setattr("fedllm_sec.deploy.devices.FIRST", 0.0)
     changes = {
         **NET, "model": {**NET["model"], "buffers": buffers}, "algorithm": {"name": "feddyn"}, "evaluate": {"every": 9},
         "enable_defense": True, "defense": {"rule": {"name": "fltrust"}, "root_rows": 10},

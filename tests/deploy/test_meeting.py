@@ -72,6 +72,7 @@ def test_who_is_away_in_the_first_round_costs_the_others_nothing():
 
 def test_a_device_that_was_turned_away_is_taken_up_once_it_is_mended(monkeypatch):
     monkeypatch.setattr("fedllm_sec.deploy.devices.AGAIN", 0.0)
+    monkeypatch.setattr("fedllm_sec.deploy.devices.FIRST", 0.0)
     recipes = ["0"]
 
     def mended(message):
