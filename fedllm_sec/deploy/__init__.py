@@ -6,5 +6,5 @@ replies   what a client's reply must be                     folder    the Flower
 devices   the source of rows: a Grid of nodes               local     SuperLink and SuperNodes on this machine
 server    the ServerApp: the one round loop, over devices   command   `fedllm-sec deploy init | up | server | client`
 client    the ClientApp: a device with its own data         flower    RobustStrategy, around any Flower strategy
-resident  a device's process, which keeps its model
+resident  a device's process, which keeps its model         sooner    Flower's waits, shortened
 """

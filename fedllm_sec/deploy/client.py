@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from fedllm_sec.deploy.device import Device
 from fedllm_sec.deploy.folder import Deployment
 from fedllm_sec.deploy.records import read_ask, reply_records
+from fedllm_sec.errors import printable
 
 app = ClientApp()
 OWN: list[str] = []  # the device of a resident process, as JSON
@@ -42,7 +43,8 @@ def introduce(message: Message, context: Context) -> Message:
     for key, theirs in message.content.config_records["hello"].items():
         if answer.get(key) != theirs:
             print(
-                f"error: {key}: this device has {answer.get(key)}, the server {theirs}. It will be turned away.",
+                f"error: {key}: this device has {answer.get(key)}, the server {printable(str(theirs))[:80]}. "
+                "It will be turned away.",
                 flush=True,
             )
     return Message(RecordDict({"hello": ConfigRecord(dict(answer))}), reply_to=message)
@@ -57,5 +59,7 @@ def train(message: Message, context: Context) -> Message:
     result = device.train(vectors, int(of["round"]), int(of["rounds"]))
     print(f"round {of['round']}: trained from {began:.3f} to {time.time():.3f}", flush=True)
     print(f"peak memory so far {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB", flush=True)
-    content, device.residual = reply_records(result, of, device.residual)
+    before = device.lost_before(int(of["round"]))
+    content, after = reply_records(result, of, before)
+    device.lost = (int(of["round"]), before, after)
     return Message(content, reply_to=message)

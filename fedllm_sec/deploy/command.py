@@ -172,8 +172,8 @@ def bring_up(made: Deployment) -> None:
         local.register(processes, made, clients)
         for node in nodes:
             node.start(processes, f"127.0.0.1:{port}")
-        local.wait_for_nodes(processes, clients)
-        local.run_to_the_end(processes, made, _say, local.Tending(processes, nodes, f"127.0.0.1:{port}", _say))
+        tend = local.Tending(processes, nodes, f"127.0.0.1:{port}", _say)
+        local.run_to_the_end(processes, made, _say, tend, lambda: local.wait_for_nodes(processes, clients))
     _report(made)
 
 

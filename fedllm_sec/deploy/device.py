@@ -6,6 +6,7 @@ its history, byte for byte where the wire is float32 and the threads are as many
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class Device:
         if data is not None and not Path(data).expanduser().exists():
             raise RecipeError(f"--data: {data}: there is no such file or folder on this device.")
         self.id, self.recipe_hash, self.per_round = id, recipe_hash(recipe), recipe.clients.per_round or len(ids)
-        own = recipe.model_copy(update={"enable_attack": attack, **({} if attack else {"attack": None})})
+        alone = {"output": recipe.output.model_copy(update={"tracker": None})}  # what is tracked, the server measures
+        own = recipe.model_copy(update={"enable_attack": attack, **({} if attack else {"attack": None}), **alone})
         if data is not None:  # all of it is this client's
             clients = own.clients.model_copy(update={"partition": {"name": "iid"}})
             own = own.model_copy(update={"data": own.data.model_copy(update={"name": data}), "clients": clients})
@@ -78,8 +80,10 @@ class Device:
         made.clients = [client for client in made.clients if client.id == id]
         made.evaluation = None
         self.federation, self.optimizer = made, make_optimizer(made.task, made.training)
-        self.seen: tuple[int, Tensor] | None = None  # the last round it took part in, and what it then received
-        self.residual: Tensor | None = None  # what the wire has lost so far (int8)
+        self.seen: dict[int, Tensor] = {}  # what it received, in the last round it took part in and the one before that
+        # of the last round, which a server that was killed asks for again: what it had when that began
+        self.began: tuple[int, dict[str, Any]] = (0, {})  # the memory of its attacks
+        self.lost: tuple[int, Tensor | None, Tensor | None] = (0, None, None)  # by the wire (int8), before it and after
 
     def introduction(self) -> dict[str, str]:
         """Who it is and by what the server knows that both mean the same."""
@@ -92,9 +96,9 @@ class Device:
         client, threat, at = made.clients[0], made.threat, made.machine.device
         start = vectors["start"].to(at)
         known = vectors.get("last_update")
-        if known is None and self.seen is not None and self.seen[0] == r - 1:
-            known = start - self.seen[1]  # every client sees how the model moved
-        self.seen = (r, start)
+        if known is None and r - 1 in self.seen:
+            known = start - self.seen[r - 1]  # every client sees how the model moved
+        self.seen = {**{k: then for k, then in self.seen.items() if k == r - 1}, r: start}
         made.vector, made.last_update = start, None if known is None else known.to(at)
         if made.buffers is not None:
             made.buffers = vectors["buffers"].cpu().double()
@@ -105,9 +109,17 @@ class Device:
         result = train_client(made, dressed, start, self.optimizer, made.guards, control, r, rounds)
         return result if threat is None else self._forged(result, threat, client, r)
 
+    def lost_before(self, r: int) -> Tensor | None:
+        """What the wire has lost of the rounds before r; a round that is asked for again begins from the same."""
+        at, before, after = self.lost
+        return after if r > at else before if r == at else None
+
     def _forged(self, result: LocalResult, threat: Threat, client: Client, r: int) -> LocalResult:
         """The row that a malicious device sends instead: it knows its own alone."""
         made = self.federation
+        if self.began[0] == r:
+            threat.alone = copy.deepcopy(self.began[1])
+        self.began = (r, copy.deepcopy(threat.alone))
         own = UpdateMatrix.of(
             result.delta[None].clone(), ids=(client.id,), counts=[result.count], layout=made.task.layout
         )

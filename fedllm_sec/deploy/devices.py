@@ -17,7 +17,7 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from fedllm_sec.deploy.exchange import LONGEST, in_short, replies
+from fedllm_sec.deploy.exchange import LONGEST, Questions, in_short, replies
 from fedllm_sec.deploy.memory import limited
 from fedllm_sec.deploy.problems import layout_hash, recipe_hash
 from fedllm_sec.deploy.records import ask_records
@@ -31,6 +31,19 @@ from fedllm_sec.rounds.federation import Federation
 from fedllm_sec.rounds.remembering import OWN_BUFFERS
 from fedllm_sec.rounds.source import Asked, Came
 
+FIRST = 180.0  # seconds, at least, for which the first round waits for its cohort: devices that start with the server
+AGAIN = 30.0  # seconds after which a node that was turned away is asked again: it may have been mended
+NEW = 5.0  # seconds for which a round waits for a node to say who it is, where it could begin without
+
+
+@dataclass
+class Stranger:
+    """A node that speaks for no client."""
+
+    asked: float = 0.0  # when it was last asked who it is (monotonic)
+    waited: bool = False  # whether its answer is waited for
+    why: str = ""  # why it was turned away
+
 
 @dataclass
 class Devices:
@@ -40,7 +53,9 @@ class Devices:
     recipe: Recipe
     say: Callable[[str], None]
     nodes: dict[str, int] = field(default_factory=dict)  # client id -> the node that speaks for it
-    turned_away: dict[int, str] = field(default_factory=dict)  # node -> why
+    names: dict[int, str | None] = field(default_factory=dict)  # node that is online -> the name it is registered under
+    strangers: dict[int, Stranger] = field(default_factory=dict)
+    greetings: list[tuple[list[int], Questions]] = field(default_factory=list)  # whose answers are waited for
     begun: bool = False
 
     @property
@@ -52,10 +67,10 @@ class Devices:
         if not self.begun:
             self.begun = True
             self._limit(federation, len(cohort))
+        self._meet(federation, cohort)
         deadline = time.monotonic() + self.settings.timeout_s
-        self._meet(federation, cohort, deadline)
         known = {c.id: self.nodes[c.id] for c in cohort if c.id in self.nodes}
-        absent = {c.id: "no device of it is online" for c in cohort if c.id not in known}
+        absent = {c.id: self._away(c.id) for c in cohort if c.id not in known}
         expected = {
             id: Expected(id, asked.round, secrets.token_hex(16), federation.task.layout.size, asked.beside,
                          self.settings.wire)
@@ -116,51 +131,74 @@ class Devices:
 
     # ------------------------------------------------------------ who is there
 
-    def _meet(self, federation: Federation, cohort: Sequence[Client], deadline: float) -> None:
-        """Ask new nodes who they are; wait for the cohort where too few of it have come yet."""
-        first, enough = not self.nodes, self.settings.min_replies
-        while True:
-            online = {node.node_id: node.name if node.HasField("name") else None for node in self.grid.get_nodes()}
-            for id, node in list(self.nodes.items()):
-                if node not in online:
-                    del self.nodes[id]
-            new = {n: name for n, name in online.items() if n not in self.nodes.values() and n not in self.turned_away}
-            if new:
-                self._greet(federation, new, deadline)
-            here = sum(c.id in self.nodes for c in cohort)
-            if here >= (len(cohort) if first else enough) or time.monotonic() >= deadline:
-                return
-            time.sleep(0.5)
+    def _meet(self, federation: Federation, cohort: Sequence[Client]) -> None:
+        """Ask new nodes who they are; wait for the cohort at first, and later where too few of it are there.
 
-    def _greet(self, federation: Federation, new: Mapping[int, str | None], deadline: float) -> None:
-        """Which client each new node is; one with another recipe, layout, version or client's id is turned away."""
-        ids = {c.id for c in federation.clients}
+        A node that does not answer is waited for beside the rounds: it holds up none of them.
+        """
+        first, enough = not self.nodes, self.settings.min_replies
+        deadline = time.monotonic() + max(self.settings.timeout_s, FIRST if first else 0.0)
+        while True:
+            self._look(federation)
+            now, here = time.monotonic(), sum(c.id in self.nodes for c in cohort)
+            new = any(not one.why and now - one.asked < NEW for one in self.strangers.values())
+            if here == len(cohort) or now >= deadline or not (first or new or here < enough):
+                return
+            time.sleep(min(0.2, deadline - now))
+
+    def _look(self, federation: Federation) -> None:
+        """Who is online, who answers, and who is still to be asked."""
+        self.names = {node.node_id: node.name if node.HasField("name") else None for node in self.grid.get_nodes()}
+        self.nodes = {id: node for id, node in self.nodes.items() if node in self.names}
+        self.strangers = {node: one for node, one in self.strangers.items() if node in self.names}
         said = {
             "recipe": recipe_hash(self.recipe),
             "layout": layout_hash(federation.task.layout),
             "version": version("fedllm_sec"),
         }
+        ids, now = {c.id for c in federation.clients}, time.monotonic()
+        for nodes, questions in self.greetings:
+            while (found := questions.next(0)) is not None:
+                self._heard(nodes[found[0]], *found[1:], said, ids)
+        self.greetings = [one for one in self.greetings if one[1].left]
+        for node in self.names:
+            if node not in self.nodes.values():
+                self.strangers.setdefault(node, Stranger())
+        new = [n for n, one in self.strangers.items() if not one.waited and (not one.why or now - one.asked >= AGAIN)]
+        for node in new:
+            self.strangers[node].asked, self.strangers[node].waited = now, True
+        if new:
+            hello = [
+                Message(RecordDict({"hello": ConfigRecord(dict(said))}), n, "query", group_id="hello") for n in new
+            ]
+            self.greetings.append((new, Questions(self.grid, hello)))
 
-        def take(key: str, reply: Message) -> bool:
-            node = int(key)
+    def _heard(self, node: int, reply: Message | None, why: str, said: Mapping[str, str], ids: set[str]) -> None:
+        """A node has answered who it is, or cannot: it is a client's from now on, or turned away for a while."""
+        if (one := self.strangers.get(node)) is None:  # it has gone meanwhile
+            return
+        one.waited = False
+        if reply is not None:
             try:
-                why = self._introduced(node, new[node], reply.content, said, ids)
+                why = self._introduced(node, self.names.get(node), reply.content, said, ids)
             except Exception as error:
                 why = f"its answer cannot be read: {type(error).__name__}"
-            if why is not None:
-                self.turned_away[node] = why = printable(why)[: 3 * LONGEST]
-                self.say(f"node {node} is turned away: {why}")
-            return why is None
+        if not why:
+            del self.strangers[node]
+        elif (why := printable(why)[: 3 * LONGEST]) != one.why:
+            one.why = why
+            self.say(f"node {node} is turned away: {why}")
 
-        nodes = {str(node): node for node in new}
-        hello = {key: RecordDict({"hello": ConfigRecord(dict(said))}) for key in nodes}
-        for key, why in self._exchange(nodes, hello, "hello", deadline, len(nodes), take).items():
-            if int(key) not in self.turned_away:
-                self.say(f"node {key} has not said who it is: {why}")
+    def _away(self, id: str) -> str:
+        """Why no node speaks for a client."""
+        for node, one in self.strangers.items():
+            if self.names.get(node) == id:
+                return in_short(
+                    f"its device is turned away: {one.why}" if one.why else "its device has not said who it is"
+                )
+        return "no device of it is online"
 
-    def _introduced(
-        self, node: int, name: str | None, content: Any, said: Mapping[str, str], ids: set[str]
-    ) -> str | None:
+    def _introduced(self, node: int, name: str | None, content: Any, said: Mapping[str, str], ids: set[str]) -> str:
         """Take a node up as the client it says it is; or why not."""
         answer = content.config_records["hello"]
         id = answer["client"]
@@ -172,23 +210,18 @@ class Devices:
             return f"it says that it is client {str(id)[:40]!r}, which the recipe has not"
         if name is not None and name != id:
             return f"it is registered as {name!r} and says that it is {id!r}"
-        if id in self.nodes:
+        if self.nodes.get(id, node) != node:
             return f"client {id} is there already, as node {self.nodes[id]}"
         self.nodes[id] = node
-        return None
+        return ""
 
     def _exchange(
-        self,
-        nodes: Mapping[str, int],
-        contents: Mapping[str, RecordDict],
-        group: str,
-        deadline: float,
-        wanted: int,
+        self, nodes: Mapping[str, int], contents: Mapping[str, RecordDict], group: str, deadline: float, wanted: int,
         take: Callable[[str, Message], bool],
-    ) -> dict[str, str]:
+    ) -> dict[str, str]:  # fmt: skip
         """Send each its question and `take` replies until `wanted` are taken or it is late; gives who is missing."""
-        keys, kind = list(nodes), "query" if group == "hello" else "train"
-        messages = [Message(contents[key], nodes[key], kind, group_id=group) for key in keys]
+        keys = list(nodes)
+        messages = [Message(contents[key], nodes[key], "train", group_id=group) for key in keys]
         missing = dict.fromkeys(keys, f"no reply within {self.settings.timeout_s:g} s")
         taken, waited = 0, set(keys)
         came = replies(self.grid, messages, deadline)

@@ -28,30 +28,54 @@ def in_short(text: str) -> str:
     return printable(text)[:LONGEST]
 
 
+class Questions:
+    """Messages that are sent, each with a thread that pulls its reply until it comes or `close` is called."""
+
+    def __init__(self, grid: Grid, messages: Sequence[Message]) -> None:
+        self.messages = messages
+        self.sent = list(grid.push_messages(messages)) if messages else []
+        self.came: Queue[tuple[int, Message | None, str]] = Queue()
+        self.stop = threading.Event()
+        self.left = len(messages)  # which have neither a reply nor a reason yet
+        for place in range(len(messages)):
+            if place >= len(self.sent) or self.sent[place] is None:
+                self.came.put((place, None, "its question could not be sent"))
+                continue
+            given = (grid, place, self.sent[place], self.came, self.stop)
+            try:
+                threading.Thread(target=_pull, args=given, daemon=True).start()
+            except RuntimeError as error:  # no room for one more
+                self.came.put((place, None, f"its reply cannot be waited for: {error}"))
+
+    def next(self, seconds: float) -> tuple[int, Message | None, str] | None:
+        """The number of a message with its reply, or why there is none; None where nothing comes in so many seconds.
+
+        A reply with an error, from another node or to another message counts as none.
+        """
+        try:
+            place, reply, why = self.came.get(timeout=max(0.0, seconds))
+        except Empty:
+            return None
+        self.left -= 1
+        why = why or foreign(reply, self.messages[place].metadata.dst_node_id, str(self.sent[place]))
+        return place, None if why else reply, why
+
+    def close(self) -> None:
+        """Look for no more replies."""
+        self.stop.set()
+
+
 def replies(grid: Grid, messages: Sequence[Message], deadline: float) -> Answers:
     """The number of a message with its reply, or why there is none, as they come until the deadline (monotonic).
 
-    A reply with an error, from another node or to another message counts as none. Who has not answered by the deadline
-    is not given. Closing the iterator ends the looking.
+    Who has not answered by the deadline is not given. Closing the iterator ends the looking.
     """
-    sent = list(grid.push_messages(messages)) if messages else []
-    came: Queue[tuple[int, Message | None, str]] = Queue()
-    stop = threading.Event()
-    for place in range(len(messages)):
-        if place >= len(sent) or sent[place] is None:
-            came.put((place, None, "its question could not be sent"))
-        else:
-            threading.Thread(target=_pull, args=(grid, place, sent[place], came, stop), daemon=True).start()
+    asked = Questions(grid, messages)
     try:
-        for _ in messages:
-            try:
-                place, reply, why = came.get(timeout=max(0.0, deadline - time.monotonic()))
-            except Empty:
-                return
-            why = why or foreign(reply, messages[place].metadata.dst_node_id, str(sent[place]))
-            yield place, None if why else reply, why
+        while asked.left and (found := asked.next(deadline - time.monotonic())) is not None:
+            yield found
     finally:
-        stop.set()
+        asked.close()
 
 
 def _pull(grid: Grid, place: int, id: str, came: Queue[Any], stop: threading.Event) -> None:

@@ -119,6 +119,11 @@ class RobustStrategy(Strategy):
                 refused.setdefault(node, in_short(str(error)))
             except Exception as error:  # whatever a strange reply makes of being looked at
                 refused.setdefault(node, in_short(f"cannot be read: {type(error).__name__}: {error}"))
+        names = {n: (*(c := usable[n].content).array_records, *c.metric_records) for n in states}
+        for node, own in names.items():  # the strategy inside may go by them
+            if own != (usual := Counter(names.values()).most_common(1)[0][0]):
+                refused[node] = in_short(f"its records are called {', '.join(own)}, most replies' {', '.join(usual)}")
+                del states[node]
         merged, skipped = None, "no reply can be used"
         if states:
             try:
@@ -208,10 +213,11 @@ class RobustStrategy(Strategy):
             state = {k: v - self.sent[k] if v.is_floating_point() else v for k, v in state.items()}
         ((place, _),), ((beside, _),) = like.content.array_records.items(), like.content.metric_records.items()
         metrics = [next(iter(message.content.metric_records.values())) for message in taken]
+        said = Counter(name for m in metrics for name, value in m.items() if type(value) in (int, float))
         shared = {
-            name: float(np.mean([m[name] for m in metrics]))
-            for name in metrics[0]
-            if name != self.weighted_by and all(type(m.get(name)) in (int, float) for m in metrics)
+            name: float(np.mean([m[name] for m in metrics if type(m.get(name)) in (int, float)]))
+            for name, often in said.items()
+            if name != self.weighted_by and 2 * often > len(metrics)
         }
         arrays = {name: Array(value.contiguous().numpy()) for name, value in state.items()}
         return RecordDict({place: ArrayRecord(arrays), beside: MetricRecord({self.weighted_by: total, **shared})})
@@ -258,7 +264,7 @@ class RobustStrategy(Strategy):
             weights=by_id(decision.weights) if decision is not None else None,
             kept=[id for id, value in kept.items() if value] if kept is not None else None,
             scores=by_id(decision.scores) if decision is not None else None,
-            notes={**(dict(decision.notes) if decision is not None else {}), "examples": sum(counts.values())},
+            notes={**(dict(decision.notes) if decision is not None else {}), "examples": sum(counts[id] for id in ids)},
             update_norm=length,
             skipped=skipped,
             lora_gap=None,

@@ -35,7 +35,7 @@ def start_link(processes: Processes, made: Deployment, host: str, port: int, nam
         "--ssl-ca-certfile", str(tls / "ca.pem"), "--ssl-certfile", str(tls / "server.pem"),
         "--ssl-keyfile", str(tls / "server.key"), "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
-        env={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"},
+        env={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"},
     )  # fmt: skip
     processes.wait(lambda: bool(processes.flwr("ls", "ours").get("success")), "the SuperLink", 90, LINK)
 
@@ -123,14 +123,18 @@ def wait_for_nodes(processes: Processes, clients: Sequence[str], seconds: float 
 
 
 def run_to_the_end(
-    processes: Processes, made: Deployment, say: Callable[[str], None], tend: Callable[[], None] = lambda: None
+    processes: Processes,
+    made: Deployment,
+    say: Callable[[str], None],
+    tend: Callable[[], None] = lambda: None,
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Run what is left of the deployment's recipe, with a line for each round as it is done.
 
     Flower cannot take up a run whose server app died: a new run goes on from the last whole round of the run folder.
-    `tend` is called once in a while.
+    `tend` is called once in a while; `ready` once, as soon as the server app starts, which takes as long as clients do.
     """
-    failures, where = 0, 0
+    failures, where, once = 0, 0, [ready]
     if made.rounds.exists():
         where = made.rounds.stat().st_size
     while True:
@@ -138,6 +142,8 @@ def run_to_the_end(
         if not begun.get("success"):
             raise FedError(f"the run was refused: {begun.get('text', begun)}")
         number, rounds_before = str(begun["run-id"]), _rounds(made)
+        while once:
+            once.pop()()
         looked = time.monotonic()
         status: dict[str, Any] = {}
         while not str(status.get("status", "")).startswith("finished"):

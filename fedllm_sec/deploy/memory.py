@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 REPLIES = 6  # times that the bytes of a reply may be held while it is read: chunks, joined, record, tensor and room
+THREADS = 3  # that read one reply: ours, and two of Flower's that pull its objects
 ROOM_MB = 1024  # for evaluation, the defense's blocks and the libraries
 
 
@@ -24,7 +25,9 @@ def limited(n: int, d: int, reply: int) -> str:
         )
     except (ImportError, OSError, StopIteration):
         return "no memory limit: this system has none for a process's own memory"
-    most = used + n * (REPLIES * reply + 12 * d) + 40 * d + ROOM_MB * 2**20
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]  # what a thread's takes of the limit, used or not
+    threads = n * THREADS * (stack if 0 < stack < 2**30 else 8 * 2**20)
+    most = used + threads + n * (REPLIES * reply + 12 * d) + 40 * d + ROOM_MB * 2**20
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (most if hard < 0 else min(most, hard), hard))
     return (

@@ -17,6 +17,10 @@ def main() -> None:
 
     watch(os.getppid())
     from flwr.supernode import start_client_internal
+
+    from fedllm_sec.deploy.sooner import look_sooner
+
+    look_sooner(start_client_internal)
     from flwr.supernode.cli import flower_supernode
 
     most = float(os.environ.get("FEDLLM_NODE_POLL", "0.2"))

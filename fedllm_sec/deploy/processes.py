@@ -117,7 +117,7 @@ class Processes:
             if time.monotonic() > end:
                 said = "; ".join(f"{name}: {self.said(name, 2)}" for name in watched or self.running)
                 raise FedError(f"{what}: not within {seconds:g} s. {said} (logs in {self.logs})")
-            time.sleep(0.1)
+            time.sleep(0.3)
 
     def flwr(self, *words: str) -> dict[str, Any]:
         """What `flwr ... --format json` answers; {"success": False, "text": ...} where that is no JSON.

@@ -25,9 +25,13 @@ def serve(address: str, poll: float) -> None:
     from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
     from flwr.supercore.retry import make_simple_http_retry_invoker
     from flwr.supercore.runtime import RuntimeHttpClient
+    from flwr.supernode.runtime import run_clientapp
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
     from fedllm_sec.deploy.client import app
+    from fedllm_sec.deploy.sooner import look_sooner
+
+    look_sooner(run_clientapp)
 
     def connected(name: str, *more: object) -> RuntimeHttpClient:
         return RuntimeHttpClient.from_server_address(
@@ -68,6 +72,9 @@ def serve(address: str, poll: float) -> None:
 
     tasks = connected("SuperExec")
     while True:
+        if training.locked():  # its node has one question at a time, and the processor is needed
+            time.sleep(poll)
+            continue
         task = tasks.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"], agentapp_fab_hashes=[]))
         if task.HasField("task") and task.token:
             # a thread each: a question whose server died while it sent it is waited for by Flower for minutes

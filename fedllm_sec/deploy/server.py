@@ -17,6 +17,7 @@ from fedllm_sec.build.running import make_machine, run_one
 from fedllm_sec.deploy.devices import Devices
 from fedllm_sec.deploy.folder import Deployment
 from fedllm_sec.deploy.problems import refuse_undeployable
+from fedllm_sec.deploy.sooner import look_sooner
 from fedllm_sec.train import in_words, quiet
 
 app = ServerApp()
@@ -36,6 +37,9 @@ class AtServer(Plan):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the deployment that the run's configuration names."""
+    from flwr.superlink.grid import http_grid
+
+    look_sooner(http_grid)
     made = Deployment.at(str(context.run_config["deployment"]))
     with made.rounds.open("a", encoding="utf-8") as lines:
 

@@ -31,4 +31,4 @@ class Deploy(Section):
     wire: Literal["float32", "bfloat16", "int8"] = "float32"  # what a device sends of each number of its update
     wait_for: PositiveInt | None = None  # replies that close a round, where more clients are asked; None: all of them
     min_replies: PositiveInt = 1  # usable replies without which a round is skipped
-    timeout_s: PositiveFloat = 600.0  # seconds after which a round closes with what has come
+    timeout_s: PositiveFloat = 600.0  # seconds after which a round closes with what has come, from when it is asked

@@ -226,7 +226,8 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         assert decided.buffers is not None
         federation.buffers = machine.share(decided.buffers.to(machine.device)).cpu()
         if local and collected is not None:
-            federation.buffers = keep_own(task.buffers.layout.size, federation.clients, cohort, collected[2])
+            own = collected[2]
+            federation.buffers = keep_own(task.buffers.layout.size, federation.clients, cohort, own, federation.buffers)
     if trained:
         remember(algorithm, trained, machine.share(decided.parts.to(machine.device)), lr, control)
     step = federation.vector - start

@@ -52,7 +52,8 @@ def remember(
     counts as the row that was taken most.
     """
     assert algorithm.remember is not None
-    for own, part in zip(trained, torch.cat([parts, parts.max()[None]]).tolist(), strict=False):
+    most = parts.max()[None] if len(parts) else parts.new_zeros(1)  # no row came from any device
+    for own, part in zip(trained, torch.cat([parts, most]).tolist(), strict=False):
         if part > 0 and bool(own.row.isfinite().all()):
             memory, moves = own.client.memory, 1.0 if own.forging else part
             memory.update(algorithm.remember(memory, own.row, steps=own.steps, lr=lr, control=control, part=moves))
@@ -61,16 +62,18 @@ def remember(
 OWN_BUFFERS = "buffers"  # in a client's memory, where it keeps its own
 
 
-def keep_own(floats: int, clients: Sequence[Client], cohort: Sequence[Client], buffers: Tensor) -> Tensor:
+def keep_own(
+    floats: int, clients: Sequence[Client], cohort: Sequence[Client], buffers: Tensor, present: Tensor
+) -> Tensor:
     """Each client of the cohort keeps its own buffers (n, b + c) for its next round; gives the mean over all who do.
 
-    Buffers that are not finite are forgotten.
+    Buffers that are not finite are forgotten. Where nobody keeps any, the `present` ones (b + c,) stay.
     """
     for client, own in zip(cohort, buffers, strict=True):
         if bool(own.isfinite().all()):
             client.memory[OWN_BUFFERS] = own.clone()
-    held = torch.stack([client.memory[OWN_BUFFERS].to(buffers) for client in clients if OWN_BUFFERS in client.memory])
-    return combined(held, floats, torch.ones(len(held), dtype=torch.float64))
+    held = [client.memory[OWN_BUFFERS].to(buffers) for client in clients if OWN_BUFFERS in client.memory]
+    return combined(torch.stack(held), floats, torch.ones(len(held), dtype=torch.float64)) if held else present
 
 
 RATES = ("accuracy", "asr", "false_trigger")  # that are also measured with each client's own statistics

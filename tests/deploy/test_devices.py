@@ -2,84 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from functools import partial
-
 import pytest
 import torch
 
 pytest.importorskip("flwr", reason="needs flwr, the extra `edge`")
 
-from accelerate import Accelerator
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from fedllm_sec.algorithms import MENU as ALGORITHMS
 from fedllm_sec.build.names import checked
-from fedllm_sec.defenses.columns import median
-from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.deploy.devices import Devices
 from fedllm_sec.deploy.problems import deploy_problems
-from fedllm_sec.deploy.records import read_ask, reply_records
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.protocols import Client, LocalTraining
-from fedllm_sec.rounds.client import make_optimizer
-from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.rounds.federation import Federation, run, train_client
-from tests.deploy.nodes import Blocks, Nodes, Silent
-from tests.toy import Quadratic
-
-D, IDS = 4, ("c00", "c01", "c02", "c03")
-
-
-def recipe(**deploy):
-    return checked(
-        {
-            "task": "classify", "rounds": 2, "model": {"name": "logistic"}, "data": {"name": "digits"},
-            "clients": {"total": 4, "local_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.1},
-            "deploy": {"timeout_s": 5.0, **deploy},
-        }
-    )  # fmt: skip
-
-
-def federation(evaluation=None) -> Federation:
-    torch.set_num_threads(1)
-    return Federation(
-        task=Quadratic(D),
-        clients=[Client(id, torch.full((4, D), float(i + 1))) for i, id in enumerate(IDS)],
-        training=LocalTraining(batch_size=2, steps=2, optimizer="sgd", lr=0.1, max_grad_norm=None),
-        machine=Machine(Accelerator(cpu=True)),
-        algorithm=ALGORITHMS["fedavg"].make(),
-        defense=Pipeline([], median),
-        threat=None,
-        evaluation=evaluation,
-        vector=torch.zeros(D),
-    )
-
-
-def honest(id: str, said, change=lambda content: content):
-    """A node that trains client `id` as a device does; `change` makes something else of its reply's content."""
-    own = federation()
-    optimizer = make_optimizer(own.task, own.training)
-    client = next(c for c in own.clients if c.id == id)
-
-    def answer(message):
-        if message.metadata.message_type == "query":
-            return RecordDict(
-                {"hello": ConfigRecord({**message.content.config_records["hello"], "client": said or id})}
-            )
-        vectors, of = read_ask(message.content, D)
-        own.last_update = vectors.get("last_update")
-        result = train_client(own, client, vectors["start"], optimizer, (), None, of["round"], of["rounds"])
-        return change(reply_records(result, of, None)[0])
-
-    return answer
-
-
-def raising(error):
-    def change(content):
-        raise error
-
-    return change
+from fedllm_sec.rounds.federation import run
+from tests.deploy.nodes import Blocks, Silent
+from tests.deploy.scripted import IDS, D, all_honest, federation, honest, over, raising, recipe
 
 
 def record(name, made):
@@ -143,25 +78,6 @@ def simulated():
     return list(run(federation(), 2))
 
 
-def over(nodes, names=None, **deploy):
-    """Two rounds over nodes, what the server said, and the seconds it took."""
-    made, said = federation(), []
-    grid = Nodes(nodes, names)
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr("fedllm_sec.deploy.devices.limited", lambda *sizes: "no limit in a test")
-    made.source = Devices(grid, recipe(**deploy), said.append)
-    began = time.monotonic()
-    try:
-        records = list(run(made, 2))
-    finally:
-        monkey.undo()
-    return records, said, time.monotonic() - began
-
-
-def all_honest(**others):
-    return {i + 1: others.get(id) or honest(id, None) for i, id in enumerate(IDS)}
-
-
 def test_devices_give_the_simulation_s_rounds_and_replies_are_pulled_in_threads_of_their_own(simulated):
     records, _, _ = over(all_honest())
     for found, wanted in zip(records, simulated, strict=True):
@@ -217,39 +133,6 @@ def test_of_four_asked_two_are_waited_for():
     assert records[0].quarantined["c03"] == "was not waited for: 2 of 4 had answered"
 
 
-def test_who_claims_another_s_id_has_another_recipe_or_is_registered_otherwise_is_turned_away():
-    def strange(message):
-        return RecordDict({"hello": ConfigRecord({**message.content.config_records["hello"], "client": "c01",
-                                                  "recipe": "0"})})  # fmt: skip
-
-    nodes = {**all_honest(), 5: honest("c00", None), 6: strange, 7: honest("c02", "c99"), 8: lambda m: RecordDict({})}
-    _, said, _ = over(nodes)
-    told = "\n".join(said)
-    assert "node 5 is turned away: client c00 is there already, as node 1" in told
-    assert "node 6 is turned away: client c01 has recipe 0, the server" in told
-    assert "node 7 is turned away: it says that it is client 'c99', which the recipe has not" in told
-    assert "node 8 is turned away: its answer cannot be read: KeyError" in told
-    _, said, _ = over(all_honest(), names={2: "c00", 1: "c00", 3: "c02", 4: "c03"}, timeout_s=1.0)
-    assert any("node 2 is turned away: it is registered as 'c00' and says that it is 'c01'" in line for line in said)
-
-
-def test_a_device_that_comes_back_as_another_node_is_asked_again():
-    nodes = all_honest()
-    made, grid = federation(), Nodes(nodes)
-    made.source = partial(_limited, Devices(grid, recipe(timeout_s=2.0), lambda line: None))
-    rounds = run(made, 3)
-    assert next(rounds).quarantined == {}
-    gone = nodes.pop(2)
-    assert next(rounds).quarantined == {"c01": "no device of it is online"}
-    nodes[9] = gone
-    assert next(rounds).quarantined == {}
-
-
-def _limited(devices, *given):
-    devices.begun = True  # no memory limit on the tests' own process
-    return devices(*given)
-
-
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -287,11 +170,14 @@ def test_the_memory_limit_is_said_and_follows_from_the_layout(monkeypatch):
 
     set_to = []
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: set_to.append(limits[0]))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (-1, -1))
     said = limited(10, 1_000_000, 4_000_000)
     larger = limited(20, 1_000_000, 4_000_000)
     assert "10 replies of 3.81 MiB" in said
     assert "20 replies" in larger
-    assert set_to[1] - set_to[0] == pytest.approx(10 * (6 * 4_000_000 + 12 * 1_000_000), abs=20 * 2**20)
+    assert set_to[1] - set_to[0] == pytest.approx(
+        10 * (6 * 4_000_000 + 12 * 1_000_000 + 3 * 8 * 2**20), abs=20 * 2**20
+    )  # three threads for each reply, 8 MiB of stack each
 
 
 def test_a_taken_port_is_said_at_once():

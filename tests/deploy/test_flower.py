@@ -249,3 +249,27 @@ def test_the_lines_of_the_page_are_an_app_that_runs(tmp_path, monkeypatch):
     result = played(names["strategy"], all_but(HOSTILE["1e30"]), rounds=2)
     assert far(result.arrays.to_torch_state_dict()) < 0.5
     assert len(read_history(tmp_path / "robust")) == 2
+
+
+def renamed(place):
+    """Its arrays under another record's name, and a metric that nobody else sends instead of the usual one."""
+
+    def change(content):
+        if "arrays" in content:
+            metrics = MetricRecord({"num-examples": 10, "odd": 1.0})
+            return RecordDict({place: content["arrays"], "metrics": metrics})
+        return content
+
+    return change
+
+
+def test_records_under_another_name_are_refused_and_metrics_are_those_that_most_replies_have(tmp_path):
+    first = [trained(1.0, renamed("\x1b[31mmine")), *(trained(t) for t in TARGETS)]  # the first to be looked at
+    strategy = RobustStrategy(FedAvg(), rule="multi_krum", f=1, log=tmp_path)
+    result = played(strategy, first, rounds=1)
+    (record,) = read_history(tmp_path)
+    assert list(record.quarantined) == ["1"]
+    assert record.quarantined["1"] == "its records are called \\x1b[31mmine, metrics, most replies' arrays, metrics"
+    assert record.notes["examples"] == 50
+    result = played(RobustStrategy(FedAvg(), rule="median"), [trained(1.0, renamed("arrays")), *first[1:]], rounds=1)
+    assert result.train_metrics_clientapp[1] == {"train_loss": pytest.approx(1.0)}
