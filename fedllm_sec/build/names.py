@@ -42,7 +42,10 @@ DATA_ATTACKS: dict[str, tuple[str, ...]] = {
 }
 
 # task of the recipe -> kinds of privacy attacks that can read what its clients send
-PRIVACY: dict[str, tuple[str, ...]] = {"classify": ("images", "labels"), "causal_lm": ("membership", "canary")}
+PRIVACY: dict[str, tuple[str, ...]] = {
+    "classify": ("images", "labels"),
+    "causal_lm": ("membership", "canary", "tokens"),
+}
 
 # task of the recipe -> kinds of client-side defenses that can act in it, where it is not only "client"
 CLIENT_DEFENSES: dict[str, tuple[str, ...]] = {

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedllm_sec.attacks.privacy import Guessed, Observation, Suspicion
-from fedllm_sec.build import members, secrets
+from fedllm_sec.attacks.privacy import Guessed, Observation, Recovered, Suspicion
+from fedllm_sec.build import members, recovered, secrets
 from fedllm_sec.build.pictures import Learnt
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.protocols import Client
@@ -17,12 +17,13 @@ from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.federation import Federation
 
 # what an attack answers with -> its kind
-ANSWERS: dict[type, str] = {Suspicion: "membership", Guessed: "canary"}
+ANSWERS: dict[type, str] = {Suspicion: "membership", Guessed: "canary", Recovered: "tokens"}
 
 # kind -> its part of privacy.json, of [(round, what was learnt), ...]
 SUMMED: dict[str, Callable[[Sequence[tuple[int, Any]]], dict[str, Any]]] = {
     "membership": members.summed,
     "canary": secrets.summed,
+    "tokens": recovered.summed,
 }
 
 
@@ -48,6 +49,8 @@ def heard(
         given["membership"] = members.lineup(recipe, federation, client, trained)
     if kind == "canary" or (kind is None and recipe.data.canaries is not None):
         given["canary"] = secrets.planted_in(recipe, federation, client)
+    if kind in (None, "tokens"):
+        given["tokens"] = recovered.written_by(recipe, client, trained)
     shown = replace(seen, final=final)
     for one in given.values():
         shown = one.shown(shown)
@@ -79,4 +82,4 @@ def told_of_text(method: Mapping[str, Any], kind: str | None, paper: str, learnt
     }  # fmt: skip
 
 
-KINDS = {"membership": members.Apart, "canary": secrets.Exposed}
+KINDS = {"membership": members.Apart, "canary": secrets.Exposed, "tokens": recovered.Read}

@@ -94,6 +94,18 @@ def tables(attacks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             "note": "How many bits of a planted secret are given away: 0 to log2 of the guesses (10 of a thousand), "
             "1.4 where it was never seen. Means over secrets and observations, with 95 % bootstrap intervals.",
         }
+    if found := of_kind(attacks, "tokens"):
+        rows = [
+            [named(attack), in_a_line(one.get("round")), interval(one.get("recall"), "{:.2f}"),
+             interval(one.get("precision"), "{:.2f}"), in_a_line(attack.get("not_applicable", ""))]
+            for attack in found for one in listed(attack.get("rounds")) or [{"round": "n/a"}]
+        ]  # fmt: skip
+        yield {
+            "titles": ("text", "round", "tokens read", "read rightly", "n/a"),
+            "rows": rows,
+            "note": "The share of the distinct tokens of a client's rows that is read off what it sent, and the share "
+            "of what is read that is right. Means over clients, with 95 % bootstrap intervals.",
+        }
 
 
 def findings(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -107,6 +119,8 @@ def findings(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
         if made["titles"][0] == "membership":
             said.append(f"{name} tells rows that were trained on from others with AUC {most} in round {where}.")
             said.append(f"It names a share of {more} of them while 1 in 100 others is taken for one.")
+        elif made["titles"][0] == "text":
+            said.append(f"{name} reads a share of {most} of a client's tokens in round {where}; {more} are right.")
         else:
             said.append(f"{name} gets {most} bits of a secret that stood in {where} rows; {more} of those are said.")
     return said

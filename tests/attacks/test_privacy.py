@@ -212,5 +212,5 @@ def test_one_liners_refuse_what_does_not_fit_in_words():
 
 
 def test_every_name_has_a_paper_and_a_kind():
-    assert {entry.kind for entry in PRIVACY_MENU.values()} == {"images", "labels", "membership", "canary"}
+    assert {entry.kind for entry in PRIVACY_MENU.values()} == {"images", "labels", "membership", "canary", "tokens"}
     assert all(entry.paper for entry in PRIVACY_MENU.values())

@@ -79,7 +79,7 @@ def test_a_shadow_of_a_clients_own_rows_is_its_update(made: Any, optimizer: str)
 
 
 def test_a_residual_is_the_share_of_the_length_outside_the_span():
-    span = Span("x", torch.eye(3, dtype=torch.float64)[:2], None, True)
+    span = Span("x", torch.eye(3, dtype=torch.float64)[:2], None, True, 3)
     assert span.residual(torch.tensor([[1.0, 1, 0], [0, 0, 2], [3, 0, 4]])).tolist() == pytest.approx([0, 1, 0.64])
     through = replace(span, factor=torch.tensor([[0.0, 0, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.float64))
     assert through.residual(torch.tensor([[0.0, 0, 2], [5, 7, 0]])).tolist() == pytest.approx([0, 1])

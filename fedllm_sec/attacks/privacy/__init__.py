@@ -1,9 +1,9 @@
 """What an update gives away: an honest-but-curious observer's attacks on what clients send.
 
-`seen` has the types: an `Observation` goes in, a `Reconstruction`, `LabelCounts`, `Suspicion` or
-`Guessed` comes out. Every method
-is a pure function of an observation; no truth reaches it. For images: `linear`, `matching`, `inversion`, `reveal`; for
-text: `membership` and `canary`, by `reading` (losses) and `spans`.
+`seen` has the types: an `Observation` goes in, a `Reconstruction`, `LabelCounts`, `Suspicion`,
+`Guessed` or `Recovered` comes out. Every method is a pure function of an observation; no truth reaches it. For images:
+`linear`, `matching`, `inversion`, `reveal`; for text: `membership`, `canary` and `tokens`, by `reading` (losses) and
+`spans`.
 """
 
 from fedllm_sec.attacks.privacy.calls import reconstruct, reveal_labels
@@ -13,6 +13,7 @@ from fedllm_sec.attacks.privacy.seen import (
     Observation,
     Question,
     Reconstruction,
+    Recovered,
     Row,
     Suspicion,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "Observation",
     "Question",
     "Reconstruction",
+    "Recovered",
     "Row",
     "Suspicion",
     "reconstruct",

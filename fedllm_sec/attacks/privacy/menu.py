@@ -8,10 +8,11 @@ from fedllm_sec.attacks.privacy.linear import linear_layer
 from fedllm_sec.attacks.privacy.matching import dlg, idlg
 from fedllm_sec.attacks.privacy.membership import Membership
 from fedllm_sec.attacks.privacy.reveal import reveal_labels
+from fedllm_sec.attacks.privacy.tokens import token_set
 from fedllm_sec.recipe.resolve import Entry
 
 # kind: images (the answer is a Reconstruction), labels (LabelCounts), membership (Suspicion),
-# canary (Guessed)
+# canary (Guessed), tokens (Recovered)
 PRIVACY_MENU: dict[str, Entry] = {
     "linear_layer": Entry(linear_layer, "Phong et al. 2018", "images"),
     "dlg": Entry(dlg, "Zhu et al. 2019", "images"),
@@ -20,4 +21,5 @@ PRIVACY_MENU: dict[str, Entry] = {
     "reveal_labels": Entry(reveal_labels, "Ma et al. 2023", "labels"),
     "membership": Entry(Membership, "Yeom et al. 2018; Carlini et al. 2022", "membership"),
     "canary": Entry(canary, "Carlini et al. 2019", "canary"),
+    "token_set": Entry(token_set, "Petrov et al. 2024", "tokens"),
 }

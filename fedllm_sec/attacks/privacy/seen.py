@@ -133,6 +133,13 @@ class Guessed:
     said: Sequence[list[int]]
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """What an attack reads of a client's text: the distinct tokens that were fed to the model, in order of number."""
+
+    tokens: Sequence[int]
+
+
 def as_gradient(seen: Observation) -> tuple[Observation, bool]:
     """The observation as a gradient, and whether its length is the true one.
 

@@ -9,7 +9,7 @@ While there are fewer different inputs than dimensions, whatever else is fed to 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ class Span:
     basis: Tensor  # (k, m) orthonormal rows, float64
     factor: Tensor | None  # (m, in) LoRA's A, through which inputs are seen; None: they are seen as they are
     exact: bool  # whether there are fewer directions than dimensions; else they are the longest ones
+    most: int  # the shorter side of the parameter: as many directions as it could give away
 
     def residual(self, inputs: Tensor) -> Tensor:
         """What share of each input's squared length lies outside: (...,), from 0 to 1. An input is (..., in)."""
@@ -55,10 +56,15 @@ def directions(matrix: Tensor, noise: float) -> tuple[Tensor, bool]:
     return rows[: min(int((held < ENERGY).sum()) + 1, matrix.shape[1] - 1)], False
 
 
-def spans_of(seen: Observation) -> list[Span]:
-    """The spans of all layers whose parameters were sent, in the order of the model; none where nothing moved."""
+def spans_of(seen: Observation, layers: Sequence[str] | None = None) -> list[Span]:
+    """The spans of all layers, or of these, whose parameters were sent, in the order of the model.
+
+    There is none where nothing moved.
+    """
     parts, begun, found = seen.parts(), seen.layout.split(seen.start), []
     for name, part in seen.model.named_modules():
+        if layers is not None and name not in layers:
+            continue
         for parameter, factor in _parameters(name, part):
             if parameter not in parts:
                 continue
@@ -67,7 +73,8 @@ def spans_of(seen: Observation) -> list[Span]:
             if len(basis):
                 through = None if factor is None else seen.model.get_parameter(factor).detach()
                 through = begun.get(factor or "", through)
-                found.append(Span(name, basis, None if through is None else through.double().cpu(), exact))
+                through = None if through is None else through.double().cpu()
+                found.append(Span(name, basis, through, exact, min(parts[parameter].shape)))
     return found
 
 
@@ -86,20 +93,27 @@ def _rounding(begun: Tensor) -> float:
     return float(torch.finfo(torch.float32).eps * begun.abs().max() * sum(begun.shape) ** 0.5)
 
 
+class _HeardAllError(Exception):
+    """Ends a pass whose later layers nobody asks for."""
+
+
 @contextmanager
 def listening(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What these layers are fed, by name, in the passes meanwhile."""
+    """What these layers are fed, by name, in the pass meanwhile, which ends with the last of them."""
     heard: dict[str, Tensor] = {}
 
     def hook(name: str) -> torch.utils.hooks.RemovableHandle:
         def listen(module: nn.Module, given: tuple[Tensor, ...]) -> None:
             heard[name] = given[0].detach()
+            if len(heard) == len(layers):
+                raise _HeardAllError
 
         return model.get_submodule(name).register_forward_pre_hook(listen)
 
     handles = [hook(name) for name in layers]
     try:
-        yield heard
+        with suppress(_HeardAllError):
+            yield heard
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,145 @@
+"""What gradients give of the text itself: a tiny random Llama of 40 tokens, whose truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedllm_sec.attacks import PRIVACY_MENU
+from fedllm_sec.attacks.privacy.seen import Observation, Row
+from fedllm_sec.attacks.privacy.tokens import inputs_of_tokens, nearest
+from fedllm_sec.build.recovered import Read, Written, summed
+from fedllm_sec.errors import AttackError
+from fedllm_sec.matrix import Layout
+from fedllm_sec.protocols import LocalTraining
+
+SEVEN = (3, 17, 5, 3, 29, 8, 11, 2)  # fed without the last: 7 prefixes, 6 distinct tokens
+token_set = PRIVACY_MENU["token_set"].make
+
+
+def llama(r: int | None, tied: bool = True, targets: Sequence[str] = ("v_proj",), heads: int = 4) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=heads, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).eval()
+    if r is None:
+        return base
+    return get_peft_model(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets))).eval()
+
+
+def observed(model: Any, rows: Sequence[Sequence[int]]) -> Observation:
+    """The gradient of the mean loss of all tokens but the first, row by row, by transformers' own loss."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scored = sum(len(row) - 1 for row in rows)
+    loss = sum(
+        model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss * (len(row) - 1) / scored for row in rows
+    )
+    gradient = torch.autograd.grad(loss, [p for _, p in named])
+    layout = Layout.of([(name, p.detach()) for name, p in named])
+    start = layout.join({name: p.detach() for name, p in named})
+    sent = layout.join({name: g for (name, _), g in zip(named, gradient, strict=True)})
+    return Observation(sent, "gradient", start, layout, model, rows=len(rows))
+
+
+def by_lstsq(seen: Observation) -> list[int]:
+    """The token check in plain lines: A norm(e) as a combination of the rows of dB, for each token alone."""
+    name = next(n for n in seen.layout.names if "layers.0" in n and "lora_B" in n)
+    base = seen.model.get_base_model()  # type: ignore[operator]
+    a = seen.model.get_parameter(name.replace("lora_B", "lora_A")).detach().double()
+    spanning = seen.parts(torch.float64)[name].T  # (r, out)
+    found = []
+    for token in range(40):
+        embedded = base.model.embed_tokens.weight[token].detach()
+        wanted = a @ base.model.layers[0].input_layernorm(embedded).detach().double()
+        made = spanning @ torch.linalg.lstsq(spanning, wanted.unsqueeze(1), rcond=1e-6, driver="gelsd").solution
+        if float((made[:, 0] - wanted).norm() / wanted.norm()) < 1e-3:
+            found.append(token)
+    return found
+
+
+def with_positions(seen: Observation) -> Observation:
+    """A model that adds a vector of the position to each embedding."""
+    model = llama(8)
+    places = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    model.get_input_embeddings().register_forward_hook(lambda _, given, made: made + places[: made.shape[1]])
+    return replace(seen, model=model)
+
+
+def stepped(seen: Observation, lr: float, decay: float, steps: Tensor) -> Observation:
+    """The delta of one step of this optimizer's direction."""
+    training = LocalTraining(1, 1, optimizer="sgd", lr=lr, max_grad_norm=None, weight_decay=decay)
+    after = seen.start - lr * (steps + decay * seen.start)
+    return replace(seen, sent=after - seen.start, what="delta", training=training)
+
+
+def test_the_span_of_the_first_layers_values_holds_the_tokens_that_were_fed_and_no_others():
+    seen = observed(llama(8), [SEVEN])
+    assert list(token_set(seen).tokens) == [3, 5, 8, 11, 17, 29] == by_lstsq(seen)
+    assert token_set(seen) == token_set(seen)
+    assert list(token_set(observed(llama(16), [SEVEN, (20, 21, 22, 2)])).tokens) == [3, 5, 8, 11, 17, 20, 21, 22, 29]
+    assert list(token_set(observed(llama(None), [SEVEN])).tokens) == [3, 5, 8, 11, 17, 29]  # a tied head moves all rows
+
+
+def test_a_span_that_the_tokens_fill_tells_nothing():
+    sent = observed(llama(8), [SEVEN])
+    for seen in (
+        observed(llama(6), [SEVEN]),  # 6 distinct tokens fill r = 6
+        observed(llama(16, heads=1), [range(10, 20)]),  # 9 tokens fill the 8 outputs of a single head
+        replace(sent, sent=sent.sent.sign()),  # as Adam's first step
+    ):
+        with pytest.raises(AttackError, match=r"layers.0.self_attn.v_proj fills all \d+ dimensions"):
+            token_set(seen)
+
+
+def test_deltas_of_one_step_of_sgd_give_the_tokens_too_without_the_decay():
+    for model in (llama(8), llama(None), llama(None, tied=False)):
+        seen = observed(model, [SEVEN])
+        assert list(token_set(stepped(seen, 0.1, 0.01, seen.sent)).tokens) == [3, 5, 8, 11, 17, 29]
+
+
+def test_embeddings_that_move_are_the_tokens_even_after_steps_of_adam_and_never_where_noise_moves_all():
+    seen = observed(llama(None, tied=False), [range(10, 40)])  # 29 tokens
+    assert list(token_set(seen).tokens) == list(range(10, 39))
+    assert list(token_set(stepped(seen, 1e-3, 0.01, seen.sent.sign())).tokens) == list(range(10, 39))
+    noise = 1e-3 * torch.randn(len(seen.sent), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(AttackError, match="fills all 32 dimensions"):
+        token_set(replace(seen, sent=seen.sent + noise))
+
+
+def test_what_cannot_be_read_says_why():
+    row = observed(llama(8), [SEVEN])
+    for given, words in (
+        (replace(row, sent=row.sent * torch.nan), "not finite"),
+        (replace(row, sent=row.sent * 0), "nothing that was sent"),
+        (observed(llama(8, targets=["q_proj"]), [SEVEN]), "nothing that was sent of base_model.model.model.layers.0"),
+        (replace(row, model=torch.nn.Linear(2, 2)), "a language model"),
+    ):
+        with pytest.raises(AttackError, match=words):
+            token_set(given)
+    with pytest.raises(AttackError, match="fed positions with the tokens"):
+        inputs_of_tokens(with_positions(row), "base_model.model.model.layers.0.self_attn.v_proj")
+
+
+def test_as_many_are_taken_as_there_are_directions_the_closest_first():
+    shares = torch.tensor([1e-9, 0.5, 1e-8, 1e-12, 1e-7])
+    assert nearest(shares, 1e-6, 3) == [0, 2, 3]
+    assert nearest(shares, 1e-8, 5) == [0, 3]
+
+
+def test_recall_and_precision_are_those_of_distinct_tokens_that_were_fed():
+    from fedllm_sec.attacks.privacy import Recovered
+
+    read = Written([Row((1, 2, 2, 3, 9), 2), Row((1, 4, 9), 1)]).judged(Recovered([1, 2, 3, 7]))
+    assert read == Read(0.75, 0.75, 4)
+    assert Written([Row((1, 2), 1)]).judged(Recovered([])) == Read(0.0, None, 1)
+    assert summed([])["scores"] == {"recall": None, "precision": None}
+    assert summed([(1, read), (2, Read(0.25, None, 4))])["scores"]["recall"]["value"] == 0.5
