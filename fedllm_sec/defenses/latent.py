@@ -82,8 +82,9 @@ def flare(updates: UpdateMatrix, ctx: RoundContext, *, tau: float = 1.0) -> Deci
     each client's model; the maximum mean discrepancy of each pair of clients; c_i, how many clients have i among their
     nearest half; trust S_i = exp(c_i / tau) / sum_j exp(c_j / tau); the update is sum_i S_i x_i.
 
-    Stated here: c_i is counted in means over the clients, so that tau does not hang on how many there are; the
-    Gaussian kernel's width is the median squared distance within a set. Rows are not clipped: a far model gets less
+    Stated here: the unbiased discrepancy under a Gaussian kernel and the nearest half are as reimplemented in BackFed
+    (flare_server.py), whose width is 1 and here the median squared distance within a set; c_i is counted in means over
+    the clients, so that tau does not hang on how many there are. Rows are not clipped: a far model gets less
     trust, never none, so put norm_clipping before it. Running statistics of BatchNorm are the server's. It costs n
     forward passes over `defense.root_rows` rows and n^2 / 2 kernels. Scores are 1 - S_i / max S.
     """

@@ -112,9 +112,10 @@ def rflbat(updates: UpdateMatrix, ctx: RoundContext, *, far: float = 10.0, farth
     `farther` median sums are dropped; the mean of the rest. Scores are the sums of distances in the plane.
 
     Stated here: principal components and cosines are those of updates and come from the (n, n) Gram matrix; the
-    bounds are the authors' (10 and 4); clusters are compared by squared distances with five uniform point sets, at
-    most nine clusters and fewer than there are different points; of equally alike clusters the one with the smallest
-    client id is kept.
+    bounds (10 and 4), five uniform point sets, at most nine clusters and 1 for a cluster of one are as reimplemented
+    in BackFed (rflbat_server.py, where a cluster of one is never kept), not read off the authors' own code; sums
+    equal to a bound are kept; there are fewer clusters than different points; of equally alike clusters the one with
+    the smallest client id is kept.
     """
     need(far >= 1 and farther >= 1, "rflbat", "far >= 1 and farther >= 1", "Raise them.", far=far, farther=farther)
     order = by_id(updates.ids)

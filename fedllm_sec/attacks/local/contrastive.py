@@ -37,10 +37,13 @@ class Chameleon:
     the target class keep it alive. So in the first `encoder` share of its steps an attacker trains everything below
     the last linear layer by the supervised contrastive loss, in which poisoned images carry the target's label: they
     are drawn to the target class and away from their own. In the other steps it trains the last layer alone, by the
-    task's loss. Rows with the label of poisoned ones weigh `weight` times in the contrast, as in the authors' code.
+    task's loss. Rows with the label of poisoned ones weigh `weight` times in the contrast, as in the authors' code
+    (utils/losses.py), whose configuration for the pixel trigger has 6: the default of 2 is ours.
 
-    Stated here: contrast is over `rows` rows drawn from the shard for each step, as they are (no mirrors or shifts),
-    by the running statistics of BatchNorm as received; the task's own gradient of these steps is computed in vain. What
+    Stated here: the mean is over rows that have another of their label, theirs over all; their second factor, between
+    poisoned rows and those of one label, is 1 in that configuration and is not here; contrast is over `rows` rows drawn
+    from the shard for each step, as they are (no mirrors or shifts), by the running statistics of BatchNorm as
+    received; the task's own gradient of these steps is computed in vain. What
     does not train in a step is put back after it, against momentum and weight decay.
     """
 
