@@ -70,6 +70,7 @@ def merged(folders: Sequence[Path], start: Path | None, name: str, settings: Map
                 f"{in_a_line(wanted.get(odd[0]))}: their factors mean different things. Leave one out."
             )
     states = [read_weights(folder) for folder in folders]
+    begun = read_weights(start) if start is not None else None  # before anything else is asked of its file
     classes = {folder: classes_of(folder / WEIGHTS) for folder in ([start] if start else []) + list(folders)}
     told = {folder: names for folder, names in classes.items() if names is not None}
     if len(set(told.values())) > 1:
@@ -78,7 +79,7 @@ def merged(folders: Sequence[Path], start: Path | None, name: str, settings: Map
             f"{other / WEIGHTS}: tells {in_a_line(', '.join(others))} apart, in this order; {one} "
             f"{in_a_line(', '.join(its))}: their outputs mean different classes. Leave one out."
         )
-    begun = read_weights(start) if start is not None else _zeros(states)
+    begun = begun if begun is not None else _zeros(states)
     if start is None and (alike := likeness(states)) < UNLIKE:
         warnings.warn(
             f"aggregate: the A factors of these adapters have a mean cosine of {alike:.2f}: they did not start from "
