@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm_sec.build.start import Start, start_of, told
+from fedllm_sec.build.start import FACTORS, Start, start_of, told
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.models import pretrained
 from fedllm_sec.models.saving import classes_of
@@ -50,7 +50,7 @@ def begin(recipe: Recipe, task: Any) -> tuple[Tensor, Tensor | None]:
 
 def _refuse_other_classes(task: Any, start: Start) -> None:
     """An adapter's output k is the class of its own data: an error where that is another here."""
-    held = start.file if start.kind == "adapter" else Path(start.path) / "adapter" / "adapter_model.safetensors"
+    held = start.file if start.kind == "adapter" else Path(start.path) / "adapter" / FACTORS
     if not hasattr(task, "names") or start.kind == "file" or not held.is_file():
         return
     if (theirs := classes_of(held)) is not None and theirs != tuple(task.names):

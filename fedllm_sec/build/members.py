@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from fedllm_sec.seeds import generator_for
 
 OTHERS = 300  # held-out rows beside the members, where the recipe says nothing
 FEW_ANSWERS = 20  # up to so many different answers name classes, whose shares tell members from others
+
+T = TypeVar("T")
 
 
 def rows_of(encoded: Any, loss_on: str) -> list[Row]:
@@ -113,10 +115,15 @@ class Apart:
 
 def summed(learnt: Sequence[tuple[int, Apart]]) -> dict[str, Any]:
     """The scores of all observations, given with their rounds, and those of each round."""
+    return by_round(learnt, _measures)
+
+
+def by_round(learnt: Sequence[tuple[int, T]], measures: Callable[[Sequence[T]], dict[str, Any]]) -> dict[str, Any]:
+    """`measures` of all observations, given with their rounds, and of those of each round."""
     rounds = sorted({r for r, _ in learnt})
     return {
-        "scores": _measures([one for _, one in learnt]),
-        "rounds": [{"round": r, **_measures([one for at, one in learnt if at == r])} for r in rounds],
+        "scores": measures([one for _, one in learnt]),
+        "rounds": [{"round": r, **measures([one for at, one in learnt if at == r])} for r in rounds],
     }
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from fedllm_sec.attacks.privacy import Observation, Recovered, Row
-from fedllm_sec.build.members import rows_of
+from fedllm_sec.build.members import by_round, rows_of
 from fedllm_sec.evaluation.intervals import bootstrap
 from fedllm_sec.protocols import Client
 from fedllm_sec.recipe.sections import Recipe
@@ -55,11 +55,7 @@ class Read:
 
 def summed(learnt: Sequence[tuple[int, Read]]) -> dict[str, Any]:
     """The scores of all observations, given with their rounds, and those of each round."""
-    rounds = sorted({r for r, _ in learnt})
-    return {
-        "scores": _measures([one for _, one in learnt]),
-        "rounds": [{"round": r, **_measures([one for at, one in learnt if at == r])} for r in rounds],
-    }
+    return by_round(learnt, _measures)
 
 
 def _measures(read: Sequence[Read]) -> dict[str, Any]:

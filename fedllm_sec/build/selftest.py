@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,10 +65,16 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
         else f"prompt and answer are tokenised apart, which is not as one text: {unlike[0]}",
         "answers that go with classes are scored whole, end token included",
     ]
-    modes = {part: part.training for part in task.model.modules()}
-    task.model.eval()
+    whole = _cut(whole, recipe.data.max_length)
+    return [*found, *in_evaluation(task.model, recipe, lambda: _run(task, whole, recipe))]
+
+
+def in_evaluation(model: torch.nn.Module, recipe: Recipe, run: Callable[[], tuple[list[str], list[str]]]) -> list[str]:
+    """What `run` shows of a model in evaluation mode; what it finds wrong, or cannot run, is a RecipeError."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
     try:
-        more, problems = _run(task, _cut(whole, recipe.data.max_length), recipe)
+        found, problems = run()
     except (FedError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -81,7 +88,7 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
             part.training = mode
     if problems:
         raise RecipeError(problems)
-    return [*found, *more]
+    return found
 
 
 def _cut(rows: Encoded, most: int) -> Encoded:

@@ -13,7 +13,7 @@ import torch
 from fedllm_sec.attacks.data.answers import MOST_LABELS, Classes
 from fedllm_sec.build.language_model import need_whole
 from fedllm_sec.build.loaded import Loaded
-from fedllm_sec.build.selftest import TWO, left_to_the_run
+from fedllm_sec.build.selftest import TWO, in_evaluation, left_to_the_run
 from fedllm_sec.data.text import as_dataset
 from fedllm_sec.errors import DataError, FedError, RecipeError
 from fedllm_sec.models import selftest
@@ -80,23 +80,7 @@ def tested(task: ClassifyText, recipe: Recipe) -> list[str]:
     rows = task.tokens(as_dataset({**TWO, "response": [task.names[0], task.names[-1]]}))
     rows = replace(rows, prompts=[ids[: recipe.data.max_length] for ids in rows.prompts],
                    types=[ids[: recipe.data.max_length] for ids in rows.types])  # fmt: skip
-    modes = {part: part.training for part in task.model.modules()}
-    task.model.eval()
-    try:
-        found, problems = _run(task, rows, recipe)
-    except (FedError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise RecipeError(
-            f"model.name: {recipe.model.name}: cannot be run on two short rows ({type(error).__name__}: {reason}). "
-            "Choose another model, or another model.dtype."
-        ) from error
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-    if problems:
-        raise RecipeError(problems)
+    found = in_evaluation(task.model, recipe, lambda: _run(task, rows, recipe))
     classes = ", ".join(task.names[:5]) + (", ..." if len(task.names) > 5 else "")
     return [
         f"data.max_length {recipe.data.max_length} of {most or 'any number of'} positions",

@@ -66,17 +66,21 @@ def of_kind(attacks: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str
 # ---------------------------------------------------------------- tables
 
 
+def by_round(found: Sequence[Mapping[str, Any]], first: str, second: str) -> list[list[str]]:
+    """A row for each attack and round: its name, the round, two measures, and why it does not apply."""
+    return [
+        [named(attack), in_a_line(one.get("round")), interval(one.get(first), "{:.2f}"),
+         interval(one.get(second), "{:.2f}"), in_a_line(attack.get("not_applicable", ""))]
+        for attack in found for one in listed(attack.get("rounds")) or [{"round": "n/a"}]
+    ]  # fmt: skip
+
+
 def tables(attacks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """{titles, rows, note} of each kind that is there."""
     if found := of_kind(attacks, "membership"):
-        rows = [
-            [named(attack), in_a_line(one.get("round")), interval(one.get("auc"), "{:.2f}"),
-             interval(one.get("tpr"), "{:.2f}"), in_a_line(attack.get("not_applicable", ""))]
-            for attack in found for one in listed(attack.get("rounds")) or [{"round": "n/a"}]
-        ]  # fmt: skip
         yield {
             "titles": ("membership", "round", "AUC", "TPR at 1 % FPR", "n/a"),
-            "rows": rows,
+            "rows": by_round(found, "auc", "tpr"),
             "note": "How well rows that a client trained on are told from held-out ones of the same kind: AUC 0.5 is "
             "chance; the share of them that is found while 1 in 100 others is taken for one. Means over clients, with "
             "95 % bootstrap intervals over rows.",
@@ -95,14 +99,9 @@ def tables(attacks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             "1.4 where it was never seen. Means over secrets and observations, with 95 % bootstrap intervals.",
         }
     if found := of_kind(attacks, "tokens"):
-        rows = [
-            [named(attack), in_a_line(one.get("round")), interval(one.get("recall"), "{:.2f}"),
-             interval(one.get("precision"), "{:.2f}"), in_a_line(attack.get("not_applicable", ""))]
-            for attack in found for one in listed(attack.get("rounds")) or [{"round": "n/a"}]
-        ]  # fmt: skip
         yield {
             "titles": ("text", "round", "tokens read", "read rightly", "n/a"),
-            "rows": rows,
+            "rows": by_round(found, "recall", "precision"),
             "note": "The share of the distinct tokens of a client's rows that is read off what it sent, and the share "
             "of what is read that is right. Means over clients, with 95 % bootstrap intervals.",
         }
