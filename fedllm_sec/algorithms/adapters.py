@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.matrix.factors import Pair, Products
+from fedllm_sec.models.products import square_of_inner
 from fedllm_sec.protocols import LocalContext
 
 Factors = tuple[Tensor, Tensor]  # (out, k), (k, in)
@@ -55,8 +56,8 @@ def average(
         left = minus(mean, now)
         gains.append((pair.scale * left[0], left[1]))  # in the layer a product counts s times
         if mode == "svd":
-            missed += pair.scale**2 * square(left)
-            change += pair.scale**2 * square(minus(mean, own_factors(pair, products.start)))
+            missed += pair.scale**2 * max(0.0, square_of_inner(*left))
+            change += pair.scale**2 * max(0.0, square_of_inner(*minus(mean, own_factors(pair, products.start))))
     gap = (missed / change) ** 0.5 if change > 0 else 0.0
     return Averaged(made, None if mode == "svd" else gains, gap)
 
@@ -78,12 +79,6 @@ def mean_product(pair: Pair, rows: Tensor, weights: Tensor, start: Tensor) -> Fa
 def minus(one: Factors, other: Factors) -> Factors:
     """The difference of two products."""
     return torch.cat([one[0], -other[0]], 1), torch.cat([one[1], other[1]])
-
-
-def square(factors: Factors) -> float:
-    """||B A||^2."""
-    tall, wide = factors
-    return max(0.0, float(((tall.T @ tall) * (wide @ wide.T)).sum()))
 
 
 def best_factors(factors: Factors, rank: int) -> Factors:

@@ -59,7 +59,7 @@ def product_gap(
         b0, b = factors(b_name)  # (out, r), (n, out, r)
         mean_a, mean_b = torch.einsum("n,nri->ri", w, a), torch.einsum("n,nor->or", w, b)
         products, product = _costs(len(used), shapes[a_name], shapes[b_name])
-        square = _square_of_inner if products <= product else _square_of_product
+        square = square_of_inner if products <= product else _square_of_product
         clients_b, clients_a = torch.cat([*(b * w[:, None, None])], dim=1), torch.cat([*a])  # (out, n r), (n r, in)
         times = (scales or {}).get(a_name, 1.0) ** 2
         error += times * square(torch.cat([clients_b, -mean_b], dim=1), torch.cat([clients_a, mean_a]))
@@ -67,7 +67,7 @@ def product_gap(
     return (max(error, 0.0) / change) ** 0.5 if change > 0 else None
 
 
-def _square_of_inner(tall: Tensor, wide: Tensor) -> float:
+def square_of_inner(tall: Tensor, wide: Tensor) -> float:
     """||tall wide||^2 of (out, m) and (m, in), by inner products of the factors."""
     return float(((tall.T @ tall) * (wide @ wide.T)).sum())
 

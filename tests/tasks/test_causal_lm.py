@@ -245,9 +245,9 @@ def test_product_gap_is_the_same_either_way(monkeypatch, r, wide, tall):
     layout = Layout(("m.lora_A.default.weight", "m.lora_B.default.weight"), ((r, wide), (tall, r)))
     rows_, start = torch.randn(3, layout.size), torch.randn(layout.size)
     updates, weights = UpdateMatrix.of(rows_, layout=layout), torch.full((3,), 1 / 3, dtype=torch.float64)
-    inner, product = products._square_of_inner, products._square_of_product
+    inner, product = products.square_of_inner, products._square_of_product
     found = product_gap(updates, weights, start)
-    monkeypatch.setattr(products, "_square_of_inner", product)
+    monkeypatch.setattr(products, "square_of_inner", product)
     monkeypatch.setattr(products, "_square_of_product", inner)
     assert product_gap(updates, weights, start) == pytest.approx(found, rel=1e-9)
     assert products._costs(3, (r, wide), (tall, r)) == {2: (7000, 12000), 50: (437_500, 3000)}[r]
