@@ -38,7 +38,7 @@ def alignins(
     """The clipped mean of the clients that are ordinary in two alignments: with the global vector, and in their signs.
 
     Xu et al. 2025 (AlignIns, CVPR), algorithm 1. c_i is the cosine of row i with the global vector, s_i the share of
-    its floor(share d) largest magnitudes whose sign is the principal one, sign(sum_j sign x_j). A client is kept if both
+    its floor(share d) largest magnitudes whose sign is the principal one, sign(sum_j sign x_j). A client is kept if its
     MZ-scores |v - median| / std are within `lambda_c` and `lambda_s`; kept rows are clipped to their median norm; the
     mean of these. Nobody kept is the zero update.
 

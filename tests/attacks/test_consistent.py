@@ -24,7 +24,8 @@ def test_the_second_row_is_the_papers_formula_of_the_step_and_the_first():
     first = attack(replace(view, last_update=None, round=1))
     assert torch.equal(first, view.own)
     signs = attack.signs.double().numpy()
-    assert set(signs) == {-1.0, 1.0} and abs(signs.mean()) < 0.3
+    assert set(signs) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 0.3
     step = torch.randn(view.own.shape[1], generator=view.rng)
     rows = attack(replace(view, last_update=step, round=2))
     wanted = reference(step.double().numpy(), first[0].double().numpy(), signs, 8.0)
@@ -38,7 +39,9 @@ def test_the_second_row_is_the_papers_formula_of_the_step_and_the_first():
 def test_the_factor_falls_where_the_model_did_not_move_with_the_signs_and_not_below_half():
     view, attack = example_view(m=1), PoisonedFL(factor=1.0, every=2)
     vector = view.global_vector
-    for round, (moved, factor) in enumerate([(0, 1.0), (1, 1.0), (1, 1.0), (1, 1.0), (-1, 0.7), (-1, 0.7), (-1, 0.7)], 1):
+    for round, (moved, factor) in enumerate(
+        [(0, 1.0), (1, 1.0), (1, 1.0), (1, 1.0), (-1, 0.7), (-1, 0.7), (-1, 0.7)], 1
+    ):
         if attack.signs is not None:
             vector = vector + 0.1 * moved * attack.signs
         attack(replace(view, global_vector=vector, round=round))
@@ -59,9 +62,9 @@ def test_a_resumed_attacker_goes_on_with_its_signs():
 
 
 def test_settings_that_push_nowhere_are_refused():
-    with pytest.raises(AttackError, match="poisonedfl.factor: 0"):
+    with pytest.raises(AttackError, match=r"poisonedfl\.factor: 0"):
         PoisonedFL(factor=0)
-    with pytest.raises(AttackError, match="poisonedfl.every: 0"):
+    with pytest.raises(AttackError, match=r"poisonedfl\.every: 0"):
         PoisonedFL(every=0)
 
 

@@ -20,8 +20,8 @@ CONFIDENCE = 0.99  # of the binomial test
 class PoisonedFL:
     """One random sign vector for the whole run; its size for each coordinate, and how long it is, by what the model did.
 
-    Xie et al. 2025 (PoisonedFL, CVPR), algorithm 1: row = c ||g|| k * s with s the signs drawn once, g the last global
-    step, k the unit vector of |g - (||g|| / ||m||) m| and m the attackers' last row, so that k is what in g was not
+    Xie et al. 2025 (PoisonedFL, CVPR), algorithm 1: row = c ||g|| k * s, with s the signs drawn once, g the last
+    global step, k the unit vector of |g - (||g|| / ||m||) m| and m the attackers' last row: k is what in g was not
     theirs. Every `every` rounds c becomes 0.7 c (not below 0.5) where fewer coordinates of the model moved with s since
     the last look than chance allows at 1 %. All attackers send the same row, and no honest row is needed.
 
@@ -69,7 +69,8 @@ class PoisonedFL:
 
     def _look(self, vector: Tensor) -> None:
         """Lower the factor where the model has not moved with the signs since the last look, and begin anew."""
-        assert self.signs is not None and self.seen is not None
+        assert self.signs is not None
+        assert self.seen is not None
         now = vector.detach().float().cpu()
         along = int(((now - self.seen).sign() == self.signs).sum())
         if along < int(binom.ppf(CONFIDENCE, len(now), 0.5)) and 0.7 * self.factor >= LEAST:
