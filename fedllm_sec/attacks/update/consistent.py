@@ -18,7 +18,7 @@ CONFIDENCE = 0.99  # of the binomial test
 
 
 class PoisonedFL:
-    """One random sign vector for the whole run; its size for each coordinate, and how long it is, by what the model did.
+    """One random sign vector for the whole run; how large each coordinate and the row are is read off the last step.
 
     Xie et al. 2025 (PoisonedFL, CVPR), algorithm 1: row = c ||g|| k * s, with s the signs drawn once, g the last
     global step, k the unit vector of |g - (||g|| / ||m||) m| and m the attackers' last row: k is what in g was not
