@@ -39,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Attack x defense grids: every cell is a run of its own, and what is done is skipped.",
         epilog="example: python -m fedllm_sec.benchmark recipes/grids/quick.yaml --jobs 2 'axes.seed=[0, 1, 2]'",
     )
-    parser.add_argument("grid", type=Path, help="the YAML file of the grid, or a shipped one: grids/quick")
+    parser.add_argument("grid", type=Path, nargs="?", help="the YAML file of the grid, or a shipped one: grids/quick")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings of the base recipe, or axes.NAME=[values]"
     )

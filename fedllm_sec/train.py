@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Federated fine-tuning under attack and defense, from one recipe.",
         epilog="example: accelerate launch -m fedllm_sec.train recipes/quickstart.yaml rounds=3 clients.lr=1e-3",
     )
-    parser.add_argument("recipe", type=Path, help="the YAML recipe, or the name of a shipped one, e.g. quickstart")
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", help="the YAML recipe, or the name of a shipped one, e.g. quickstart"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the recipe's")
     parser.add_argument(
         "--only", metavar="VARIANT", action="append", help="run this one of the recipe's variants; may be given again"
@@ -188,7 +190,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Plan]:
     return planned_all(raw_recipes(path, overrides))
 
 
-def raw_recipes(path: Path, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def raw_recipes(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """The unchecked recipe of each variant ("" where there are none), its folder among the others'."""
     path = shipped.find(path)
     raw = reading.read(path, overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -89,6 +90,23 @@ def test_what_cannot_be_done_is_one_line(adapters, tmp_path: Path, capsys):
     refused(capsys, "must be NAME=VALUE", adapters, "--rule", "mean", "--set", "f", *out)
     refused(capsys, "krum: ", adapters, "--rule", "krum", "--set", "f=4", *out)
     refused(capsys, "Give a peft adapter folder", [*adapters, tmp_path], "--rule", "mean", *out)
+    again = adapters[1] / ".." / "c0"
+    refused(
+        capsys,
+        f"{again}: is {adapters[0]} once more, and would have two votes",
+        [*adapters, again],
+        "--rule",
+        "mean",
+        *out,
+    )
+    (tmp_path / "empty").mkdir()
+    shutil.copy(adapters[0] / "adapter_config.json", tmp_path / "empty")
+    start = ["--start", str(tmp_path / "empty")]
+    refused(
+        capsys, "empty/adapter_model.safetensors: no such file. Save the ad", adapters, "--rule", "mean", *start, *out
+    )
+    save_file({}, tmp_path / "empty" / "adapter_model.safetensors")
+    refused(capsys, "empty/adapter_model.safetensors: holds no tensors", adapters, "--rule", "mean", *start, *out)
     config = json.loads((adapters[2] / "adapter_config.json").read_text())
     (adapters[2] / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
     refused(capsys, "lora_alpha: 99, in ", adapters, "--rule", "mean", *out)

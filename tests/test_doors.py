@@ -48,6 +48,18 @@ def test_an_unknown_command_is_named_with_a_way_out(capsys):
     assert 'there is no command "trian". Did you mean "train"?' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "kind", "example"),
+    [("train", "recipe", "train quickstart"), ("benchmark", "grid", "benchmark grids/quick")],
+)
+def test_a_command_without_its_recipe_is_one_line_with_an_example(command: str, kind: str, example: str, capsys):
+    for words, said in (([], f"no {kind} is given"), (["rounds=3"], f'{kind}: "rounds=3" is an override')):
+        assert main([command, *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {said}")
+        assert f"e.g. python -m fedllm_sec.{example}" in line
+
+
 def test_every_shipped_recipe_is_listed_with_a_title_and_shown(capsys):
     files = [p.relative_to(ROOT / "recipes").with_suffix("").as_posix() for p in (ROOT / "recipes").rglob("*.yaml")]
     assert sorted(files) == sorted(shipped.names())

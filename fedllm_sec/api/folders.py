@@ -51,9 +51,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DefenseError(f"{path}: no such file. Save the adapter as safetensors; pickles are not read.")
     try:
-        return load_file(path)
+        found: dict[str, Tensor] = load_file(path)
     except Exception as error:  # anybody may have written it: the library raises its own kind, and others
         raise DefenseError(f"{path}: cannot be read ({reason(error)}). Save it again, or leave it out.") from error
+    if not found:
+        raise DefenseError(f"{path}: holds no tensors. Save the adapter again, or leave it out.")
+    return found
 
 
 def merged(folders: Sequence[Path], start: Path | None, name: str, settings: Mapping[str, Any]) -> Merged:
@@ -61,6 +64,13 @@ def merged(folders: Sequence[Path], start: Path | None, name: str, settings: Map
 
     A and B are aggregated apart: the product of their means is not the mean of their products.
     """
+    known: dict[Path, Path] = {}
+    for folder in folders:
+        if (place := folder.resolve()) in known:
+            raise DefenseError(
+                f"{folder}: is {known[place]} once more, and would have two votes. Give each adapter once."
+            )
+        known[place] = folder
     configs = {folder: read_config(folder) for folder in ([start] if start else []) + list(folders)}
     first, wanted = next(iter(configs.items()))
     for folder, config in configs.items():

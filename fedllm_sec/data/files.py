@@ -21,6 +21,7 @@ from fedllm_sec.errors import DataError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"
+GZIP = b"\x1f\x8b"  # how its bytes begin
 SEPARATORS = ",;\t|"
 LOOKED_AT = 50  # records in which the separator must show
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.parquet")
@@ -80,13 +81,15 @@ def read_file(path: Path, encoding: str | None = None) -> Table:
 
 def decoded(content: bytes, encoding: str | None, place: str) -> str:
     """The text of a file's bytes, unpacked where they are gzip's, without a byte-order mark."""
-    if content.startswith(b"\x1f\x8b"):
+    if content.startswith(GZIP):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
                 f"data: {place} cannot be unpacked by gzip ({error}). Is it whole? Copy it again."
             ) from error
+        if content.startswith(GZIP):
+            raise DataError(f"data: {place} is packed by gzip, and what is in it once more. Unpack it once: gunzip.")
     refuse_other_kinds(content, place)
     found = encoding or next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
     try:

@@ -108,8 +108,9 @@ def canonical(
     for role in ("text", "response"):
         blank = [int(keep[i]) + 1 for i, value in enumerate(rows[role]) if is_blank(value)]
         if blank:
+            said = role if role in type(columns).model_fields else "label"  # a classifier answers with the class
             raise DataError(
-                f'data: {table.place}, row {blank[0]}: empty {role} (column "{named[role]}"), as in {len(blank)} rows '
+                f'data: {table.place}, row {blank[0]}: empty {said} (column "{named[role]}"), as in {len(blank)} rows '
                 f"of {len(keep)}. Remove them, or choose rows with data.{part}_where."
             )
     return rows

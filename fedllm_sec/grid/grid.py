@@ -80,14 +80,15 @@ def is_grid(raw: Any) -> bool:
 # ---------------------------------------------------------------- reading
 
 
-def load(path: Path, overrides: Sequence[str] = (), allow_code: bool = True) -> Grid:
+def load(path: Path | None, overrides: Sequence[str] = (), allow_code: bool = True) -> Grid:
     """The grid of a file; every mistake in it and in its cells' recipes is reported at once.
 
     `overrides` are `key.sub=value` for the base recipe, or `axes.NAME=value` for a whole axis. Without `allow_code` a
     cell that names code from outside is a mistake, and the code is not imported.
     """
-    path = shipped.find(path)
+    path = shipped.find(path, "grid", "python -m fedllm_sec.benchmark grids/quick")
     raw = recipes.read(path)
+    recipes.refuse_undone(overrides)
     own = [o for o in overrides if o.partition("=")[0].partition(".")[0] not in ("axes", "exclude")]
     for text in (o for o in overrides if o not in own):
         place, _, value = text.partition("=")

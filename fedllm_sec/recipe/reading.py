@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,6 +38,15 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     if not equals or not all(key.split(".")):
         raise RecipeError(f'override "{assignment}": write key.sub=value, e.g. clients.lr=1e-3.')
     assign(raw, key, parse(text, f"override {key}"))
+
+
+def refuse_undone(assignments: Sequence[str]) -> None:
+    """An error where an override would be undone by one after it: the same key, or the block that holds it."""
+    for place, later in enumerate(assignments):
+        key = later.partition("=")[0]
+        for earlier in assignments[:place]:
+            if earlier == later or f"{earlier.partition('=')[0]}.".startswith(f"{key}."):
+                raise RecipeError(f'override "{later}": would undo "{earlier}", given before it. Give one of them.')
 
 
 def assign(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -279,7 +288,7 @@ def check(raw: Any, menu_problems: Callable[[dict[str, Any]], list[str]]) -> Rec
     return recipe
 
 
-def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The raw recipe: the file with its overrides, not yet validated."""
     try:
         with path.open("rb") as file:
@@ -300,6 +309,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         )
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: must be a mapping of sections, got {type(raw).__name__}.")
+    refuse_undone(overrides)
     for assignment in overrides:
         override(raw, assignment)
     return raw

@@ -27,9 +27,15 @@ def names() -> list[str]:
     return sorted(found, key=lambda name: (name.count("/"), name))
 
 
-def find(path: Path) -> Path:
+def find(path: Path | None, kind: str = "recipe", example: str = "python -m fedllm_sec.train quickstart") -> Path:
     """The path itself where there is such a file or where it is no name; else the shipped recipe of that name."""
+    if path is None:
+        raise RecipeError(f"no {kind} is given. Give its path or the name of a shipped one, e.g. {example}.")
     path = Path(os.path.expanduser(path))
+    if "=" in path.name and not path.exists():
+        raise RecipeError(
+            f'{kind}: "{path}" is an override, and stands where the {kind} belongs, e.g. {example} {path}.'
+        )
     if path.exists() or path.suffix in (".yaml", ".yml") or path.is_absolute():
         return path
     return file_of(path.as_posix())

@@ -49,6 +49,9 @@ def look(folder: Path) -> Found:
     except (FedError, OSError) as error:
         return Found(0, False, {"recipe.yaml": _brief(error, folder / "recipe.yaml")})
     run = RunFolder(folder)
+    for path in (run.history, run.checkpoint):
+        if path.exists() and not path.is_file():
+            return Found(0, False, {path.name: "is no file"})
     if run.checkpoint.exists() or run.history.exists():
         try:
             state = checkpoint.marks(run.checkpoint.read_bytes())

@@ -14,6 +14,7 @@ from fedllm_sec.data import text
 from fedllm_sec.data.tables import Table, of_dataset
 from fedllm_sec.data.text import canonical, load_rows, load_table, numbers, renamed
 from fedllm_sec.errors import DataError
+from fedllm_sec.recipe.classifier import LabelColumns
 from fedllm_sec.recipe.sections import Columns, Data
 
 CASES = Path(__file__).parent / "cases"
@@ -120,6 +121,11 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str | None, wor
         content = content.replace('"y"}', '"y", "c": "1"}') if content else None
     with pytest.raises(DataError, match=words):
         load_bad(tmp_path, name, content)
+
+
+def test_a_classifiers_row_without_a_class_is_said_to_have_an_empty_label():
+    with pytest.raises(DataError, match=r'here, row 2: empty label \(column "c"\), as in 1 rows of 2'):
+        canonical(table([*ROWS[:1], {**ROWS[1], "c": " "}]), LabelColumns(text="q", label="c"))
 
 
 def test_a_folder_without_the_split_lists_what_is_there(tmp_path: Path):

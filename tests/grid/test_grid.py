@@ -112,6 +112,12 @@ def test_a_value_that_is_null_is_empty_and_a_block_is_named_by_its_label():
     assert labels == [["none", "none", None, "even", "a"], ["none", "none", 4, "even", "a"]]
 
 
+def test_an_axis_given_twice_on_the_command_line_is_an_error(tmp_path: Path):
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump({"base": BASE, "axes": {"seed": [0]}}))
+    with pytest.raises(RecipeError, match=r'"axes.seed=\[2\]": would undo "axes.seed=\[1\]", given before it'):
+        grid.load(tmp_path / "g.yaml", ["axes.seed=[1]", "axes.seed=[2]"])
+
+
 @pytest.mark.parametrize(
     "name", ["status", "accuracy", "cell", "seeds", "loss_drop", "asr_rise", "detection_tpr", "done"]
 )

@@ -111,6 +111,17 @@ def test_an_override_that_reaches_nothing_is_an_error(assignment):
         recipes.override({"seed": 1, "defense": {"before": []}}, assignment)
 
 
+def test_an_override_that_another_would_undo_is_an_error_that_names_both(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("rounds: 5\n")
+    for first, second in (("rounds=1", "rounds=2"), ("rounds=1", "rounds=1"), ("clients.lr=1", "clients={total: 3}")):
+        with pytest.raises(RecipeError, match=rf'^override "{second}": would undo "{first}", given before it'):
+            recipes.read(path, [first, "seed=1", second])
+    assert recipes.read(path, ["clients={total: 3}", "clients.lr=1", "clients.lr_decay=1", "seed=1"]) == {
+        "rounds": 5, "clients": {"total": 3, "lr": 1, "lr_decay": 1}, "seed": 1
+    }  # fmt: skip
+
+
 def test_a_dumped_recipe_reads_back_as_itself():
     recipe = checked({**GOOD, "compute": {"mixed_precision": "no"}, "seed": 3})
     assert checked(recipes.parse(recipes.dump(recipe), "dump")) == recipe

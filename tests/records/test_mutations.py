@@ -340,6 +340,17 @@ def test_verify_names_a_file_once_and_leaves_the_advice_to_the_run(whole: Path, 
         assert capsys.readouterr().out == f"{folder}: damaged\n{told}"
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "history.jsonl", "checkpoint.safetensors", "timings.jsonl"])
+def test_verify_names_the_file_where_a_folder_stands(whole: Path, tmp_path: Path, name: str, capsys):
+    shutil.copytree(whole / "out", tmp_path / "out")
+    (tmp_path / "out" / name).unlink(missing_ok=True)
+    (tmp_path / "out" / name).mkdir()
+    assert verify.main([str(tmp_path / "out")]) == 1
+    found = capsys.readouterr()
+    assert found.err == ""
+    assert [line.split()[0] for line in found.out.splitlines()[1:]] == [name]
+
+
 def test_verify_misses_a_cell_that_the_grid_has(grid: Path, tmp_path: Path, capsys):
     shutil.copytree(grid / "out", tmp_path / "out")
     lost = tmp_path / "out" / "cells" / "flip__none"
