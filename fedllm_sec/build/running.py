@@ -19,7 +19,7 @@ from fedllm_sec.records.environment import environment
 from fedllm_sec.records.files import write_json
 from fedllm_sec.records.folder import RunFolder
 from fedllm_sec.records.history import read_history
-from fedllm_sec.records.summary import round_line, scalars, summary
+from fedllm_sec.records.summary import lost_since, round_line, scalars, summary
 
 if TYPE_CHECKING:
     from fedllm_sec.build.loaded import Loaded
@@ -161,7 +161,7 @@ def _run_held(
     for record in run(federation, recipe.rounds):
         if machine.main:
             folder.append(record, federation.state_dict())
-            tell(round_line(record, recipe.rounds))
+            tell(round_line(record, recipe.rounds, lost_since(folder.path, record)))
             keep_round(record.round)
         if recipe.output.tracker is not None:
             machine.accelerator.log(scalars(record), step=record.round)

@@ -15,13 +15,18 @@ NAMED = 8  # clients in the line of a round; all of them are in the record
 LONGEST_REASON = 160
 
 
-def round_line(record: RoundRecord, rounds: int) -> str:
-    """One line a round: what it did, in the order people ask, and how long the rest may take; round 0 is the start."""
+def round_line(record: RoundRecord, rounds: int, lost: int | None = None) -> str:
+    """One line a round: what it did, in the order people ask, and how long the rest may take; round 0 is the start.
+
+    `lost` is the round since which the held-out loss is not finite.
+    """
     width = len(str(rounds))
     head = f"round {record.round:>{width}}/{rounds}"
     parts = [head if record.round else "start".ljust(len(head))]
     if record.quality is not None:
         parts.append(f"loss {record.quality['loss']:.3f}")
+        if lost is not None:
+            parts.append(f"DIVERGED: held-out loss not finite since round {lost}")
         if record.quality.get("accuracy"):
             parts.append(f"accuracy {record.quality['accuracy']['value']:.3f}")
     if record.attack is not None:
@@ -103,6 +108,13 @@ def diverged_since(measured: Sequence[RoundRecord]) -> int | None:
             break
         since = record.round
     return since
+
+
+def lost_since(folder: Path, record: RoundRecord) -> int | None:
+    """The same of the run in this folder, whose last round this is; the history is read only where the loss is lost."""
+    if diverged_since([record]) is None:
+        return None
+    return diverged_since([r for r in read_history(folder) if r.quality is not None])
 
 
 def summary(folder: Path, command: str, *, attacked: bool, stop: int | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from fedllm_sec.records.summary import diverged_since
 from fedllm_sec.report import pairs
 from fedllm_sec.report.measures import (
     Kind,
@@ -36,12 +37,27 @@ def trigger_and_target(run: Run) -> tuple[str | None, str | None]:
 
 FEDERATIONS_TOLD = 4
 STARTS_TOLD = 3
+DIVERGED_TOLD = 4
 Measured = tuple[Run, Measure]
 
 
 def finding(runs: Sequence[Run]) -> list[str]:
-    """What the attack did and what the defense saved, in one or two sentences for each federation, and from where."""
-    return [*_findings(runs), *starts(runs)]
+    """What the attack did and what the defense saved, in one or two sentences for each federation, and from where.
+
+    Models that are lost come first: their other numbers mean little.
+    """
+    return [*diverged(runs), *_findings(runs), *starts(runs)]
+
+
+def diverged(runs: Sequence[Run]) -> list[str]:
+    """Which runs have a held-out loss that is not finite any more, and since when."""
+    lost = [
+        (run, since) for run in runs if (since := diverged_since([r for r in run.records if r.quality])) is not None
+    ]
+    where = [f"{f'in {run.name} ' if len(runs) > 1 else ''}since round {since}" for run, since in lost]
+    more = len(where) - DIVERGED_TOLD
+    told = listed([*where[:DIVERGED_TOLD], *([f"in {plural(more, 'more run')}"] if more > 0 else [])])
+    return [f"Diverged: held-out loss not finite {told}."] if lost else []
 
 
 def starts(runs: Sequence[Run]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import pytest
 import yaml
 
 from fedllm_sec.records.summary import diverged_since
+from fedllm_sec.report.page import summary_text
+from fedllm_sec.report.runs import read_runs
+from fedllm_sec.report.words import finding
 from fedllm_sec.train import main
 
 DIGITS = {
@@ -60,6 +64,17 @@ def test_a_model_from_which_no_client_trains_to_finite_numbers_ends_the_run(roun
     attacked = {"enable_attack": True, "attack": {"malicious": {"count": 1}, "update": [{"name": "byzantine_zero"}]}}
     path.write_text(yaml.safe_dump({**raw, **attacked, "output": {"folder": f"{folder}-attacked"}}))
     assert main([str(path)]) == 0  # an attack may have done it: the run goes to its end and a grid has its row
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert len(rows) == rounds
+    assert all("  DIVERGED: held-out loss not finite since round 1  " in line for line in rows)
+    runs = read_runs([tmp_path / "out-attacked"])
+    said = "Diverged: held-out loss not finite"
+    assert finding(runs)[0] == f"{said} since round 1."
+    assert summary_text(runs).startswith(f"{said} since round 1. ")
+    two = finding([replace(runs[0], name=name) for name in ("a", "b")])
+    assert two[0] == f"{said} in a since round 1 and in b since round 1."
+    many = finding([replace(runs[0], name=f"r{k}") for k in range(6)])
+    assert many[0].endswith("in r3 since round 1 and in 2 more runs.")
     assert json.loads((tmp_path / "out-attacked" / "summary.json").read_text())["diverged"] == 1
 
 

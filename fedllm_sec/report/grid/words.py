@@ -11,7 +11,7 @@ from fedllm_sec.report.grid.views import View, judged
 from fedllm_sec.report.measures import Measure, interval, listed, plural, written
 from fedllm_sec.report.runs import Run
 from fedllm_sec.report.threat import attack_card, defense_steps
-from fedllm_sec.report.words import starts
+from fedllm_sec.report.words import diverged, starts
 
 
 def finding(grid: Grid, parts: Sequence[Slice], shown: Sequence[View]) -> list[str]:
@@ -24,7 +24,7 @@ def finding(grid: Grid, parts: Sequence[Slice], shown: Sequence[View]) -> list[s
     sentences = [text for view in ranked for text in _worst_sentences(parts, view)]
     first = f"{head}: {sentences[0]}" if sentences else f"{head}."
     rest = [text if text.startswith(parts[0].defenses) else f"{text[0].upper()}{text[1:]}" for text in sentences[1:]]
-    return [first, *rest, *_starts(grid), *_completeness(grid)]
+    return [first, *rest, *diverged(grid.runs), *_starts(grid), *_completeness(grid)]
 
 
 def _starts(grid: Grid) -> list[str]:
