@@ -88,6 +88,10 @@ def test_what_cannot_be_done_is_one_line(adapters, tmp_path: Path, capsys):
     refused(capsys, 'there is no "kurm". Did you mean "krum"?', adapters, "--rule", "kurm", *out)
     refused(capsys, "must be a name of the menu", adapters, "--rule", "os:system", *out)
     refused(capsys, "must be NAME=VALUE", adapters, "--rule", "mean", "--set", "f", *out)
+    twice = ["--set", "f=0", "--set", "f=1"]
+    refused(capsys, "--set f=1: f was set to 0 before it", adapters, "--rule", "krum", *twice, *out)
+    inside = str(adapters[0] / "adapter_config.json" / "x")
+    refused(capsys, "cannot be written (Not a directory)", adapters, "--rule", "mean", "--out", inside)
     refused(capsys, "krum: ", adapters, "--rule", "krum", "--set", "f=4", *out)
     refused(capsys, "Give a peft adapter folder", [*adapters, tmp_path], "--rule", "mean", *out)
     again = adapters[1] / ".." / "c0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -150,12 +151,18 @@ def save(made: Merged, folders: Sequence[Path], out: Path, said: str) -> None:
     write_atomic(out / CARD, f"---\nlibrary_name: peft\n---\n\n# An adapter of several\n\n{said}\n".encode())
 
 
+def _path(word: str) -> Path:
+    return Path(os.path.expanduser(word))
+
+
 def _settings(words: Sequence[str]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
             raise DefenseError(f"--set {word}: must be NAME=VALUE, as f=2.")
+        if key in found:
+            raise DefenseError(f"--set {word}: {key} was set to {in_a_line(found[key])} before it. Give one of them.")
         found[key] = plainyaml.parse(value, f"--set {key}")
     return found
 
@@ -182,15 +189,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: fedllm-sec aggregate runs/*/adapter --rule multi_krum --set f=1 --out merged",
     )
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="ADAPTER", help="folders with adapter_model.safetensors"
+        "folders", nargs="+", type=_path, metavar="ADAPTER", help="folders with adapter_model.safetensors"
     )
     parser.add_argument("--rule", required=True, help="as in a recipe: mean, median, multi_krum, ...")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the rule")
     parser.add_argument(
         "--before", action="append", default=[], metavar="NAME", help="a stage before it: norm_clipping"
     )
-    parser.add_argument("--start", type=Path, help="the adapter that all of them were trained from")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to make; it must not exist")
+    parser.add_argument("--start", type=_path, help="the adapter that all of them were trained from")
+    parser.add_argument("--out", required=True, type=_path, help="the folder to make; it must not exist")
     given = parser.parse_args(argv)
     if given.out.exists():
         parser.error(f"--out {given.out}: exists already. Name a new folder.")
@@ -203,7 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except FedError as error:
             parser.error(str(error))
     lines = report(given.folders, made, given.rule)
-    save(made, given.folders, given.out, "\n".join(lines))
+    try:
+        save(made, given.folders, given.out, "\n".join(lines))
+    except OSError as error:
+        parser.error(f"--out {given.out}: cannot be written ({reason(error)}). Name another folder.")
     print("\n".join([*lines, f"written: {given.out}"]))
     return 0
 

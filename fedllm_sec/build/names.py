@@ -65,7 +65,7 @@ def checked(raw: Any, allow_code: bool = True) -> Recipe:
 
 def places(task: Any) -> dict[str, tuple[Menu, tuple[str, ...]]]:
     """PLACES for one task of the recipe."""
-    if task not in DATA_ATTACKS:
+    if not isinstance(task, str) or task not in DATA_ATTACKS:
         return PLACES
     found = {
         **PLACES,

@@ -111,6 +111,7 @@ def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list
     bound = selftest.ALIKE[dtype]
     other = next(token for token in long if token != long[-1])
     ahead = selftest.foresight(logits, long, other)
+    memory = selftest.memory(logits, long, next(token for token in long if token != long[0]))
     gap = selftest.padding_gap(logits, long, short, task.tokenizer.pad_token_id)
     trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
     length, unused = selftest.gradient(task.loss(rows, range(len(rows))), trained)
@@ -125,7 +126,7 @@ def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list
     ]
     if length > 0 and (words := selftest.unused_words(unused, len(trained))):
         warnings.warn(words, stacklevel=2)
-    problems = selftest.foresight_problems(ahead, bound) + selftest.gradient_problems(length)
+    problems = selftest.foresight_problems(ahead, bound, memory) + selftest.gradient_problems(length)
     return found, problems + ([] if alone else selftest.padding_problems(gap, bound))
 
 

@@ -102,7 +102,7 @@ def parse(text: str, place: str) -> Any:
 
 def _problem(error: yaml.YAMLError) -> str:
     """What is wrong, without the names of aliases and tags: a key that begins with * or ! may be a secret."""
-    text = str(getattr(error, "problem", None) or error)
+    text = " ".join(str(getattr(error, "problem", None) or error).split())
     return _NAMED.sub(r"\1", text)
 
 

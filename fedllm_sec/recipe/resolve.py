@@ -131,7 +131,7 @@ def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place:
     except Exception as error:  # an annotation that leads nowhere, such as one imported for type checkers alone
         raise RecipeError(f"{place}.name: its annotations cannot be read ({error}). Import what they name.") from error
     problems = [
-        f"{place}.{key_as_written(key)}: {settings[key]!r} is set, but there is no such setting."
+        f"{place}.{key_as_written(key)}: {_shown(settings[key])} is set, but there is no such setting."
         f"{did_you_mean(key_as_written(key), known)}"
         for key in settings
         if key not in known

@@ -70,6 +70,10 @@ def test_a_causal_model_passes(config: PreTrainedConfig, lora: dict[str, Any]):
     ("config", "words"),
     [
         (BertConfig(**FEW), "another last token changes the logits before it .* no causal language model"),
+        (
+            BertConfig(**{**FEW, "hidden_size": 8}),
+            r"by up to \d(\.\d)?e-05 nats.* no causal language model",
+        ),  # little does much
         (XLNetConfig(vocab_size=1536, d_model=32, n_layer=1, n_head=2, d_inner=32), "no causal language model"),
         (
             RwkvConfig(**{**SIZES, "num_hidden_layers": 2}, attention_hidden_size=32),

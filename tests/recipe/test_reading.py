@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedllm_sec.build.names import checked
+from fedllm_sec.build.names import checked, outside
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.train import load
@@ -34,6 +35,11 @@ def test_no_switches_a_block_off_and_stays_text_elsewhere():
 def test_a_key_given_twice_is_an_error_with_its_line():
     with pytest.raises(RecipeError, match=r"line 3.*seed.*twice"):
         recipes.parse("seed: 1\nrounds: 2\nseed: 3", "here")
+
+
+def test_broken_yaml_is_one_line():
+    with pytest.raises(RecipeError, match=r"^r: not YAML \(unacceptable character #x0000: .* allowed in .*\)\.$"):
+        recipes.parse("a: \0", "r")
 
 
 def test_broken_yaml_names_the_line():
@@ -142,6 +148,13 @@ def test_f_too_large_for_the_cohort_is_found_before_a_model_loads(tmp_path: Path
 def test_a_missing_recipe_is_a_clear_error(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"none.yaml: there is no such file. Give the path of one, or the name"):
         load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("task", [["classify"], {"name": "classify"}, 3, None])
+def test_a_task_that_is_no_word_is_an_error_wherever_it_is_looked_at(task: Any):
+    assert outside({"task": task, "defense": {"rule": {"name": "krum"}}}) == []
+    with pytest.raises(RecipeError, match="task: there is no"):
+        checked({"task": task})
 
 
 def test_an_empty_recipe_is_said_to_be_empty(tmp_path: Path):
