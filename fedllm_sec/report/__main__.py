@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fedllm_sec.errors import FedError, quietly
+from fedllm_sec.errors import FedError, quietly, reason
 from fedllm_sec.records.files import write_atomic
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
@@ -91,7 +91,11 @@ def main(argv: list[str] | None = None) -> int:
         if options.out is not None or not only_table:
             beside = options.folders[0] if len(options.folders) == 1 else Path()
             path = options.out or beside / "report.html"
-            write_atomic(path, page().encode())
+            made = page().encode()
+            try:
+                write_atomic(path, made)
+            except OSError as error:
+                raise ReportError(f"{path}: cannot be written ({reason(error)}). Name a file with --out.") from error
             print(f"\nreport: {path}", file=sys.stderr if only_table else sys.stdout)
     except BrokenPipeError:
         raise  # nobody reads on

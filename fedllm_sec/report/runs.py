@@ -110,6 +110,11 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         if len(given) > 1 and len(found) > 1:
             found = [replace(run, name=f"{folder.name}/{run.name}") for run in found]
         runs += found
+    known: set[Path] = set()
+    for run in runs:
+        if (place := run.folder.resolve()) in known:
+            raise ReportError(f"{run.folder}: is given twice, and would be compared with itself. Give it once.")
+        known.add(place)
     names = [run.name for run in runs]
     return [replace(r, name=str(r.folder)) if names.count(r.name) > 1 else r for r in runs]
 

@@ -10,9 +10,21 @@ import pytest
 
 from fedllm_sec.errors import FedError
 from fedllm_sec.records.files import write_json
+from fedllm_sec.report.__main__ import main
 from fedllm_sec.report.runs import read_runs
 
 MakeRun = Callable[..., Path]
+
+
+def test_a_run_given_twice_and_a_page_that_cannot_be_written_are_one_line(comparison: Path, capsys) -> None:
+    one = sorted(path for path in comparison.iterdir() if path.is_dir())[0]
+    for words, said in (
+        ([str(one), f"{one}/."], f"error: {one}: is given twice, and would be compared with itself"),
+        ([str(comparison), str(one)], f"error: {one}: is given twice"),
+        ([str(one), "--out", str(one)], f"error: {one}: cannot be written (Is a directory)"),
+    ):
+        assert main(words) == 1
+        assert capsys.readouterr().err.startswith(said)
 
 
 def test_a_comparison_is_read_in_its_own_order(comparison: Path) -> None:
