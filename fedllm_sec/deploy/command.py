@@ -168,13 +168,13 @@ def bring_up(made: Deployment) -> None:
             (made.logs / f"client-{client}.log").unlink(missing_ok=True)
             (made.logs / f"node-{client}.log").unlink(missing_ok=True)
         port, nodes = free_port(), [local.Node(made, client, client in malicious) for client in clients]
-        for node in nodes:
-            node.start_resident(processes)
+        adopt = local.start_residents(processes, nodes)
         local.start_link(processes, made, "127.0.0.1", port)
         print(f"SuperLink at 127.0.0.1:{port} over TLS; {len(clients)} clients with a key each", flush=True)
         local.register(processes, made, clients)
         for node in nodes:
             node.start(processes, f"127.0.0.1:{port}")
+        adopt()
         tend = local.Tending(processes, nodes, f"127.0.0.1:{port}", _say)
         local.run_to_the_end(processes, made, _say, tend, lambda: local.wait_for_nodes(processes, clients))
     _report(made)

@@ -41,13 +41,40 @@ def refuse_taken(host: str, port: int) -> None:
             raise FedError(f"--port: {host}:{port}: {error.strerror}. Give another, or end what uses it.") from error
 
 
+@dataclass(frozen=True)
+class Forked:
+    """A process that another one of ours has made (Linux); as much of Popen as is asked of it here."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """None while it runs."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return 1
+        return 1 if state in "ZX" else None
+
+    def terminate(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.05)
+        return code
+
+
 @dataclass
 class Processes:
     """The processes of one command; leaving the block ends them all, with what they started."""
 
     logs: Path
     home: Path  # FLWR_HOME
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    running: dict[str, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
 
     def __enter__(self) -> Processes:
         return self
