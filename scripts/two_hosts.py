@@ -117,7 +117,7 @@ def main() -> None:
         named = ["--host", "0.0.0.0", "--port", "8000", "--name", address]
         serving = subprocess.Popen([*server, *sec, "server", str(here), *named])
         running.append(serving)
-        while not (here / "home" / "config.toml").exists():
+        while not (here / "home" / "config.toml").exists() and serving.poll() is None:
             time.sleep(0.5)
         blind = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {top / "server"} && exec "$@"', "sh"]
         for client in clients:
