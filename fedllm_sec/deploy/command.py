@@ -231,8 +231,10 @@ def _client(options: argparse.Namespace, command: str) -> None:
         local.wait_for_nodes(processes, [node.client])
         print(f"client {node.client} is connected to {options.superlink}", flush=True)
         tend = local.Tending(processes, [node], options.superlink, _say)
+        where, log = 0, made.logs / f"client-{node.client}.log"
         while tend.left:
             tend()
+            where = local.follow(log, where, lambda line: _say(line) if line.startswith("error:") else None)
             time.sleep(1)
         raise FedError(str(processes.ended() or "its processes ended too often") + " Start it again.")
 

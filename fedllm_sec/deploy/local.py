@@ -172,7 +172,7 @@ def run_to_the_end(
         looked = time.monotonic()
         status: dict[str, Any] = {}
         while not str(status.get("status", "")).startswith("finished"):
-            where = _follow(made.rounds, where, say)
+            where = follow(made.rounds, where, say)
             if (why := processes.ended(LINK)) is not None:
                 raise FedError(f"the SuperLink: {why}. The same command goes on from the last whole round.")
             tend()
@@ -182,7 +182,7 @@ def run_to_the_end(
                 runs = processes.flwr("ls", "ours").get("runs", [])
                 status = next((run for run in runs if str(run["run-id"]) == number), status)
                 looked = time.monotonic()
-        where = _follow(made.rounds, where, say)
+        where = follow(made.rounds, where, say)
         if status["status"] == "finished:completed":
             return
         failures = 0 if _rounds(made) > rounds_before else failures + 1
@@ -201,7 +201,7 @@ def _rounds(made: Deployment) -> int:
     return history.read_bytes().count(b"\n") if history.exists() else 0
 
 
-def _follow(path: Path, where: int, say: Callable[[str], None]) -> int:
+def follow(path: Path, where: int, say: Callable[[str], None]) -> int:
     """Say what has been added in whole lines since byte `where`; gives the new place."""
     if not path.exists():
         return where

@@ -220,3 +220,15 @@ def test_two_ups_on_one_folder_do_not_touch_each_other_s_configuration(tmp_path,
         client = ["client", str(tmp_path / "d"), "--superlink", "127.0.0.1:1", "--client", "c01"]
         assert main(client) == 2
     assert "client c01 of it is being run by process" in capsys.readouterr().err
+
+
+def test_a_certificate_that_does_not_fit_is_named_with_the_way_out(tmp_path):
+    from fedllm_sec.deploy.processes import Processes
+
+    why = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate"
+    ended = f"ERROR: Exit Code: 305\nFailed to connect.\n{why}\nNo connection.\n\nINFO: Shutting down\nINFO: Finished\n"
+    (tmp_path / "node-c00.log").write_text(ended)
+    assert Processes(tmp_path, tmp_path).said("node-c00") == (
+        f"Failed to connect. / {why} / No connection. The certificate is of another root: copy tls/ca.pem from the "
+        "server's folder."
+    )
