@@ -228,7 +228,7 @@ def _client(options: argparse.Namespace, command: str) -> None:
         node = local.Node(made, options.client, options.attack, data)
         node.start_resident(processes)
         node.start(processes, options.superlink, wait=600.0)
-        local.wait_for_nodes(processes, [node.client])
+        local.wait_for_nodes(processes, [node.client], 600.0)  # a small machine imports and loads for minutes
         print(f"client {node.client} is connected to {options.superlink}", flush=True)
         tend = local.Tending(processes, [node], options.superlink, _say)
         where, log = 0, made.logs / f"client-{node.client}.log"
