@@ -174,3 +174,15 @@ def test_dp_sgd_cannot_be_deployed_and_other_guards_can():
     assert "fedllm-sec train" in problem
     assert deploy_problems(checked(raw(**{**private, "enable_defense": False}))) == []
     assert deploy_problems(checked(raw(enable_defense=True, defense={"client": [{"name": "wbc"}]}))) == []
+
+
+def test_a_device_reads_the_columns_of_its_format_as_the_recipe_s_author_did(tmp_path):
+    from fedllm_sec.deploy.folder import Deployment
+
+    rows = [f'{{"instruction": "Say {n}.", "input": "", "output": "{n}"}}\n' for n in range(30)]
+    (tmp_path / "train.jsonl").write_text("".join(rows[:20]))
+    (tmp_path / "test.jsonl").write_text("".join(rows[20:]))
+    data = {"name": str(tmp_path), "train": "train.jsonl", "test": "test.jsonl", "format": "alpaca"}
+    given = {**raw(**TEXT), "data": {**data, "template": "{text}\n", "max_length": 32}}
+    made = Deployment.init(tmp_path / "d", checked(given), "up")
+    assert Device(made.recipe(), "c00").federation.clients[0].id == "c00"
