@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from fedllm_sec.algorithms.server import Sgd
@@ -17,6 +18,7 @@ from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.averaging import Averaging
 
 BY_PRODUCTS = ("exact", "stack", "svd")
+ADAPTER = "adapter_config.json"  # which folders of adapters have
 
 
 def way_of(recipe: Recipe) -> str:
@@ -39,6 +41,8 @@ def averaging_problems(recipe: Recipe, algorithm: Any, defense: Any) -> list[str
         found.append(
             f"{place}B starts at 0, and with it A learns nothing. Set init_lora_weights: pissa or olora, or freeze_a."
         )
+    if way == "core":
+        found += [f"{place}{problem}" for problem in _core_problems(recipe.model)]
     if way not in BY_PRODUCTS:
         return found
     if lora.use_dora and lora.moves_base:
@@ -63,6 +67,29 @@ def averaging_problems(recipe: Recipe, algorithm: Any, defense: Any) -> list[str
     return found
 
 
+def _core_problems(model: Any) -> list[str]:
+    """What does not go with fixed outer factors."""
+    found = []
+    if model.lora.init_lora_weights is not True:
+        found.append(
+            f"its fixed factors are singular vectors of the base weights, and init_lora_weights: "
+            f"{model.lora.init_lora_weights} would start from others. Set it to true."
+        )
+    if model.lora.use_dora:
+        found.append("use_dora trains lengths of the adapted weights beside the core. Remove one of them.")
+    if getattr(model, "quantized", False):
+        found.append(
+            "its fixed factors are singular vectors of the base weights, which are packed here. Set load_in_4bit and "
+            "load_in_8bit to false."
+        )
+    if model.start is not None and os.path.isfile(os.path.join(os.path.expanduser(model.start), ADAPTER)):
+        found.append(
+            f"model.start: {model.start}: brings factors of its own, and the outer ones are fixed here. Merge it into "
+            "its base model, and give the folder of that as model.name."
+        )
+    return found
+
+
 def make_averaging(recipe: Recipe, task: Any) -> Averaging | None:
     """For a federation of this task; None where factors are averaged.
 
@@ -70,7 +97,10 @@ def make_averaging(recipe: Recipe, task: Any) -> Averaging | None:
     """
     if (shifted := getattr(task, "shifted", None)) is not None:
         shifted.load_state_dict({})
-    if (way := way_of(recipe)) not in (*BY_PRODUCTS, "alternate"):
+    way = way_of(recipe)
+    if way == "core":
+        return Averaging(way, (), (), (), task.initial)
+    if way not in (*BY_PRODUCTS, "alternate"):
         return None
     products = Products.of(task.layout, task.initial, task.scales)
     if recipe.model.lora.moves_base:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedllm_sec.models.cores import whole_factors
 from fedllm_sec.models.lora import source_of
 from fedllm_sec.models.shifted import Shifted, folded
 
@@ -55,8 +56,9 @@ def save_adapter(
 
     `initial` has the trainable parameters as they started, by name. A start that was taken out of the base model
     (pissa, olora) is put back: the adapter is saved as the difference to its start, at twice the rank, which fits the
-    base model as it is published. What was added to base weights (`shifted`) becomes a part of the adapter, whose rank
-    grows by it. `classes` are a classifier's, in the order of its outputs: they go with the tensors, see `classes_of`.
+    base model as it is published. A core is saved as the B that it makes with its outer factor. What was added to base
+    weights (`shifted`) becomes a part of the adapter, whose rank grows by it. `classes` are a classifier's, in the
+    order of its outputs: they go with the tensors, see `classes_of`.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -65,6 +67,8 @@ def save_adapter(
     config.inference_mode = True
     config.base_model_name_or_path, config.revision = base_name(model, adapted.get_base_model())
     tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if model.lora is not None and model.lora.average == "core":
+        tensors = whole_factors(tensors, adapted)
     if model.lora is not None and model.lora.starts_from_base:
         started = {name.replace(".default", ""): tensor for name, tensor in initial.items()}
         tensors = minus_start(tensors, started)

@@ -21,7 +21,7 @@ from fedllm_sec.protocols import Decision, LocalRule
 class Averaging:
     """How the adapters of one federation are averaged, where that is not factor by factor."""
 
-    mode: Mode | Literal["alternate"]
+    mode: Mode | Literal["alternate", "core"]
     pairs: tuple[Pair, ...]
     sizes: tuple[tuple[int, int], ...]  # (out, in) of each
     plain: tuple[slice, ...]
@@ -46,6 +46,8 @@ class Averaging:
         """
         if self.mode == "alternate":
             return None
+        if self.mode == "core":  # a mean of cores between fixed factors is the mean of their products
+            return Averaged(vector, None, 0.0)
         if decision.weights is None:
             raise DefenseError(needs_weights(self.mode))
         w = decision.weights if rows.mixing is None else decision.weights @ rows.mixing

@@ -15,7 +15,7 @@ def plan_of(average, lora=None, rule=None, **more):
 
 
 def test_rules_of_whole_rows_go_with_every_way_of_averaging():
-    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd"):
+    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd", "core"):
         plan_of(average, rule={"name": "multi_krum", "f": 1})
     plan_of("exact", rule={"name": "flame", "noise": 0.0})
     plan_of("freeze_b", {"init_lora_weights": "olora"})
@@ -33,6 +33,15 @@ def test_rules_of_whole_rows_go_with_every_way_of_averaging():
         ("exact", {}, None, {"algorithm": {"name": "fedopt"}}, "needs a server that adds the mean"),
         ("exact", {}, {"name": "mean"}, {"defense": {"after": [{"name": "weak_dp"}]}}, "would be taken back"),
         ("svd", {}, {"name": "mean"}, {"defense": {"scope": "layer"}}, "gives a row no one weight"),
+        ("core", {"init_lora_weights": "pissa"}, None, {}, "would start from others. Set it to true"),
+        ("core", {"use_dora": True}, None, {}, "use_dora trains lengths"),
+        (
+            "core",
+            {},
+            {"name": "krum", "f": 1},
+            {"defense": {"space": "product"}},
+            "its lengths and angles are those of products",
+        ),
     ],
 )
 def test_what_does_not_go_with_a_way_of_averaging_is_an_error_with_the_reason(average, lora, rule, more, said):

@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pissa_niter_16": {"r": 2, "init_lora_weights": "pissa_niter_16"},
     "olora": {"r": 2, "init_lora_weights": "olora", "use_dora": True, "modules_to_save": ["norm"]},
     "pissa, B alone": {"r": 2, "init_lora_weights": "pissa", "train": "B", "use_rslora": True},
+    "core": {"r": 2, "average": "core", "rank_pattern": {"q_proj": 3}, "use_rslora": True},
     "pissa, patterns": {
         "r": 2, "init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 3},
         "alpha_pattern": {"v_proj": 5.0},
@@ -105,7 +106,7 @@ def test_an_adapter_starts_as_the_base_and_is_saved_for_the_base_as_it_is_publis
 
 def test_an_adapter_that_is_taken_off_leaves_the_base_or_the_base_is_read_anew(model: Model, tokenizer: Any):
     published = load_base(model, CPU)[0].state_dict()
-    for name in ("plain", "patterns", "dora", "layers", "head", "embedding", "gaussian", "pissa", "olora"):
+    for name in ("plain", "patterns", "dora", "layers", "head", "embedding", "gaussian", "pissa", "olora", "core"):
         settings = SETTINGS[name]
         made = with_lora(model, settings)
         after = task_of(made, tokenizer).model.unload().state_dict()
