@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedllm_sec.algorithms.adapters import Alternate, Averaged, Factors, Mode, average
+from fedllm_sec.algorithms.adapters import Alternate, Averaged, Factors, Mode, average, cut
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.factors import Pair, Products
@@ -27,11 +27,16 @@ class Averaging:
     plain: tuple[slice, ...]
     fresh: Tensor  # (d,) the adapter as it started
     shifted: Shifted | None = None  # where base weights gain
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of clients with less than the whole rank, by id
 
     @property
     def local(self) -> tuple[LocalRule, ...]:
         """What every client does in its training."""
         return (Alternate(self.pairs),) if self.mode == "alternate" else ()
+
+    def start_of(self, client: str, vector: Tensor) -> Tensor:
+        """What a client begins with: the global vector (d,), cut to the rank that it can train."""
+        return cut(self.pairs, vector, self.ranks[client]) if client in self.ranks else vector
 
     def frozen(self, round: int) -> list[slice]:
         """What the server does not take of any row in this round."""

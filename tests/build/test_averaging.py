@@ -2,6 +2,7 @@
 
 import pytest
 
+from fedllm_sec.build.averaging import ranks_of
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
@@ -15,10 +16,40 @@ def plan_of(average, lora=None, rule=None, **more):
 
 
 def test_rules_of_whole_rows_go_with_every_way_of_averaging():
-    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd", "core"):
+    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd", "pad", "core"):
         plan_of(average, rule={"name": "multi_krum", "f": 1})
     plan_of("exact", rule={"name": "flame", "noise": 0.0})
     plan_of("freeze_b", {"init_lora_weights": "olora"})
+
+
+def test_ranks_are_dealt_from_the_first_client_on_and_the_whole_one_is_not_cut():
+    raw = {
+        "clients": {"total": 4, "local_steps": 1, "ranks": {2: 1, 8: 2, 4: 1}},
+        "model": {"lora": {"average": "pad"}},
+    }
+    recipe = checked(raw)
+    assert ranks_of(recipe, planned(recipe).ids) == {"c00": 2, "c03": 4}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "average", "more", "said"),
+    [
+        ({2: 3, 8: 3}, "exact", {}, "model.lora.average: exact needs one rank for all. Set average to pad or svd"),
+        ({2: 3, 8: 2}, "pad", {}, "is for 5 clients, and clients.total is 6"),
+        ({2: 3, 4: 3}, "svd", {}, "the largest is 4, and model.lora.r, the server's, is 8"),
+        ({2: 3, 8: 3}, "svd", {"algorithm": {"name": "feddyn"}}, "has clients remember their rows"),
+    ],
+)
+def test_ranks_that_cannot_be_are_an_error_with_the_reason(ranks, average, more, said):
+    with pytest.raises(RecipeError) as error:
+        plan_of(average, clients={"total": 6, "local_steps": 1, "ranks": ranks}, **more)
+    assert said in str(error.value)
+
+
+def test_ranks_without_an_adapter_are_an_error():
+    raw = {"task": "classify", "data": {"name": "digits"}, "model": {"name": "logistic"}}
+    with pytest.raises(RecipeError, match="are of LoRA adapters, and none is trained"):
+        planned(checked({**raw, "clients": {"total": 2, "local_steps": 1, "ranks": {2: 2}}}))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from fedllm_sec.rounds import federation
 from tests.models.test_families import LLAMA, saved_base
 from tests.records.smallest import contents, start, write
 
-WAYS = ("exact", "stack", "svd", "core", "alternate")
+WAYS = ("exact", "stack", "svd", "pad", "core", "alternate")
 TEXT: dict[str, Any] = {
     "task": "causal_lm",
     "rounds": 3,
@@ -37,7 +37,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def prepared(folder: Path, base: str, way: str) -> Path:
-    write(folder, **TEXT, model={"name": base, "lora": {"r": 2, "alpha": 4, "average": way}})
+    ranks = {"clients": {**TEXT["clients"], "ranks": {1: 1, 2: 2}}} if way in ("svd", "pad") else {}
+    write(folder, **{**TEXT, **ranks}, model={"name": base, "lora": {"r": 2, "alpha": 4, "average": way}})
     return folder
 
 
