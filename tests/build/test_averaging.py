@@ -3,6 +3,7 @@
 import pytest
 
 from fedllm_sec.build.averaging import ranks_of
+from fedllm_sec.build.kept import save_problems
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
@@ -79,3 +80,14 @@ def test_what_does_not_go_with_a_way_of_averaging_is_an_error_with_the_reason(av
     with pytest.raises(RecipeError) as error:
         plan_of(average, lora, rule, **more)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [({"lora": None}, "there is no adapter to merge"), ({"load_in_4bit": True}, "the base model's weights are packed")],
+)
+def test_a_merged_model_that_cannot_be_is_an_error_before_training(model, said):
+    raw = {"clients": {"total": 2, "local_steps": 1}, "output": {"save": "merged"}}
+    assert save_problems(checked(raw)) == []
+    with pytest.raises(RecipeError, match=f"output.save: merged: {said}"):
+        planned(checked({**raw, "model": model}))
