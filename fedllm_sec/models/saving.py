@@ -123,6 +123,8 @@ def save_merged(
     copied = copy.deepcopy(adapted)
     modules = dict(copied.named_modules())
     for name, part in (shifted.parts if shifted is not None else {}).items():
+        if name in shifted.published:  # type: ignore[union-attr]
+            continue  # it is in the weight
         layer = modules[name.partition(".lora_A.")[0]]
         gained = part[0] if len(part) == 1 else part[0].double() @ part[1].double()
         weight = layer.get_base_layer().weight

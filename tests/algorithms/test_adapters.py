@@ -144,15 +144,16 @@ def test_what_a_base_weight_gains_is_in_the_model_in_the_state_and_in_the_saved_
     first, second = model.base_model.model[0], model.base_model.model[1]
     hidden = first(x)
     own = first.base_layer
-    moved = own.weight + low[0] @ low[1]
-    torch.testing.assert_close(own(x), torch.nn.functional.linear(x, moved, own.bias))
+    assert torch.equal(own(x), torch.nn.functional.linear(x, shifted.published[names[0]] + low[0] @ low[1], own.bias))
     bent = model(x)
     assert not torch.allclose(bent, plain)
     torch.testing.assert_close(second(hidden), bent)
 
     other = Shifted(fresh := adapted(), names)
     other.load_state_dict(shifted.state_dict())
-    torch.testing.assert_close(fresh(x), bent)
+    assert torch.equal(fresh(x), bent)  # to the bit
+    other.load_state_dict({})
+    assert torch.equal(fresh(x), plain)
 
     tensors, config = folded(get_peft_model_state_dict(model), model.peft_config["default"], shifted, scales(model))
     assert config.r == 20  # layer 1 has all 20 singular values; layer 0 needs 2 + 3
@@ -164,6 +165,17 @@ def test_what_a_base_weight_gains_is_in_the_model_in_the_state_and_in_the_saved_
         {key.replace(".weight", ".default.weight"): value for key, value in tensors.items()}, strict=False
     )
     torch.testing.assert_close(again(x), bent, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_of_16_bits_is_never_written_to_and_the_layer_gains_all_the_same():
+    model, x = adapted(), torch.randn(5, 30)
+    own = model.base_model.model[0].base_layer.to(torch.bfloat16)
+    shifted = Shifted(model, ["base_model.model.0.lora_A.default.weight"])
+    before, weight = own(x.bfloat16()), own.weight.clone()
+    low = torch.randn(40, 3), torch.randn(3, 30)
+    shifted.add("base_model.model.0.lora_A.default.weight", *low)
+    torch.testing.assert_close(own(x.bfloat16()), before + (x.bfloat16().float() @ (low[0] @ low[1]).T).bfloat16())
+    assert torch.equal(own.weight, weight)
 
 
 def test_gains_travel_between_ranks_as_one_vector():
