@@ -165,7 +165,7 @@ class Threat:
         return buffers
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory of update attacks that have one (lazy, mimic)."""
+        """The memory of update attacks that have one (lazy, mimic, poisonedfl)."""
         everyone = {"": self.update, **{f"{id}/": attacks for id, attacks in self.alone.items()}}
         return {
             f"{id}{i}": attack.state_dict()
