@@ -47,6 +47,11 @@ def deploy_problems(recipe: Recipe) -> list[str]:
             f"model.lora.average: {way}: what the base gains at the server does not travel to the devices. Set it to "
             "factors, freeze_a, freeze_b or alternate."
         )
+    if way == "core":
+        found.append(
+            "model.lora.average: core: its fixed factors are singular vectors, which other machines find with other "
+            "rounding. Set it to factors, freeze_a, freeze_b or alternate."
+        )
     if recipe.enable_defense and any(block["name"] == "dp_sgd" for block in recipe.defense.client):
         found.append(
             "defense.client: dp_sgd: the server counts epsilon by the rows of each client, and devices keep theirs to "

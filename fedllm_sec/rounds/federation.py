@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -265,11 +265,12 @@ def train_client(
     attacks: Sequence[LocalRule] = ()
     if federation.threat is not None and client.id in federation.threat.attackers(r):
         attacks, guards = federation.threat.rules(client, r), ()  # nobody defends a federation against himself
+    own = federation.averaging.start_of(client.id, start) if federation.averaging is not None else start
     with only_shown("attack.local", AttackError, **tensors_of(client.shard)):  # later runs have the shard too
-        return train_locally(
+        trained = train_locally(
             federation.task,
             client,
-            start,
+            own,
             optimizer=optimizer,
             stepper=federation.machine,
             training=federation.training,
@@ -282,6 +283,8 @@ def train_client(
             buffers=client.memory.get(OWN_BUFFERS, federation.buffers),
             before=federation.before,
         )
+    # a row is a difference to what the server holds, wherever the client began
+    return trained if own is start else replace(trained, delta=trained.delta + (own - start))
 
 
 def evaluate(federation: Federation, last: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None, list[Any]]:

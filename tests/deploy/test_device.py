@@ -161,6 +161,10 @@ def test_adapters_averaged_by_their_products_cannot_be_deployed_and_the_ways_tha
     lora = {"r": 2, "alpha": 4, "average": way}
     (problem,) = deploy_problems(checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": lora}})))
     assert problem.startswith(f"model.lora.average: {way}: what the base gains at the server does not travel")
+    (problem,) = deploy_problems(
+        checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": {**lora, "average": "core"}}}))
+    )
+    assert "other machines find with other rounding" in problem
     for other in ("factors", "freeze_a", "alternate"):
         assert other in problem
         fine = checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": {**lora, "average": other}}}))
