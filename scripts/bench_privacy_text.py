@@ -50,6 +50,7 @@ from fedllm_sec.records.observed import read_found
 from fedllm_sec.train import main as train
 
 Line = dict[str, Any]
+SMALL = "minillama-1m"
 ALPACA = {
     "name": "{data}/alpaca", "train": "train.jsonl", "test": "eval.jsonl",
     "columns": {"text": "instruction", "context": "input", "response": "output"},
@@ -63,7 +64,7 @@ def recipe_of(options: Any, seed: int, data: dict[str, Any], lr: float, **more: 
     """Ordinary local training: 10 clients of 80 rows, 10 steps of AdamW on 8 rows, LoRA r = 16 on all linear layers."""
     return {
         "seed": seed, "rounds": 2, "task": "causal_lm",
-        "model": {"name": f"{options.models}/minillama-1m", "lora": {"r": 16, "alpha": 32}},
+        "model": {"name": f"{options.models}/{SMALL}", "lora": {"r": 16, "alpha": 32}},
         "data": {**data, "name": data["name"].format(data=options.data)},
         "clients": {"total": 10, "local_steps": 10, "batch_size": 8, "lr": lr},
         "evaluate": {"rows": 16, "answer_rows": 0, "every": 100}, "compute": {"threads": 1}, **more,
@@ -181,10 +182,9 @@ def of_guarded(options: Any) -> Iterator[Line]:
 CANARIES: dict[str, dict[str, Any]] = {
     "r = 16, 2 rounds, mean": {},
     "r = 4": {"model": {"lora": {"r": 4, "alpha": 8}}},
-    "r = 64": {"model": {"lora": {"r": 64, "alpha": 128}}},
-    "5 rounds": {"rounds": 5},
     "median": {"enable_defense": True, "defense": {"rule": {"name": "median"}}},
-    "multi_krum": {"enable_defense": True, "defense": {"rule": {"name": "multi_krum", "f": 3}}},
+    "5 rounds": {"rounds": 5},
+    "r = 64": {"model": {"lora": {"r": 64, "alpha": 128}}},
     "dp_sgd, epsilon 8": {"enable_defense": True, "defense": {"client": [{"name": "dp_sgd", "epsilon": 8.0}]}},
 }
 
@@ -224,12 +224,12 @@ def of_canary(options: Any) -> Iterator[Line]:
 
 
 @functools.cache
-def victim(models: str, data: str, kind: str, lora: int | None, targets: str = "all-linear") -> tuple[Any, list[Row]]:
+def victim(models: str, data: str, kind: str, lora: int | None, name: str = SMALL) -> tuple[Any, list[Row]]:
     """A task with a fresh adapter of this rank (None: the whole model), and rows of at most 64 tokens."""
     raw = recipe_of(argparse.Namespace(models=models, data=data), 0, KINDS[kind], 1e-3)
     raw["data"] |= {"max_length": 64, "too_long": "drop", "train_rows": 4000}
-    lists = targets if targets == "all-linear" else targets.split()
-    raw["model"]["lora"] = None if lora is None else {"r": lora, "alpha": 2 * lora, "target_modules": lists}
+    raw["model"]["lora"] = None if lora is None else {"r": lora, "alpha": 2 * lora}
+    raw["model"]["name"] = f"{models}/{name}"
     _, made = assembled(raw)
     rows = rows_of(made.evaluation.fitted.encoded, "response")  # type: ignore[union-attr]
     rows += [row for client in made.clients for row in rows_of(client.shard, "response")]
@@ -306,9 +306,15 @@ def of_dager(options: Any) -> Iterator[Line]:
         yield _dager(options, what, rank, batch)
 
 
-def _dager(options: Any, what: str, rank: int | None, batch: int) -> Line:
+def of_smollm2(options: Any) -> Iterator[Line]:
+    """The same of a model that people use, in small: 48 times as many embeddings, 576 dimensions."""
+    for what, rank, batch in (("gradient", 64, 1), ("gradient", 128, 2), ("adamw delta", 64, 1)):
+        yield _dager(options, what, rank, batch, "smollm2-135m-instruct")
+
+
+def _dager(options: Any, what: str, rank: int | None, batch: int, name: str = SMALL) -> Line:
     """Means over all victims; where the span is full nothing is read, and that counts as 0."""
-    task, rows = victim(options.models, options.data, "sst2", rank)
+    task, rows = victim("models" if name != SMALL else options.models, options.data, "sst2", rank, name)
     found: list[tuple[float, float, float]] = []
     refused, prefixes, begun = 0, [], time.process_time()
     for number in range(options.tries or 10):
@@ -329,7 +335,7 @@ def _dager(options: Any, what: str, rank: int | None, batch: int) -> Line:
     recall, exact, right_rows = (statistics.fmean(values) for values in zip(*found, strict=True))
     print(f"  {what} r={rank} batch {batch}: {recall:.3f} {exact:.3f}", file=sys.stderr, flush=True)
     return {
-        "attack": "dager", "what": what, "r": rank or "whole model", "batch": batch,
+        "attack": "dager", "model": name, "what": what, "r": rank or "whole model", "batch": batch,
         "prefixes_least": min(prefixes), "prefixes_most": max(prefixes), "recall": recall, "exact": exact,
         "right": right_rows, "refused": refused, "tries": len(found),
         "seconds": (time.process_time() - begun) / len(found),
@@ -344,6 +350,7 @@ PARTS: dict[str, Callable[[Any], Iterator[Line]]] = {
     "canary": of_canary,
     "residual": of_residual,
     "dager": of_dager,
+    "smollm2": of_smollm2,
 }
 COLUMNS: dict[str, dict[str, str]] = {
     "membership": {
@@ -385,7 +392,7 @@ NAMED = (
 
 
 def table(part: str, lines: list[Line]) -> str:
-    columns = COLUMNS[part]
+    columns = COLUMNS["dager" if part == "smollm2" else part]
     out = [" | ".join(columns), " | ".join("---" for _ in columns)]
     out += [" | ".join(form.format(**line) for form in columns.values()) for line in lines]
     return "\n".join(f"| {text} |" for text in out)
@@ -402,12 +409,13 @@ def main() -> None:
     torch.set_num_threads(1)
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     for part in options.parts:
-        lines = list(PARTS[part](options))
+        known, lines = {name: line for name, line in known.items() if line["part"] != part}, []
+        for line in PARTS[part](options):
+            lines.append(line)
+            known[", ".join(str(line[k]) for k in NAMED if k in line)] = {"part": part, **line}
+            if options.json:  # as it goes: a part takes minutes
+                options.json.write_text(json.dumps(known, indent=1) + "\n")
         print(table(part, lines), flush=True)
-        known = {name: line for name, line in known.items() if line["part"] != part}
-        known |= {", ".join(str(line[k]) for k in NAMED if k in line): {"part": part, **line} for line in lines}
-        if options.json:
-            options.json.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":
