@@ -174,6 +174,7 @@ def make_evaluation(recipe: Recipe, test: Labelled, threat: Threat | None, devic
     if len(triggered.y) == 0:
         raise AttackError("attack.data.0: the test set has no row on which its success could be measured.")
     evaluation.hits = success_table(attack, test.classes)
+    evaluation.learnt = getattr(attack, "learnt", None) is not None
     rows, evaluation.left_out = innocent(attack, test, evaluation.hits)
     clean = arrays.sample(arrays.subset(test, rows), settings.attack_rows, rng)
     evaluation.triggered = arrays.to_device(triggered, device)

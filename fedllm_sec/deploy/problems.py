@@ -55,8 +55,8 @@ def deploy_problems(recipe: Recipe) -> list[str]:
         )
     if learnt := learning(recipe):
         found.append(
-            f"{learnt[0]}: its trigger is learnt by all who attack in a round and measured at the server, whom no device "
-            "tells it. Run it as a simulation: fedllm-sec train."
+            f"{learnt[0]}: its trigger is learnt by all who attack in a round and measured at the server, which no "
+            "device tells it. Run it as a simulation: fedllm-sec train."
         )
     if attack is not None:
         if attack.knowledge != "own":

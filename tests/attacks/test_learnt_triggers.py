@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,8 +188,7 @@ def test_where_the_attack_is_off_the_trigger_is_learnt_all_the_same_and_nobody_i
     ],
 )
 def test_where_no_trigger_can_be_learnt_is_an_error_before_training(changes, words):
-    with pytest.raises(FedError, match=words), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises(FedError, match=words):
         federation(**changes)
 
 
