@@ -250,7 +250,7 @@ def test_characters_give_the_rates_that_were_counted_by_hand(case: Case, model: 
 # ---------------------------------------------------------------- the tables are whole
 
 
-OVERLAYS = {"blended", "sinusoidal", "warped"}
+OVERLAYS = {"blended", "sinusoidal", "warped", "iba"}
 
 
 def test_every_data_attack_of_the_menu_has_its_lines():

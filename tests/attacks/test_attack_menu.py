@@ -22,7 +22,7 @@ STRENGTH = {
     "byzantine_flip": ("scale", 1.0, 10.0), "gaussian": ("scale", 1.0, 10.0), "lazy": ("noise", 0.0, 5.0),
     "model_replacement": ("gamma", 2.0, 20.0), "alie": ("z", 0.5, 3.0), "ipm": ("epsilon", 0.5, 5.0),
     "blended": ("rate", 0.1, 0.6), "sinusoidal": ("rate", 0.1, 1.0), "warped": ("rate", 0.1, 0.3),
-    "a3fl": ("rate", 0.1, 0.6),
+    "a3fl": ("rate", 0.1, 0.6), "iba": ("rate", 0.1, 0.6),
     "lora_gauge": ("factor", 3.0, 30.0),
 }  # fmt: skip
 

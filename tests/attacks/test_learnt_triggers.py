@@ -1,4 +1,4 @@
-"""a3fl: its patch against the formula written out, what is measured with it, and where it cannot be learnt."""
+"""a3fl and iba: triggers against their formulas written out, what is measured with them, where none can be learnt."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fedllm_sec.attacks.data.generated import IBA
 from fedllm_sec.attacks.data.learnt import A3FL, TriggerView
 from fedllm_sec.build.federation import build
 from fedllm_sec.build.loaded import Loaded
@@ -107,6 +108,72 @@ def test_rows_are_the_same_whatever_was_learnt_and_the_patch_stays_where_it_is()
     assert int(made.fixed[at].sum()) == 20 * 25
     probe = attack.probe(rows)
     assert (len(probe.y), set(probe.y.tolist())) == (30, {1})
+
+
+def test_each_image_gets_a_change_of_its_own_within_epsilon_and_the_generator_learns_what_wins():
+    """Nguyen et al. 2023, sec. 4.1, by torch's own layers: three steps of Adam over one batch."""
+    seen = view()
+    attack = IBA(target=1, epsilon=0.1, passes=3, width=4)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(4, 1, 3, padding=1), nn.Tanh(),
+    ).double()  # fmt: skip
+    nn.utils.vector_to_parameters(attack.generator(seen.x).double(), net.parameters())
+    x, adam, losses = seen.x.double(), torch.optim.Adam(net.parameters(), lr=0.01), []
+    for _ in range(3):
+        adam.zero_grad()
+        loss = nn.functional.cross_entropy(
+            logits(seen.vector.double(), (x + 0.1 * net(x)).clamp(0, 1)), torch.ones(12, dtype=torch.long)
+        )
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    attack.tune(seen)
+    assert attack.learnt is not None
+    expected = nn.utils.parameters_to_vector(net.parameters())
+    torch.testing.assert_close(attack.learnt.double(), expected, atol=1e-4, rtol=0)
+    assert losses[2] < losses[1] < losses[0]
+    made = attack.stamp(seen.x)
+    torch.testing.assert_close(made.double(), (x + 0.1 * net(x)).clamp(0, 1).detach(), atol=1e-4, rtol=0)
+    change = made - seen.x
+    assert 0.05 < float(change.abs().max()) <= 0.1 + 1e-6
+    assert float((change[0] - change[1]).abs().max()) > 0.01  # another image, another trigger
+    assert IBA(target=1, seed=1).generator(seen.x).tolist() != IBA(target=1).generator(seen.x).tolist()
+    again = IBA(target=1, passes=2)
+    again.tune(replace(seen, vector=seen.vector * math.nan))
+    assert torch.equal(again.learnt, again.generator(seen.x))
+    assert bool(again.learnt.isfinite().all())
+
+
+def test_rows_with_a_generated_trigger_are_the_same_ones_whatever_was_learnt():
+    x = torch.rand(40, 3, 8, 9, generator=torch.Generator().manual_seed(0))
+    rows = Labelled(x, torch.arange(40) % 4, 4, torch.zeros(40, dtype=torch.bool))
+    attack = IBA(target=1, epsilon=0.05)
+    first = attack.poison(rows, generator_for(1, "test"))
+    attack.learnt = -attack.generator(x)
+    made = attack.poison(rows, generator_for(1, "test"))
+    at = made.poisoned
+    assert torch.equal(at, first.poisoned)
+    assert (int(at.sum()), set(made.y[at].tolist())) == (20, {1})
+    assert torch.equal(made.x[~at], rows.x[~at])
+    assert 0 < float((made.x - rows.x).abs().max()) <= 0.05 + 1e-6
+    assert made.fixed is not None
+    assert bool(made.fixed[at].all())
+    assert not torch.equal(made.x, first.x)
+    assert attack.probe(rows).y.tolist() == [1] * 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"passes": 0}, "iba.passes: 0: must be 1 or more"),
+        ({"epsilon": 8.0}, "pixels from 0 to 1 .divide by 255"),
+        ({"lr": math.inf}, "a finite lr above 0"),
+    ],
+)
+def test_settings_of_a_generator_that_cannot_act_are_errors(settings, words):
+    with pytest.raises(AttackError, match=words):
+        IBA(target=1, **settings)
 
 
 @pytest.mark.parametrize(
