@@ -274,3 +274,14 @@ def test_a_learnt_patch_does_more_than_the_grey_one_it_began_as_and_multi_krum_r
     held = last_round({"name": "multi_krum", "f": 3}, **attack)
     assert held.attack["asr"]["value"] <= 0.02
     assert held.detection["tpr"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_generated_trigger_takes_hold_beyond_what_it_does_to_a_model_that_nobody_attacked():
+    attack = {"attack": {"data": [{"name": "iba", "target": 0, "epsilon": 0.2}]}}
+    free = last_round(**attack, enable_attack=False).attack["asr"]["value"]
+    assert free <= 0.15
+    assert last_round(**attack).attack["asr"]["value"] >= 0.35
+    held = last_round({"name": "multi_krum", "f": 3}, **attack)
+    assert held.attack["asr"]["value"] <= free + 0.1
+    assert held.detection["tpr"] == 1.0
