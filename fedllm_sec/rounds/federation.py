@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.errors import AttackError, DivergedError, FedError
+from fedllm_sec.errors import AttackError, FedError
 from fedllm_sec.evaluation.smoothed import Smoothing, smoothed
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.models.shifted import Shifted
@@ -30,7 +30,7 @@ from fedllm_sec.rounds.client import make_optimizer, private_of, train_locally
 from fedllm_sec.rounds.clock import Clock
 from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.rounds.deciding import Decided, decide, undecided
+from fedllm_sec.rounds.deciding import Decided, decide, refuse_diverged, undecided
 from fedllm_sec.rounds.observing import NOBODY, Observer
 from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember, with_own
 from fedllm_sec.rounds.source import Asked, Source, trained_here
@@ -203,6 +203,8 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     decided = Decided(start.clone(), torch.zeros(len(cohort), dtype=torch.float64), federation.buffers)
     if came.too_few is not None:
         decided.record |= {"skipped": came.too_few, "quarantined": dict(came.absent)}
+    elif came.lost:
+        decided.vector.fill_(torch.nan)  # which ends the run below, on every rank
     elif machine.main and collected is not None:
         decided = decide(federation, came, root, r, rounds, clock, seconds)
     if machine.main:
@@ -216,12 +218,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         protected = {"protects": NOBODY_PROTECTED} if spent["epsilon"] is not None else {}
         decided.record["privacy"] = {**spent, **protected, **rows}
     vector = machine.share(decided.vector)
-    if not bool((vector - start).norm().isfinite()):  # nor is a vector whose length float32 cannot hold
-        raise DivergedError(
-            f"round {r}: the global model would not be finite any more after a step from one of length "
-            f"{float(start.norm()):.3g}. The model of round {r - 1} is kept. Lower algorithm.server_lr or clients.lr, "
-            "or use a defense that bounds what a row weighs."
-        )
+    refuse_diverged(vector, start, r)
     federation.vector = vector
     if averaging is not None and averaging.shifted is not None:
         gains = decided.gains if decided.gains is not None else torch.zeros(averaging.width(len(cohort)))
