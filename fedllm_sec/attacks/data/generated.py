@@ -24,9 +24,9 @@ class IBA:
     """Images with a learnt faint change of their own force one class (Nguyen et al. 2023, IBA, sec. 4.1).
 
     T(x) = x + epsilon * g(x), cut to [0, 1], g a generator with values in [-1, 1]: no pixel changes by more than
-    `epsilon`. In each round of the attack g, kept between rounds, takes `passes` passes over the attackers' clean images
-    by Adam with `lr` down CE(f(theta, T(x)), target), theta the global model as received; then round(rate * images)
-    images of each shard get their trigger and the label.
+    `epsilon`. In each round of the attack g, kept between rounds, takes `passes` passes over the attackers' clean
+    images by Adam with `lr` down CE(f(theta, T(x)), target), theta the global model as received; then
+    round(rate * images) images of each shard get their trigger and the label.
 
     Stated here: g is three convolutions of `width` channels with a tanh behind them, the paper has a U-Net or an
     autoencoder; it learns against the model as received, in the authors' code against what the attacker has made of it,
