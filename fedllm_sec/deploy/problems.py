@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from fedllm_sec.build.averaging import BY_PRODUCTS, way_of
+from fedllm_sec.build.threat import learning
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.recipe.sections import Recipe
@@ -56,6 +57,11 @@ def deploy_problems(recipe: Recipe) -> list[str]:
         found.append(
             "defense.client: dp_sgd: the server counts epsilon by the rows of each client, and devices keep theirs to "
             "themselves. Run it as a simulation: fedllm-sec train."
+        )
+    if learnt := learning(recipe):
+        found.append(
+            f"{learnt[0]}: its trigger is learnt by all who attack in a round and measured at the server, which no "
+            "device tells it. Run it as a simulation: fedllm-sec train."
         )
     if attack is not None:
         if attack.knowledge != "own":

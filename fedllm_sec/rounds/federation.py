@@ -34,6 +34,7 @@ from fedllm_sec.rounds.deciding import Decided, decide, refuse_diverged, undecid
 from fedllm_sec.rounds.observing import NOBODY, Observer
 from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember, with_own
 from fedllm_sec.rounds.source import Asked, Source, trained_here
+from fedllm_sec.rounds.tuning import show, tune
 from fedllm_sec.seeds import generator_for
 
 NOBODY_PROTECTED = "nobody: the recipe's public seed draws the noise"  # beside an epsilon, which asks for a secret one
@@ -76,6 +77,7 @@ class Federation:
     before: int = 0  # attack-free rounds done before these: draws of round r are those of round before + r
     source: Source = trained_here  # where the rows of a round come from
     progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
+    triggered: Callable[[], Evaluation] | None = None  # the evaluation with the trigger as attackers have learnt it
 
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on; tensors, numbers and dicts of them."""
@@ -113,6 +115,7 @@ class Federation:
         for i, guard in enumerate(self.guards):
             if hasattr(guard, "load_state_dict"):
                 guard.load_state_dict(state["guards"][str(i)])
+        show(self)
 
     def begin_after(self, state: Mapping[str, Any]) -> None:
         """Take up the model, the FL method and the clients' memory of a clean run; attack and defense begin afresh.
@@ -172,6 +175,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     rng = generator_for(federation.seed, federation.before + r, "cohort")
     sure = threat.sure(r) if threat is not None else None
     cohort: Sequence[Client] = sample(federation.clients, federation.per_round, rng, sure)
+    tune(federation, cohort, r)
 
     def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
         return train_client(federation, client, start, optimizer, guards, control, r, rounds)
