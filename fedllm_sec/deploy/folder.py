@@ -23,7 +23,7 @@ from fedllm_sec.build.names import checked
 from fedllm_sec.build.threat import client_ids
 from fedllm_sec.deploy.problems import refuse_undeployable
 from fedllm_sec.errors import FedError, RecipeError
-from fedllm_sec.recipe import plainyaml, reading
+from fedllm_sec.recipe import reading
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.files import holder, locked
 
@@ -71,14 +71,6 @@ The run lies in run/ and is that of a simulation: fedllm-sec report {folder}/run
 """
 
 
-def written(recipe: Recipe) -> str:
-    """The recipe as YAML with every default, but for columns that were not given: a format finds its own by that."""
-    said = recipe.model_dump(mode="json")
-    if (columns := getattr(recipe.data, "columns", None)) is not None:
-        said["data"]["columns"] = {key: said["data"]["columns"][key] for key in sorted(columns.model_fields_set)}
-    return plainyaml.dump(said)
-
-
 @contextlib.contextmanager
 def held(folder: str | Path, client: str | None = None) -> Iterator[None]:
     """Nobody else writes this deployment or brings it up here, or nobody else is this client of it."""
@@ -120,7 +112,7 @@ class Deployment:
         refuse_undeployable(recipe)
         made = cls(Path(folder).expanduser().resolve(), command, os.getcwd())
         out = recipe.output.model_copy(update={"folder": str(made.run)})
-        text = written(recipe.model_copy(update={"output": out}))
+        text = reading.dump(recipe.model_copy(update={"output": out}))
         there = made.folder / "recipe.yaml"
         if there.exists() and there.read_text(encoding="utf-8") != text:
             raise RecipeError(

@@ -308,5 +308,8 @@ def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every default written out."""
-    return plainyaml.dump(recipe.model_dump(mode="json"))
+    """The recipe as YAML with every default, but for columns that were not given: a format finds its own by that."""
+    said = recipe.model_dump(mode="json")
+    if (columns := getattr(recipe.data, "columns", None)) is not None:
+        said["data"]["columns"] = {key: said["data"]["columns"][key] for key in sorted(columns.model_fields_set)}
+    return plainyaml.dump(said)
