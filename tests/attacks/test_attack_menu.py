@@ -174,4 +174,4 @@ def test_attacks_never_draw_from_the_global_generator():
         if entry.kind == "update":
             check_attack(name)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(re.fullmatch("[a-z_]+", name) for name in MENU)
+    assert all(re.fullmatch("[a-z][a-z0-9_]*", name) for name in MENU)
