@@ -32,6 +32,7 @@ from fedllm_sec.attacks.update.simple import (
 )
 from fedllm_sec.attacks.update.spread import alie, ipm, min_max, min_sum, tailored
 from fedllm_sec.attacks.update.statistics import BnStatistics
+from fedllm_sec.attacks.update.threedfed import ThreeDFed
 from fedllm_sec.recipe.resolve import Entry
 
 # fmt: off
@@ -72,6 +73,7 @@ MENU: dict[str, Entry] = {
     "tailored": Entry(tailored, "Shejwalkar and Houmansadr 2021", "update"),
     "fang": Entry(fang, "Fang et al. 2020", "update"),
     "mimic": Entry(Mimic, "Karimireddy et al. 2022", "update"),
+    "threedfed": Entry(ThreeDFed, "Li et al. 2023", "update"),
     "bn_statistics": Entry(BnStatistics, "none; averaged statistics of Ioffe and Szegedy 2015", "update"),
     "lora_gauge": Entry(lora_gauge, "none; a gauge freedom of Hu et al. 2022", "update"),
 }

@@ -233,3 +233,18 @@ def test_a_backdoor_trained_through_the_next_rounds_outlives_one_that_is_not():
     assert clipped.attack["asr"]["value"] >= 0.15
     assert clipped.quality["accuracy"]["value"] >= base - 0.12
     assert last_round(**now, rule=MULTI_KRUM).attack["asr"]["value"] <= 0.05
+
+
+@SLOW
+def test_masked_rows_pass_multi_krum_and_deepsight_but_not_foolsgold():
+    """Li et al. 2023: the attackers' rows are no longer than others' and not alike, and their mean is the backdoor."""
+    attack = {
+        "poison": [PATCH], "local": [{"name": "constrain_and_scale", "alpha": 0.6}], "update": [{"name": "threedfed"}],
+        "start": 2, "rounds": 8,
+    }  # fmt: skip
+    assert success(**attack) >= 0.6
+    for rule in (MULTI_KRUM, {"name": "deepsight"}):
+        passed = last_round(**attack, rule=rule)
+        assert passed.attack["asr"]["value"] >= 0.6
+        assert passed.detection["tpr"] == 0.0
+    assert success(**attack, rule={"name": "foolsgold"}) <= 0.05
