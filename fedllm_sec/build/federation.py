@@ -91,6 +91,8 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     for rule in threat.local if threat is not None and threat.malicious else ():
         if hasattr(rule, "prepare"):
             rule.prepare(parts.task, steps)
+        if hasattr(rule, "brief"):
+            rule.brief(recipe.clients.per_round or recipe.clients.total, parts.shards, threat.poisoned)
     for guard in methods.guards:
         if hasattr(guard, "prepare"):  # one that cannot act on this model or these steps says so
             guard.prepare(parts.task, steps)

@@ -255,11 +255,17 @@ def attack_problems(recipe: Recipe) -> list[str]:
             for i, method in enumerate(block.local)
             if method["name"] == "pgd" and method.get("radius") is None
         ]
+        problems += [
+            f"attack.local.{i}: anticipate: an attacker takes part in round 1, which has no earlier global step to "
+            "guess the next ones by. Set anticipate.lr, or attack.start to 2 or later."
+            for i, method in enumerate(block.local)
+            if method["name"] == "anticipate" and method.get("lr") is None
+        ]
     problems += [
-        f"attack.local.{i}: chameleon acts on poisoned rows of classifiers of images. Set task: classify and "
+        f"attack.local.{i}: {method['name']} acts on poisoned rows of classifiers of images. Set task: classify and "
         "attack.data, or choose another local attack."
         for i, method in enumerate(block.local)
-        if method["name"] == "chameleon" and not (recipe.task == "classify" and block.data)
+        if method["name"] in ("chameleon", "anticipate", "f3ba") and not (recipe.task == "classify" and block.data)
     ]
     found = attacking(recipe)
     if found.complete and not found.ids:
