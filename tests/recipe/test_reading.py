@@ -117,8 +117,7 @@ def test_a_dumped_recipe_reads_back_as_itself():
 
 
 def test_a_dumped_recipe_finds_the_columns_of_its_format_again():
-    given = {"data": {"name": "rows", "format": "alpaca", "columns": {"label": "kind"}}}
-    recipe = checked(given)
+    recipe = checked({**GOOD, "data": {"name": "rows", "format": "alpaca", "columns": {"label": "kind"}}})
     again = checked(recipes.parse(recipes.dump(recipe), "dump"))
     assert again.data.columns.model_fields_set == {"label"}
     assert recipes.dump(again) == recipes.dump(recipe)
