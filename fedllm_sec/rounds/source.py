@@ -55,4 +55,6 @@ def trained_here(federation: Federation, cohort: Sequence[Client], asked: Asked)
     mine = machine.mine([threat.dress(c, asked.round) if threat else c for c in cohort])
     results = (asked.train(client, federation.guards) for client in federation.progress(mine))
     width = federation.task.layout.size
-    return Came(cohort, machine.collect(results, len(cohort), width, asked.everywhere, asked.beside))
+    return Came(
+        cohort, machine.collect(results, len(cohort), width, asked.everywhere, asked.beside, federation.storage)
+    )

@@ -90,6 +90,8 @@ CHANGES: dict[str, Any] = {
     "evaluate.batch_size": 7,
     "compute.gradient_accumulation": 2,
     "compute.placement": "data",
+    "compute.rows": "disk",
+    "compute.rows_dtype": "bfloat16",
     "compute.chunk_mb": 0.01,
     "compute.threads": 1,
     "output.folder": "elsewhere",
