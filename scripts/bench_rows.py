@@ -46,7 +46,7 @@ class Vector:
         self.layout = Layout(tuple(f"layer.{i}.weight" for i in range(LAYERS)), ((side, side),) * LAYERS)
         self.model = torch.nn.Module()
         self.parameters = torch.nn.Parameter(torch.zeros(self.layout.size))
-        self.parameters.grad = torch.zeros(0)
+        self.parameters.grad = torch.zeros(1).expand(self.layout.size)
 
     def size(self, shard: torch.Tensor) -> int:
         return len(shard)

@@ -151,8 +151,13 @@ def _give_back(over: threading.Event, before: int) -> None:
     """
     while not over.wait(EVERY_S):
         if _resident_of_files() - before > MOST_BYTES:
-            for memory in list(_MAPPED):
-                memory.madvise(mmap.MADV_DONTNEED)
+            _drop()
+
+
+def _drop() -> None:
+    """No page of any file stays resident. In a function of its own: nothing here may keep a file beyond its tensor."""
+    for memory in list(_MAPPED):
+        memory.madvise(mmap.MADV_DONTNEED)
 
 
 def _resident_of_files() -> int:
