@@ -92,7 +92,7 @@ def one(rule: str, options: argparse.Namespace, storage: Storage, rows: torch.Te
         training=LocalTraining(batch_size=10, steps=1, optimizer="sgd", lr=1.0),
         machine=Machine(Accelerator(cpu=True)),
         algorithm=fedavg(),
-        defense=Pipeline([], resolve(rule, {}, RULES, "defense.rule"), []),
+        defense=Pipeline([], resolve(rule, {"f": n // 5} if "krum" in rule else {}, RULES, "defense.rule"), []),
         threat=threat,
         evaluation=None,
         vector=torch.zeros(task.layout.size),
