@@ -10,6 +10,7 @@ import argparse
 import fnmatch
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -46,6 +47,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="PATTERN", help="run only cells of this name (as in --list), e.g. 'flip__*'")
     parser.add_argument("--list", "--dry-run", action="store_true", help="check the grid, list its cells and stop")
     parser.add_argument(
+        "--no-share", action="store_true", help="train every row anew, also those that another cell has trained"
+    )
+    parser.add_argument(
         "--allow-code", action="store_true", help="with --list: import the code that cells name as package.module:name"
     )
     return parser
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--jobs: {options.jobs}: must be at least 1, and 1 where a launcher starts the processes."
             )
         command = typed("benchmark", words)
-        return run(grid, chosen, command, options.jobs, rank, world, local_rank, local_world)
+        return run(grid, chosen, command, options.jobs, rank, world, local_rank, local_world, not options.no_share)
     except BrokenPipeError:
         raise  # nobody reads on
     except Exception as error:
@@ -123,10 +127,12 @@ def choose(grid: Any, pattern: str | None) -> list[Any]:
 
 
 def run(
-    grid: Any, chosen: list[Any], command: str, jobs: int, rank: int, world: int, local_rank: int, local_world: int
-) -> int:
+    grid: Any, chosen: list[Any], command: str, jobs: int, rank: int, world: int, local_rank: int, local_world: int,
+    share: bool = True,
+) -> int:  # fmt: skip
     """Run what is left of the chosen cells, then write tables and report; 1 where a cell failed."""
     from fedllm_sec.grid import cells, results, workers
+    from fedllm_sec.report.grid.folder import shared_rows
     from fedllm_sec.train import quiet
 
     quiet()
@@ -136,10 +142,11 @@ def run(
     left = [cell for cell in chosen if cells.status(cell) != "done" or cell.slug in damaged]
     if rank == 0:
         remove_leftovers(grid.folder, OLD)
+        shutil.rmtree(grid.folder / cells.SHARED, ignore_errors=True)  # of a start that was killed
         write_json(grid.folder / "grid.json", cells.describe(grid, command))
-        share = f" with {max(jobs, world)} processes" if max(jobs, world) > 1 else ""
+        several = f" with {max(jobs, world)} processes" if max(jobs, world) > 1 else ""
         print(
-            f"{grid.folder}: {_cells(len(chosen))}, {len(chosen) - len(left)} done, {len(left)} to run{share}",
+            f"{grid.folder}: {_cells(len(chosen))}, {len(chosen) - len(left)} done, {len(left)} to run{several}",
             flush=True,
         )
         for slug, found in damaged.items():
@@ -151,20 +158,25 @@ def run(
 
     try:
         if jobs > 1 and left:
-            workers.spread(grid.folder, left, min(jobs, len(left)), command=command, started=started, tell=tell)
+            workers.spread(
+                grid.folder, left, min(jobs, len(left)), command=command, started=started, tell=tell, share=share
+            )
         else:
             most = max(1, workers.cores() // local_world) if world > 1 else None
             if world > 1:
                 workers.use_gpu(local_rank)
-            cells.walk(grid.folder, left, command=command, started=started, tell=tell, most_threads=most)
+            cells.walk(grid.folder, left, command=command, started=started, tell=tell, most_threads=most, share=share)
     finally:
         if rank == 0:
+            shutil.rmtree(grid.folder / cells.SHARED, ignore_errors=True)
             written = results.write(grid)
     if rank != 0:
         return 0
     counts = Counter(cells.status(cell) for cell in chosen)
     total = ", ".join(f"{n} {what}" for what, n in counts.items())
     print(f"\n{_cells(len(chosen))}: {total}; {time.monotonic() - begun:.0f} s")
+    if (rows := shared_rows(grid.folder)) is not None and rows[1] > 0:
+        print(f"clients' rows: {rows[0]:,} trained, {rows[1]:,} taken from other cells")
     for cell in chosen:
         if cells.status(cell) == "failed":
             print(f"  failed: {cell.slug}: {cells.error_of(cell).get('message', '')}  ({cell.folder}/error.json)")

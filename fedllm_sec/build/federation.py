@@ -85,7 +85,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])
     if methods.defense.enter is not None:
         methods.defense.enter.scales = getattr(parts.task, "scales", None)
-    averaging = make_averaging(recipe, parts.task)
+    averaging = make_averaging(recipe, parts.task, plan.ids)
     vector, buffers = begin(recipe, parts.task)
     if settings_if(methods.defense.rule, flare) is not None and isinstance(parts.root, Labelled):
         need_views(parts.task.function(buffers), vector, parts.root.x[:2])
@@ -109,6 +109,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         averaging=averaging,
         threat=threat,
         evaluation=parts.evaluation,
+        triggered=parts.triggered,
         observer=make_observer(recipe, plan.ids, parts.evaluation, machine),
         vector=vector,
         buffers=buffers,

@@ -46,6 +46,15 @@ def data_key(recipe: Recipe) -> str:
     return recipe.model_dump_json(include={"task", "data", "seed"}) + json.dumps(brought)
 
 
+def training_key(recipe: Recipe) -> str | None:
+    """Settings on which a client's training depends, besides what it is sent and what it holds; None for code from
+    outside, of which nobody can say what else it depends on."""
+    model = recipe.model if isinstance(recipe.model, dict) else recipe.model.model_dump()
+    if ":" in str(model.get("name")) or ":" in recipe.algorithm["name"] or recipe.algorithm["name"] == "fedgkt":
+        return None
+    return recipe.model_dump_json(include={"task", "model", "data", "clients", "algorithm", "compute", "seed"})
+
+
 def split_key(recipe: Recipe) -> str:
     """Settings on which the clients' clean shards depend."""
     root = recipe.defense.root_rows if recipe.enable_defense and recipe.defense is not None else None

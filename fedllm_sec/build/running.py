@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedllm_sec.build.kept import kind_of
 from fedllm_sec.errors import FedError, RecipeError, ResumeError
 from fedllm_sec.recipe import reading
-from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.records import inventory
 from fedllm_sec.records.environment import environment
 from fedllm_sec.records.files import write_json
@@ -122,7 +122,7 @@ def _run_held(
         assert isinstance(federation, Federation)  # fedgkt has no pretrain
         federation.begin_after(_to(before, machine.device))
     begun = federation.vector
-    kind = "adapter" if recipe.task in TEXT_TASKS and recipe.model.lora is not None else "model"
+    kind = kind_of(recipe)
     if state is not None:
         _load(federation, _to(state, machine.device), folder)
     if machine.main and not finished:

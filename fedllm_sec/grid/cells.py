@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from fedllm_sec.build.loaded import Loaded
+from fedllm_sec.build.loaded import Loaded, training_key
 from fedllm_sec.build.plan import planned
 from fedllm_sec.build.running import make_machine, run_one
 from fedllm_sec.errors import FedError, ResumeError, reason
@@ -26,8 +26,11 @@ from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.records import files, inventory
 from fedllm_sec.records.files import write_json
 from fedllm_sec.records.folder import as_words, differences, read_recipe
+from fedllm_sec.rounds.sharing import RowStore, shared
 
 FORMAT = 1  # of grid.json
+SHARED = ".rows"  # where rows lie while a grid runs
+TOLD = "shared.jsonl"  # of each cell that was run, how many rows were trained in it and how many taken
 WAIT = 0.5  # seconds between looks at cells that other processes run
 
 
@@ -86,13 +89,16 @@ def walk(
     tell: Callable[[Cell, float], None],
     most_threads: int | None = None,
     between: Callable[[], None] = lambda: None,
+    share: bool = True,
 ) -> None:
     """Run every cell that nobody else runs, and wait for those that others do: at the end all are settled.
 
     `tell` hears of each cell run here and its seconds; `between` is called after every round. A cell that is done and
-    was damaged comes by once more: what was lost is made again, or it fails and says what cannot be.
+    was damaged comes by once more: what was lost is made again, or it fails and says what cannot be. With `share` rows
+    that another cell has trained are taken from it.
     """
     loaded, machine, configured = Loaded(), None, None
+    store = RowStore.at(grid / SHARED) if share else None
     damaged = {cell.slug for cell in cells if damage(cell)}
     while True:
         elsewhere = False
@@ -112,8 +118,12 @@ def walk(
                         _forget_accelerator()
                         machine, configured = make_machine(cell.recipe, grid, most_threads), wanted
                     (cell.folder / "error.json").unlink(missing_ok=True)
-                    plan = planned(cell.recipe)
-                    run_one(plan, machine, f"{command} --only {cell.slug}", loaded, lambda line: between(), grid)
+                    plan, key = planned(cell.recipe), training_key(cell.recipe)
+                    source = shared(store, key) if store is not None and key is not None else None
+                    ours = f"{command} --only {cell.slug}"
+                    run_one(plan, machine, ours, loaded, lambda line: between(), grid, source)
+                    if store is not None:
+                        tell_shared(grid, cell, store)
                 except Exception as error:  # whatever a cell dies of, the others go on
                     loaded.clear()
                     record_error(cell, error)
@@ -131,6 +141,14 @@ def record_error(cell: Cell, error: BaseException) -> None:
         cell.folder / "error.json",
         {"type": type(error).__name__, "message": str(error), "traceback": told, "time": time.time()},
     )
+
+
+def tell_shared(grid: Path, cell: Cell, store: RowStore) -> None:
+    """Write down how many rows of a cell were trained in it and how many were taken, and count anew."""
+    line = {"cell": cell.slug, "trained": store.trained, "taken": store.taken}
+    store.trained = store.taken = 0
+    with contextlib.suppress(OSError):
+        files.append(grid / TOLD, (json.dumps(line) + "\n").encode())
 
 
 def _forget_accelerator() -> None:

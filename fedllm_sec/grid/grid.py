@@ -61,10 +61,11 @@ class Grid:
     def run_order(self) -> list[Cell]:
         """The cells, those with equal data and model next to each other, so that each is loaded once.
 
-        Where clean rounds come before them, the first of each group comes first: processes make those side by side.
+        Where clean rounds come before them, the first of each group comes first: processes make those side by side. In
+        a group those that nobody attacks come first: others train the same until their attack begins.
         """
         groups: dict[str, list[Cell]] = {}
-        for cell in self.cells:
+        for cell in sorted(self.cells, key=lambda cell: cell.axes.get("attack", NONE) != NONE):
             groups.setdefault(data_key(cell.recipe) + repr(cell.recipe.model), []).append(cell)
         first = [group[0] for group in groups.values() if group[0].recipe.pretrain is not None]
         begun = {cell.slug for cell in first}

@@ -33,8 +33,9 @@ def use_gpu(number: int) -> None:
 
 
 def spread(
-    grid: Path, cells: Sequence[Cell], jobs: int, *, command: str, started: float, tell: Callable[[Cell, float], None]
-) -> None:
+    grid: Path, cells: Sequence[Cell], jobs: int, *, command: str, started: float, tell: Callable[[Cell, float], None],
+    share: bool = True,
+) -> None:  # fmt: skip
     """Walk over the cells with `jobs` processes; `tell` hears of every cell here.
 
     A process that dies takes its cell with it, as a failed one, and is replaced. Ctrl-C here stops all of them.
@@ -47,7 +48,7 @@ def spread(
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
             target=_work,
-            args=(grid, list(cells), theirs, number, jobs, command, started, os.getpid()),
+            args=(grid, list(cells), theirs, number, jobs, command, started, os.getpid(), share),
             name=str(number),
             daemon=True,
         )
@@ -113,6 +114,7 @@ def _work(
     command: str,
     started: float,
     parent: int,
+    share: bool,
 ) -> None:
     from fedllm_sec.train import in_words, quiet
 
@@ -131,6 +133,7 @@ def _work(
             tell=lambda cell, seconds: told.send((cell.slug, round(seconds, 3))),
             most_threads=max(1, cores() // jobs),
             between=orphaned,
+            share=share,
         )
     except Exception as error:  # a cell's own errors are in its folder; this one kept it from being written there
         if (said := in_words(error)) is None:

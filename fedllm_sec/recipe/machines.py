@@ -23,6 +23,7 @@ class Compute(Section):
 
 class Output(Section):
     folder: Folder = "runs/{name}"  # {name} is the recipe's file name
+    save: Literal["adapter", "merged"] = "adapter"  # of a LoRA run: the adapter, or the model that it makes of its base
     adapter_every: PositiveInt | None = None  # also keep the adapter of every k-th round
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None  # also log there what a round measured
 

@@ -102,30 +102,40 @@ def _shown(value: Any) -> str:
     return key_as_written(value) if value is None or isinstance(value, bool) else repr(value)
 
 
-def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The settings, converted to the annotated types; every mistake at once as a RecipeError."""
-    known = settings_of(make)
+def _model_of(make: Callable[..., Any]) -> type[pydantic.BaseModel]:
+    """A model that holds the settings of a function or class to their annotations."""
     target = make.__init__ if inspect.isclass(make) else make
-    try:
-        hints = typing.get_type_hints(target)
-    except Exception as error:  # an annotation that leads nowhere, such as one imported for type checkers alone
-        raise RecipeError(f"{place}.name: its annotations cannot be read ({error}). Import what they name.") from error
+    hints = typing.get_type_hints(target)
     fields: dict[str, Any] = {
-        name: (hints.get(name, Any), ... if p.default is p.empty else p.default) for name, p in known.items()
+        name: (hints.get(name, Any), ... if p.default is p.empty else p.default)
+        for name, p in settings_of(make).items()
     }
-    problems = [
-        f"{place}.{key_as_written(key)}: {settings[key]!r} is set, but there is no such setting."
-        f"{did_you_mean(key_as_written(key), known)}"
-        for key in settings
-        if key not in known
-    ]
     config = pydantic.ConfigDict(**FINITE, arbitrary_types_allowed=True)
 
     def numbers(value: Any, info: pydantic.ValidationInfo) -> Any:
         return refuse_truth_values(value, fields[str(info.field_name)][0])
 
     checks: dict[str, Any] = {"numbers": pydantic.field_validator("*", mode="before")(numbers)} if fields else {}
-    model = pydantic.create_model("Settings", __config__=config, __validators__=checks, **fields)
+    return pydantic.create_model("Settings", __config__=config, __validators__=checks, **fields)
+
+
+_own_model = functools.cache(_model_of)  # of the package's own, which stay as they are: a grid asks for each cell
+
+
+def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The settings, converted to the annotated types; every mistake at once as a RecipeError."""
+    known = settings_of(make)
+    own = str(getattr(make, "__module__", "")).partition(".")[0] == __package__.partition(".")[0]
+    try:
+        model = (_own_model if own and inspect.isroutine(make) | inspect.isclass(make) else _model_of)(make)
+    except Exception as error:  # an annotation that leads nowhere, such as one imported for type checkers alone
+        raise RecipeError(f"{place}.name: its annotations cannot be read ({error}). Import what they name.") from error
+    problems = [
+        f"{place}.{key_as_written(key)}: {settings[key]!r} is set, but there is no such setting."
+        f"{did_you_mean(key_as_written(key), known)}"
+        for key in settings
+        if key not in known
+    ]
     try:
         checked = model(**{key: value for key, value in settings.items() if key in known})
     except pydantic.ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,17 @@ def scalars(record: RoundRecord) -> dict[str, float]:
     return flat
 
 
+def diverged_since(measured: Sequence[RoundRecord]) -> int | None:
+    """The measured round since which no held-out loss has been finite, where the last one is not: the model is lost."""
+    since = None
+    for record in reversed(measured):
+        loss = (record.quality or {}).get("loss")
+        if loss is None or math.isfinite(float(loss)):
+            break
+        since = record.round
+    return since
+
+
 def summary(folder: Path, command: str, *, attacked: bool, stop: int | None = None) -> dict[str, Any]:
     """The last measured round, the totals, means over the rounds under attack, and how long a backdoor outlived it.
 
@@ -108,6 +120,7 @@ def summary(folder: Path, command: str, *, attacked: bool, stop: int | None = No
     return {
         "rounds": sum(r.round >= 1 for r in records),
         "quality": last.quality if last else None,
+        "diverged": diverged_since(measured),
         "attack": last.attack if last else None,
         **means_under_attack(records, attacked),
         "privacy": records[-1].privacy if records else None,

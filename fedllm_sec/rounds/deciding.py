@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.buffers import combined, refused
-from fedllm_sec.errors import DefenseError
+from fedllm_sec.errors import DefenseError, DivergedError
 from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.robustness import measure_rows
 from fedllm_sec.kernels.claims import midpoint
@@ -170,6 +170,19 @@ def decide(
         record |= measure_rows(clean, decision.update, bad)
     seconds["evaluate"] = clock.lap()
     return decided
+
+
+def refuse_diverged(vector: Tensor, start: Tensor, r: int) -> None:
+    """Raise where the model after round r is not finite, or its step is longer than float32 can square."""
+    if bool((vector - start).norm().isfinite()):
+        return
+    what = "no client's training from the global model, of length {}, gives finite numbers"
+    if not bool(vector.isnan().all()):
+        what = "the global model would not be finite any more after a step from one of length {}"
+    raise DivergedError(
+        f"round {r}: {what.format(f'{float(start.norm()):.3g}')}. The model of round {r - 1} is kept. Lower "
+        "algorithm.server_lr or clients.lr, or use a defense that bounds what a row weighs."
+    )
 
 
 def _buffers(

@@ -41,6 +41,7 @@ class Came:
     collected: tuple[Tensor, Tensor, Tensor] | None  # (n, d) rows, (n, 3) claims and (n, b) buffers
     absent: Mapping[str, str] = field(default_factory=dict)  # id of a client that was waited for -> why no row came
     too_few: str | None = None  # why the round is to be skipped
+    lost: bool = False  # whether not one client could train from the global model, with nobody having attacked so far
 
 
 class Source(Protocol):
@@ -55,6 +56,8 @@ def trained_here(federation: Federation, cohort: Sequence[Client], asked: Asked)
     mine = machine.mine([threat.dress(c, asked.round) if threat else c for c in cohort])
     results = (asked.train(client, federation.guards) for client in federation.progress(mine))
     width = federation.task.layout.size
-    return Came(
-        cohort, machine.collect(results, len(cohort), width, asked.everywhere, asked.beside, federation.storage)
-    )
+    where = federation.storage
+    collected = machine.collect(results, len(cohort), width, asked.everywhere, asked.beside, where)
+    honest = threat is None or not threat.malicious or asked.round < threat.start
+    lost = honest and collected is not None and not any(bool(row.isfinite().all()) for row in collected[0])
+    return Came(cohort, collected, lost=lost)

@@ -56,6 +56,7 @@ OTHER = (
     "attack.observe.others",  # of text alone
     "defense.space",  # of adapters alone
     "defense.scope",
+    "output.save",
 )
 
 # key -> another value of it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -18,6 +20,7 @@ BASE = "as in the base recipe"  # the label of an axis that the grid does not va
 NONE = "none"  # the label of an attack or defense that is switched off
 ABSENT = "–"  # in place of what a cell does not have
 LONGEST_REASON, LONGEST_TRACE = 600, 4000  # characters that a page repeats from an error.json
+MOST_TOLD, MOST_ROWS = 10_000_000, 10**9  # characters of shared.jsonl that are read, rows that a line may tell of
 
 DONE, PARTIAL, FAILED, WAITING, UNREADABLE = "done", "stopped", "failed", "not run", "unreadable"
 
@@ -78,6 +81,7 @@ class Grid:
     axes: Mapping[str, tuple[str, ...]]
     cells: tuple[Cell, ...]
     warnings: tuple[str, ...] = ()
+    shared: tuple[int, int] | None = None  # rows that cells trained, and took from one another
 
     def in_state(self, *states: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.state in states]
@@ -125,7 +129,19 @@ def read_grid(folder: Path) -> Grid:
         axes=_axes(content.get("axes"), cells, path),
         cells=tuple(cells),
         warnings=tuple(warnings),
+        shared=shared_rows(folder),
     )
+
+
+def shared_rows(folder: Path) -> tuple[int, int] | None:
+    """How many clients' rows the cells trained and took from one another, by shared.jsonl; None: it says nothing."""
+    counts = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / "shared.jsonl").read_text(encoding="utf-8")[:MOST_TOLD].splitlines():
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+                told = json.loads(line)
+                counts.append((min(MOST_ROWS, int(told["trained"])), min(MOST_ROWS, int(told["taken"]))))
+    return (sum(c[0] for c in counts), sum(c[1] for c in counts)) if counts else None
 
 
 def _command(given: Any) -> str:
