@@ -114,10 +114,10 @@ def own_factors(pair: Pair, vector: Tensor) -> Factors:
 
 
 def mean_product(pair: Pair, rows: Tensor, weights: Tensor, start: Tensor) -> Factors:
-    """T of one layer, of rank (n + 1) r: rows of weight 0 are not read."""
+    """T of one layer, of rank (n + 1) r: rows of weight 0 do not count, whatever they hold."""
     used = weights.nonzero().flatten().tolist()
-    b0, a0 = own_factors(pair, start.to(rows.device))
-    b, a = b0 + pair.tall(rows[used]), a0 + pair.wide(rows[used])
+    b0, a0 = own_factors(pair, start)
+    b, a = b0 + pair.tall(rows)[used].to(b0), a0 + pair.wide(rows)[used].to(a0)
     w = weights[used].to(b)
     return torch.cat([(1 - w.sum()) * b0, *(w[:, None, None] * b)], 1), torch.cat([a0, *a])
 

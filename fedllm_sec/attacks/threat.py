@@ -16,6 +16,7 @@ from fedllm_sec.errors import AttackError, CohortError, IdleAttack
 from fedllm_sec.kernels.usable import usable
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.matrix.shown import copied, only_shown
+from fedllm_sec.matrix.storage import taken
 from fedllm_sec.protocols import Client, DataAttack, Decision, LocalRule, ThreatView, UpdateAttack
 from fedllm_sec.seeds import generator_for, seed_for
 
@@ -123,8 +124,8 @@ class Threat:
         sees = self.knowledge != "own"
         rest = [i for i in range(updates.n) if i not in mine and i in shown.sound] if sees else []
         own_ids, other_ids = tuple(updates.ids[i] for i in places), tuple(updates.ids[i] for i in rest)
-        others = updates.rows[rest] if sees else None  # a copy: the price of seeing the cohort
-        own = stand_in(updates.rows[places], [i in shown.sound for i in places])
+        others = taken(updates.rows, rest) if sees else None  # a copy: the price of seeing the cohort
+        own = stand_in(taken(updates.rows, places), [i in shown.sound for i in places])
         drawn = (self.seed, self.before + round, "attack")
         for number, attack in enumerate(attacks):
             view = ThreatView(

@@ -20,6 +20,7 @@ from fedllm_sec.build.seen import first_row
 from fedllm_sec.build.selftest import in_words
 from fedllm_sec.build.start import entry as start_entry
 from fedllm_sec.build.start import start_of
+from fedllm_sec.build.storage import accelerator, kept_in_words
 from fedllm_sec.build.text import rows_in_words
 from fedllm_sec.build.threat import active_rounds
 from fedllm_sec.errors import RecipeError
@@ -260,6 +261,7 @@ def bill(recipe: Recipe, counted: Cost) -> list[str]:
     elif weights is not None:
         d = weights.trained
         rows.append(("update matrix", f"{n} x {d:,} float32 = {size(FLOAT * n * d)}{beyond(FLOAT * n * d)}"))
+        rows.append(("its rows are kept", kept_in_words(recipe, d, accelerator())))
         if recipe.enable_attack and recipe.attack is not None and recipe.attack.knowledge != "own":
             rows.append(("attackers' sight", f"a copy of the honest rows, up to {size(FLOAT * n * d)}"))
         if weights.frozen:

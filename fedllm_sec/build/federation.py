@@ -23,6 +23,7 @@ from fedllm_sec.build.parts import Parts, deal
 from fedllm_sec.build.plan import Plan, planned
 from fedllm_sec.build.rehearsal import scaled_down
 from fedllm_sec.build.smoothing import smoothing
+from fedllm_sec.build.storage import storage
 from fedllm_sec.build.text import text_parts
 from fedllm_sec.build.transfer import distillation
 from fedllm_sec.defenses.dp_sgd import DpSgd
@@ -120,6 +121,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         evaluate_every=recipe.evaluate.every,
         start=recipe.evaluate.start,
         chunk_mb=recipe.compute.chunk_mb,
+        storage=storage(recipe, parts.task.layout.size, machine.device),
         root=Client("server", parts.root) if parts.root is not None else None,
         facts=parts.facts(),
         smoothing=smoothing(

@@ -13,6 +13,7 @@ from fedllm_sec.algorithms.adapters import Alternate, Averaged, Factors, Mode, a
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.factors import Pair, Products
+from fedllm_sec.matrix.storage import taken
 from fedllm_sec.models.shifted import Shifted
 from fedllm_sec.protocols import Decision, LocalRule
 
@@ -104,7 +105,7 @@ def without(updates: UpdateMatrix, places: Sequence[slice]) -> UpdateMatrix:
     """The rows with zeros in some places, copied where there is something else."""
     if not any(bool(updates.rows[:, place].any()) for place in places):
         return updates
-    rows = updates.rows.clone()
+    rows = taken(updates.rows, list(range(updates.n)))
     for place in places:
         rows[:, place] = 0
     return replace(updates, rows=rows, file=None)

@@ -14,16 +14,9 @@ from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import AttackError, FedError
 from fedllm_sec.evaluation.smoothed import Smoothing, smoothed
 from fedllm_sec.matrix.shown import only_shown
+from fedllm_sec.matrix.storage import ON_DEVICE, Storage
 from fedllm_sec.models.shifted import Shifted
-from fedllm_sec.protocols import (
-    Algorithm,
-    Client,
-    LocalResult,
-    LocalRule,
-    LocalTraining,
-    Task,
-    tensors_of,
-)
+from fedllm_sec.protocols import Algorithm, Client, LocalResult, LocalRule, LocalTraining, Task, tensors_of
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.averaging import Averaging
 from fedllm_sec.rounds.client import make_optimizer, private_of, train_locally
@@ -66,6 +59,7 @@ class Federation:
     evaluate_every: int = 1
     start: bool = False  # whether the model is still to be measured before the first round
     chunk_mb: float | None = None
+    storage: Storage = ON_DEVICE  # where the rows of a round are kept
     root: Client | None = None  # clean data the server holds, for rules that need a root update
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
     smoothing: Smoothing | None = None  # how the last model is also tested
@@ -149,7 +143,9 @@ def run(federation: Federation, rounds: int) -> Iterator[RoundRecord]:
         federation.start = False
         yield measure_start(federation)
     while federation.round < rounds:
-        yield play_round(federation, federation.round + 1, rounds, optimizer)
+        with federation.storage.in_use():
+            record = play_round(federation, federation.round + 1, rounds, optimizer)
+        yield record
 
 
 def measure_start(federation: Federation) -> RoundRecord:
