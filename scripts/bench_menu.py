@@ -1,4 +1,4 @@
-"""Every before / rule / after entry of the menu with its defaults, in one table: `python scripts/bench_kernels.py --all`.
+"""Every before / rule / after entry of the menu with its defaults, in a table: `python scripts/bench_kernels.py --all`.
 
 The matrix has the layout of LoRA adapters of rank 8 on q_proj and v_proj of a Llama of 7B: 128 factors, d = 4,194,304.
 A stage before the rule is followed by the mean. Rules that remember are objects that have seen `HISTORY` rounds; each
@@ -31,8 +31,11 @@ NEEDS = {"theta": 7.0, "rho": 1e9}  # settings without a default; f is a fifth o
 SLOW, FAST = 9.0, 30.0
 LIMITS = {
     (2, 3): "mean krum norm_clipping nnm arc bucketing robust_learning_rate median trimmed_mean",
-    (3, 4.5): "multi_krum geometric_median rfa centered_clipping three_sigma mda smea monna dnc flame caf fltrust bulyan "
-    "meamed slsgd cross_round signguard",
+    (
+        3,
+        4.5,
+    ): "multi_krum geometric_median rfa centered_clipping three_sigma mda smea monna dnc flame caf fltrust "
+    "bulyan meamed slsgd cross_round signguard",
     (4, 8): "foolsgold fldetector",
     (6, 10): "lasa",
     (12, 40): "freqfed",
