@@ -140,7 +140,8 @@ def low_frequencies(row: Tensor, count: int, turn: Tensor | None = None) -> Tens
     low = found.real[:count]
     if tail > 0:
         low = torch.cat([low, -found.imag[(d + 1) // 2 - tail : (d + 1) // 2].flip(0)])
-    return low.float()
+    first: Tensor = low.float()
+    return first
 
 
 def _row(updates: UpdateMatrix, i: int) -> Tensor:
