@@ -145,4 +145,4 @@ def menu_table(n: int, d: int, names: Sequence[str], repeats: int, others: dict[
             shown = "" if limit is None else f"{limit:.3g}{'' if best / one <= limit else ' **over**'}"
             cells = [f"{seconds(way[name], 0)[0] / best:.1f} x" if name in way else "" for way in others.values()]
             numbers = [f"{best * 1e3:.1f}", f"{one * 1e3:.1f}", f"{speed:.0f}", f"{best / one:.2f}"]
-            yield f"| {' | '.join([name, *numbers, shown, f'{min(1.0, inside / best):.0%}', *cells])} |"
+            yield f"| {' | '.join([name, *numbers, shown, f'{min(1.0, max(0.0, inside / best)):.0%}', *cells])} |"
