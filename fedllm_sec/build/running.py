@@ -31,14 +31,12 @@ if TYPE_CHECKING:
 
 def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) -> Machine:
     """Device, precision, threads and processes as the recipe wants them; trackers write into `folder`."""
-    import torch
     from accelerate import Accelerator
 
+    from fedllm_sec.kernels import team
     from fedllm_sec.rounds.compute import Machine
 
-    threads = [n for n in (recipe.compute.threads, most_threads) if n is not None]
-    if threads:
-        torch.set_num_threads(min(threads))
+    team.use(min((n for n in (recipe.compute.threads, most_threads) if n is not None), default=None))
     options: dict[str, Any] = {"mixed_precision": recipe.compute.mixed_precision}
     if recipe.compute.gradient_accumulation is not None:
         options["gradient_accumulation_steps"] = recipe.compute.gradient_accumulation

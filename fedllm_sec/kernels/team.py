@@ -3,7 +3,7 @@
 A thread of that team that has nothing to do turns in a loop for milliseconds before it sleeps (OMP_WAIT_POLICY), and
 beside a pool of our own it takes a core from it. So there is no pool: the work is a parallel region of the same OpenMP
 library that torch has loaded, and the threads that would turn are those that work. How many they are follows from the
-cores this process may use, whatever OMP_NUM_THREADS says, unless `torch.set_num_threads` was called with another one.
+cores this process may use, whatever OMP_NUM_THREADS says, unless `use` or `torch.set_num_threads` says otherwise.
 In a forked child, whose team is gone, and where there is no such library, a pool of Python threads does it.
 """
 
@@ -26,6 +26,7 @@ T = TypeVar("T")
 AT_ONCE = 256  # jobs of one parallel region: their results are held until it ends
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _AT_START = torch.get_num_threads()
+_wanted: int | None = None
 _forked = False
 
 
@@ -38,8 +39,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def use(threads: int | None) -> None:
+    """Compute with so many threads from now on, torch too; None: torch as it is, a matrix with as many as cores."""
+    global _wanted
+    _wanted = threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def size() -> int:
     """How many threads work on a matrix."""
+    if _wanted is not None:
+        return _wanted
     given = torch.get_num_threads()
     if given != _AT_START:
         return given
