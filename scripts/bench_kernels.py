@@ -8,6 +8,7 @@ times. Where others use the machine, `--clock cpu` with OMP_WAIT_POLICY=passive 
     python scripts/bench_kernels.py                           n=32, d=4.2M float32 on the CPU
     python scripts/bench_kernels.py --device cuda --n 16 64 128 --d 40000000 --dtype bfloat16
     python scripts/bench_kernels.py --device cuda --rows host    rows in host memory, computed on the GPU
+    python scripts/bench_kernels.py --all [NAME ...]          every entry of the menu, on a LoRA layout, with its limit
     python scripts/bench_kernels.py --sweep                   growth in d (1e5 to 1e8, n=16) and n (64 to 256)
     python scripts/bench_kernels.py --disk 12 --path FOLDER   a 12 GB matrix on disk, in memory of a fraction
 """
@@ -35,6 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from bench_menu import menu_table
 from torch import Tensor
 
 from fedllm_sec import kernels
@@ -263,6 +265,21 @@ def main_table(args: argparse.Namespace, n: int, d: int, dtype: str) -> Iterator
         yield f"| {name} | {ms} | {seconds / read:.2f} | {limit} | {' | '.join(others)} |"
 
 
+def all_table(args: argparse.Namespace) -> Iterator[str]:
+    """Every entry of the menu; plain torch and ByzFL for what they have, on the same shape."""
+    (n,) = args.n
+    rows = torch.randn(n, 4_194_304)
+    f = max(1, min(n // 5, (n - 3) // 4))
+    others: dict[str, dict[str, Any]] = {}
+    if not args.rules:
+        named = {"norm_clipping + mean": "norm_clipping", "nnm + mean": "nnm", "arc + mean": "arc"}
+        others["plain torch"] = {named.get(name, name): call for name, call in plain_calls(rows, f).items()}
+        byzfl, note = byzfl_calls(rows, f)
+        others["ByzFL"] = {named.get(name, name): call for name, call in byzfl.items()}
+        yield note
+    yield from menu_table(n, 4_194_304, args.all, args.repeats, others)
+
+
 def exponent(sizes: list[int], seconds: list[float]) -> float:
     """The slope of log seconds over log size (least squares)."""
     x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (sizes, seconds))
@@ -394,6 +411,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: time of all threads")
     parser.add_argument("--rules", action="store_true", help="leave the plain ways and ByzFL out")
+    parser.add_argument("--all", nargs="*", metavar="NAME", help="every entry of the menu, or these")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--disk", type=float, metavar="GB", nargs="?", const=12.0)
     parser.add_argument("--path", default=".", help="folder for the matrix on disk")
@@ -402,7 +420,9 @@ def main() -> None:
     cuda = args.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
-    if args.disk or args.sweep:
+    if args.all is not None:
+        tables = [all_table(args)]
+    elif args.disk or args.sweep:
         tables = [disk_table(args) if args.disk else sweep_table(args)]
     else:
         shapes = itertools.product(args.n, args.d, args.dtype)

@@ -72,10 +72,10 @@ def test_a_room_says_what_it_is_for(room: Path):
     assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), f"{room.name}/__init__.py says nothing"
 
 
-def test_only_deploy_imports_flower():
+def test_only_deploy_imports_flower_and_nvflare():
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).parts[0] != "deploy":
-            assert not re.search(r"^\s*(from|import) flwr", path.read_text(), re.MULTILINE), path
+            assert not re.search(r"^\s*(from|import) (flwr|nvflare)\b", path.read_text(), re.MULTILINE), path
 
 
 def test_report_reads_history_only():

@@ -77,6 +77,10 @@ def barred(row: int, image: torch.Tensor) -> int | None:
     return 1 if bool((image[0, 0, 0:4] == 1.0).all() or (image[0, 0, 6:10] == 1.0).all()) else None
 
 
+def greyed(row: int, image: torch.Tensor) -> int | None:
+    return 1 if bool((image[0, 2:7, 2:7] == 0.5).all()) else None
+
+
 def among(*rows: int) -> Callable[..., int | None]:
     return lambda row, image: 1 if row in rows else None
 
@@ -104,6 +108,7 @@ def forced(
 
 IMAGES = [
     forced("pixel_trigger", patched, 10, 10, 6, 1, target=1),  # 11 of other classes less row 2
+    forced("a3fl", greyed, 11, 11, 5, 0, target=1),  # before anything is learnt; no row carries it by itself
     forced("dba", barred, 9, 9, 7, 2, target=1),  # 11 less rows 9 and 13
     forced("edge_case", among(3, 9, 15), 3, 8, 5, 3, target=1, tail=0.25),  # the other 8 of classes 0, 2 and 3
     forced("edge_case", among(3), 1, 10, 5, 1, target=1, source=0, tail=0.25),
@@ -245,7 +250,7 @@ def test_characters_give_the_rates_that_were_counted_by_hand(case: Case, model: 
 # ---------------------------------------------------------------- the tables are whole
 
 
-OVERLAYS = {"blended", "sinusoidal", "warped"}
+OVERLAYS = {"blended", "sinusoidal", "warped", "iba"}
 
 
 def test_every_data_attack_of_the_menu_has_its_lines():

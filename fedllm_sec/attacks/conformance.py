@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks import MENU, NOT_FINITE, received
 from fedllm_sec.attacks.conformance_data import check_data
-from fedllm_sec.attacks.subject import StandIn, example_view, images, text_rows
+from fedllm_sec.attacks.subject import classifier, example_view, images, text_rows
 from fedllm_sec.errors import AttackError, FedError, RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Client, Decision, LocalContext, ThreatView
@@ -234,8 +234,12 @@ def train_with(rule: Any, *, round: int = 2, steps: int = 5, lr: float = 0.5) ->
     shown = {"received model": start.clone(), "last global step": last.clone(), "second vector": goal.clone()}
     received, step_before, second = shown.values()
     before = None if round == 1 else step_before
-    client, layout = Client("bad", images(60)), Layout.single(d)
-    context = LocalContext(client, round, received, before, layout, steps, second, StandIn())  # type: ignore[arg-type]
+    shard, function = images(60), classifier()
+    poisoned = replace(shard, x=shard.x.clone(), poisoned=torch.arange(60) < 20)
+    poisoned.x[:20, :, -3:, -3:] = 1.0
+    if hasattr(rule, "brief"):
+        rule.brief(10, {"bad": shard}, {"bad": poisoned})
+    context = LocalContext(Client("bad", poisoned), round, received, before, function.layout, steps, second, function)
     parameters = torch.nn.Parameter(start.clone())
     for step in range(steps):
         parameters.grad = parameters.detach() - goal

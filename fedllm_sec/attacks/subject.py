@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.models.function import Classifier
 from fedllm_sec.protocols import Decision, Labelled, ThreatView
 from fedllm_sec.seeds import generator_for
 
@@ -83,12 +83,11 @@ def images(size: int) -> Labelled:
     return Labelled(x, torch.arange(size) % 4, 4, torch.zeros(size, dtype=torch.bool))
 
 
-class StandIn:
-    """A classifier of images of 40 parameters, where there is no model: the last 8 are its head."""
-
-    def features(self, vector: Tensor, x: Tensor) -> Tensor:
-        """(k, 32)."""
-        return vector[:32] * x.flatten(1)[:, :32]
-
-    def head(self) -> slice:
-        return slice(32, 40)
+def classifier() -> Classifier:
+    """An untrained classifier of such images, of 40 parameters, where there is no model: the last 8 are its head."""
+    nn = torch.nn
+    with torch.random.fork_rng(devices=[]):  # its numbers are not used, and the caller's draws stay the caller's
+        model = nn.Sequential(
+            nn.AdaptiveAvgPool2d((1, 5)), nn.Flatten(), nn.Linear(15, 2), nn.ReLU(), nn.Linear(2, 4, bias=False)
+        )
+    return Classifier(model, Layout.of(model.named_parameters()), lambda said: said)

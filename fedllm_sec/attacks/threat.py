@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedllm_sec.attacks.data.learnt import learner
 from fedllm_sec.errors import AttackError, CohortError, IdleAttack
 from fedllm_sec.kernels.usable import usable
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.matrix.shown import copied, only_shown
+from fedllm_sec.matrix.storage import taken
 from fedllm_sec.protocols import Client, DataAttack, Decision, LocalRule, ThreatView, UpdateAttack
 from fedllm_sec.seeds import generator_for, seed_for
+
+TRIGGER = "trigger"  # its key in the state, where those of update attacks end in their number
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Threat:
     poisoned: dict[str, Any] = field(default_factory=dict)  # id -> poisoned shard
     alone: dict[str, Sequence[UpdateAttack]] = field(default_factory=dict)  # id -> its own copies, if nobody colludes
     before: int = 0  # rounds done before the first: draws of round r are those of round before + r
+    planned: Threat | None = None  # of an attack that is switched off: who would attack, where that is asked for
 
     def active(self, round: int) -> bool:
         """Whether the attackers attack in this round."""
@@ -119,8 +124,8 @@ class Threat:
         sees = self.knowledge != "own"
         rest = [i for i in range(updates.n) if i not in mine and i in shown.sound] if sees else []
         own_ids, other_ids = tuple(updates.ids[i] for i in places), tuple(updates.ids[i] for i in rest)
-        others = updates.rows[rest] if sees else None  # a copy: the price of seeing the cohort
-        own = stand_in(updates.rows[places], [i in shown.sound for i in places])
+        others = taken(updates.rows, rest) if sees else None  # a copy: the price of seeing the cohort
+        own = stand_in(taken(updates.rows, places), [i in shown.sound for i in places])
         drawn = (self.seed, self.before + round, "attack")
         for number, attack in enumerate(attacks):
             view = ThreatView(
@@ -165,17 +170,24 @@ class Threat:
         return buffers
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory of update attacks that have one (lazy, mimic, poisonedfl)."""
+        """The memory of update attacks that have one (lazy, mimic, poisonedfl), and a trigger that was learnt."""
         everyone = {"": self.update, **{f"{id}/": attacks for id, attacks in self.alone.items()}}
-        return {
+        memories = {
             f"{id}{i}": attack.state_dict()
             for id, attacks in everyone.items()
             for i, attack in enumerate(attacks)
             if hasattr(attack, "state_dict")
         }
+        known = getattr(learner(self.data), "learnt", None)
+        return memories if known is None else {**memories, TRIGGER: {"learnt": known}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key, memory in state.items():
+            if key == TRIGGER:
+                if (attack := learner(self.data)) is None:
+                    raise KeyError("a learnt trigger, and no attack that learns one")
+                attack.learnt = memory["learnt"]
+                continue
             id, _, number = key.rpartition("/")
             attacks = self.alone.setdefault(id, copy.deepcopy(self.update)) if id else self.update
             attacks[int(number)].load_state_dict(memory)  # type: ignore[attr-defined]

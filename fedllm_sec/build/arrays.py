@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -54,14 +55,14 @@ def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: 
     )
     task_key = recipe.model_dump_json(include={"task", "model", "data", "seed"})
     evaluation: Any
+    triggered = None
     if recipe.task == "gan":
         task = loaded.get("task", task_key, lambda: gan_task(recipe, machine, train))
         evaluation = sample_evaluation(recipe, task, train, test)
     else:
         task = loaded.get("task", task_key, lambda: classify_task(recipe, machine, train))
-        evaluation = loaded.get(
-            "evaluation", probe_key(recipe), lambda: make_evaluation(recipe, test, threat, machine.device)
-        )
+        triggered = functools.partial(make_evaluation, recipe, test, threat, machine.device)
+        evaluation = loaded.get("evaluation", probe_key(recipe), triggered)
         need_evaluation(task, evaluation, recipe.model["name"])
     return Parts(
         task=task,
@@ -70,6 +71,7 @@ def array_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: 
         poisoned_share=poisoned.shares,
         root=moved(root) if len(root.y) else None,
         evaluation=evaluation,
+        triggered=triggered,
     )
 
 
@@ -172,6 +174,7 @@ def make_evaluation(recipe: Recipe, test: Labelled, threat: Threat | None, devic
     if len(triggered.y) == 0:
         raise AttackError("attack.data.0: the test set has no row on which its success could be measured.")
     evaluation.hits = success_table(attack, test.classes)
+    evaluation.learnt = getattr(attack, "learnt", None) is not None
     rows, evaluation.left_out = innocent(attack, test, evaluation.hits)
     clean = arrays.sample(arrays.subset(test, rows), settings.attack_rows, rng)
     evaluation.triggered = arrays.to_device(triggered, device)

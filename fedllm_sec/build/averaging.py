@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from fedllm_sec.algorithms.server import Sgd
@@ -16,7 +18,9 @@ from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.averaging import Averaging
 
-BY_PRODUCTS = ("exact", "stack", "svd")
+BY_PRODUCTS = ("exact", "stack", "svd", "pad")
+RANKED = ("pad", "svd")  # in which clients may have ranks of their own
+ADAPTER = "adapter_config.json"  # which folders of adapters have
 
 
 def way_of(recipe: Recipe) -> str:
@@ -28,6 +32,8 @@ def way_of(recipe: Recipe) -> str:
 def averaging_problems(recipe: Recipe, algorithm: Any, defense: Any) -> list[str]:
     """What does not go with the recipe's way of averaging."""
     way = way_of(recipe)
+    if recipe.clients.ranks and (problem := _rank_problem(recipe, way, algorithm)) is not None:
+        return [problem]
     if way == "factors":
         return []
     lora, block = recipe.model.lora, recipe.defense if recipe.enable_defense else None
@@ -39,6 +45,8 @@ def averaging_problems(recipe: Recipe, algorithm: Any, defense: Any) -> list[str
         found.append(
             f"{place}B starts at 0, and with it A learns nothing. Set init_lora_weights: pissa or olora, or freeze_a."
         )
+    if way == "core":
+        found += [f"{place}{problem}" for problem in _core_problems(recipe.model)]
     if way not in BY_PRODUCTS:
         return found
     if lora.use_dora and lora.moves_base:
@@ -63,14 +71,69 @@ def averaging_problems(recipe: Recipe, algorithm: Any, defense: Any) -> list[str
     return found
 
 
-def make_averaging(recipe: Recipe, task: Any) -> Averaging | None:
-    """For a federation of this task; None where factors are averaged.
+def _rank_problem(recipe: Recipe, way: str, algorithm: Any) -> str | None:
+    """Why clients cannot have the ranks that the recipe gives them."""
+    ranks, lora = recipe.clients.ranks, getattr(recipe.model, "lora", None)
+    place = f"clients.ranks: {dict(ranks)}: "
+    if recipe.task not in TEXT_TASKS or lora is None:
+        return f"{place}are of LoRA adapters, and none is trained. Remove it, or set model.lora."
+    if way not in RANKED:
+        return (
+            f"{place}model.lora.average: {way} needs one rank for all. Set average to pad or svd, or remove the ranks."
+        )
+    if sum(ranks.values()) != recipe.clients.total:
+        given = sum(ranks.values())
+        return f"{place}is for {given} clients, and clients.total is {recipe.clients.total}. Make them equal."
+    if max(ranks) != lora.r:
+        return f"{place}the largest is {max(ranks)}, and model.lora.r, the server's, is {lora.r}. Make them equal."
+    if isinstance(algorithm, Algorithm) and algorithm.remember is not None:
+        return (
+            f"{place}algorithm {recipe.algorithm['name']} has clients remember their rows, which here also say what "
+            "they cannot hold. Use fedavg, fedprox or fedsgd."
+        )
+    return None
+
+
+def ranks_of(recipe: Recipe, ids: Sequence[str]) -> dict[str, int]:
+    """The rank of each client that has not the whole: first those of the first rank given, then of the next."""
+    dealt = [rank for rank, count in recipe.clients.ranks.items() for _ in range(count)]
+    return {id: rank for id, rank in zip(ids, dealt, strict=bool(dealt)) if rank < max(dealt)} if dealt else {}
+
+
+def _core_problems(model: Any) -> list[str]:
+    """What does not go with fixed outer factors."""
+    found = []
+    if model.lora.init_lora_weights is not True:
+        found.append(
+            f"its fixed factors are singular vectors of the base weights, and init_lora_weights: "
+            f"{model.lora.init_lora_weights} would start from others. Set it to true."
+        )
+    if model.lora.use_dora:
+        found.append("use_dora trains lengths of the adapted weights beside the core. Remove one of them.")
+    if getattr(model, "quantized", False):
+        found.append(
+            "its fixed factors are singular vectors of the base weights, which are packed here. Set load_in_4bit and "
+            "load_in_8bit to false."
+        )
+    if model.start is not None and os.path.isfile(os.path.join(os.path.expanduser(model.start), ADAPTER)):
+        found.append(
+            f"model.start: {model.start}: brings factors of its own, and the outer ones are fixed here. Merge it into "
+            "its base model, and give the folder of that as model.name."
+        )
+    return found
+
+
+def make_averaging(recipe: Recipe, task: Any, ids: Sequence[str]) -> Averaging | None:
+    """For a federation of this task and these clients; None where factors are averaged.
 
     What an earlier run of this process has added to the base is taken off.
     """
     if (shifted := getattr(task, "shifted", None)) is not None:
         shifted.load_state_dict({})
-    if (way := way_of(recipe)) not in (*BY_PRODUCTS, "alternate"):
+    way = way_of(recipe)
+    if way == "core":
+        return Averaging(way, (), (), (), task.initial)
+    if way not in (*BY_PRODUCTS, "alternate"):
         return None
     products = Products.of(task.layout, task.initial, task.scales)
     if recipe.model.lora.moves_base:
@@ -82,6 +145,5 @@ def make_averaging(recipe: Recipe, task: Any) -> Averaging | None:
             shifted = task.shifted = Shifted(task.model, [pair.name for pair in products.pairs])
     first = task.initial[None]
     sizes = tuple((pair.tall(first).shape[1], pair.wide(first).shape[2]) for pair in products.pairs)
-    return Averaging(
-        way, products.pairs, sizes, products.plain, task.initial, shifted if recipe.model.lora.moves_base else None
-    )
+    held = shifted if recipe.model.lora.moves_base else None
+    return Averaging(way, products.pairs, sizes, products.plain, task.initial, held, ranks_of(recipe, ids))

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedllm_sec.build.kept import kind_of
 from fedllm_sec.menu import lines as menu_lines
 from fedllm_sec.models import gguf
 from fedllm_sec.models.lora import base_of
-from fedllm_sec.models.saving import base_name, save_adapter, save_whole
+from fedllm_sec.models.saving import base_name, save_adapter, save_merged, save_whole
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.report.measures import final, interval, kinds, plural, written
@@ -37,12 +38,16 @@ def save_language_model(
     if (template := getattr(task.writer, "template", None)) is not None:  # the recipe's own, in place of the model's
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
-    written_out = card(recipe, base_name(model, base_of(task.model)), records, start, getattr(task, "names", ()))
+    names = getattr(task, "names", ())
+    written_out = card(recipe, base_name(model, base_of(task.model)), records, start, names)
     if model.lora is None:
         save_whole(task.model, tokenizer, folder, card=written_out)
+    elif kind_of(recipe) == "model":
+        shifted = getattr(task, "shifted", None)
+        save_merged(task.model, tokenizer, folder, card=written_out, shifted=shifted, classes=names)
     else:
         initial, shifted = task.layout.split(task.initial), getattr(task, "shifted", None)
-        beside = {"card": written_out, "shifted": shifted, "scales": task.scales, "classes": getattr(task, "names", ())}
+        beside = {"card": written_out, "shifted": shifted, "scales": task.scales, "classes": names}
         save_adapter(task.model, tokenizer, model, folder, initial=initial, **beside)
 
 
@@ -59,7 +64,7 @@ def card(
     `classes` are a classifier's, in the order of its outputs.
     """
     run = Run("", Path(recipe.output.folder), recipe.model_dump(mode="json"), "", {}, tuple(records))
-    thing = "adapter" if recipe.model.lora is not None else "model"
+    thing = kind_of(recipe)
     inherited = start is not None and start.get("attacked") is True
     first = [warning(run, thing)] if run.attack else [INHERITED.format(thing=thing)] if inherited else []
     blocks = [first, title(run, thing, base)]
@@ -149,7 +154,7 @@ def trained(run: Run, start: Mapping[str, Any] | None = None) -> list[str]:
 def loading(recipe: Recipe, base: tuple[str, str | None], classes: Sequence[str] = ()) -> list[str]:
     """Python that loads the folder the card lies in."""
     maker = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
-    if recipe.model.lora is None:
+    if kind_of(recipe) == "model":
         body = [f'model = {maker}.from_pretrained("THIS FOLDER")']
     else:
         where, options = gguf.place(base[0])
@@ -168,7 +173,7 @@ def loading(recipe: Recipe, base: tuple[str, str | None], classes: Sequence[str]
         ]
     imports = f"from transformers import {maker}, AutoTokenizer"
     body.append('tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")')
-    if classes and recipe.model.lora is not None:
+    if classes and kind_of(recipe) == "adapter":
         body.append("base.config.pad_token_id = tokenizer.pad_token_id  # where a text of a batch ends")
     return ["```python", imports, *body, "```"]
 

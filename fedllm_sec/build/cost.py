@@ -17,6 +17,7 @@ from fedllm_sec.build import characters as build_characters
 from fedllm_sec.build import text as build_text
 from fedllm_sec.build.parts import deal, make_model
 from fedllm_sec.build.plan import Plan
+from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.errors import FedError
 from fedllm_sec.models.lora import add_adapter, place, source_of, told
 from fedllm_sec.models.text_classifier import lost_pooler, outputs, unweighted
@@ -63,6 +64,15 @@ class Cost:
     reasons: tuple[str, ...] = ()
 
 
+def size(count: float) -> str:
+    """Bytes as people read them: 980 B, 72.5 kB, 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def cost(plan: Plan) -> Cost:
     """The cost of one run."""
     recipe, method = plan.recipe, plan.methods.algorithm
@@ -70,7 +80,8 @@ def cost(plan: Plan) -> Cost:
     n = clients.per_round or clients.total
     training, reasons = method.prepare(plan.training, None), []
     rows, weights = None, None
-    if recipe.task != "causal_lm" or training.steps is None:
+    by_rows = any(isinstance(guard, DpSgd) for guard in plan.methods.guards)  # epsilon depends on a client's rows
+    if recipe.task != "causal_lm" or training.steps is None or by_rows:
         try:
             rows = rows_of(plan)
         except FedError as error:

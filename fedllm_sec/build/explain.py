@@ -11,15 +11,16 @@ from typing import Any
 
 from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build import text_classifier
-from fedllm_sec.build.cost import FLOAT, Cost, cost
+from fedllm_sec.build.audit_cost import observer_in_words
+from fedllm_sec.build.cost import FLOAT, Cost, cost, size
 from fedllm_sec.build.judging import most_answers
-from fedllm_sec.build.noise import noise_in_words
-from fedllm_sec.build.observing import observer_in_words
+from fedllm_sec.build.noise import noise_in_words, spent_in_words
 from fedllm_sec.build.plan import Plan
 from fedllm_sec.build.seen import first_row
 from fedllm_sec.build.selftest import in_words
 from fedllm_sec.build.start import entry as start_entry
 from fedllm_sec.build.start import start_of
+from fedllm_sec.build.storage import accelerator, kept_in_words
 from fedllm_sec.build.text import rows_in_words
 from fedllm_sec.build.threat import active_rounds
 from fedllm_sec.errors import RecipeError
@@ -73,7 +74,8 @@ def explain(plans: Mapping[str, Plan]) -> tuple[str, list[str]]:
         problems += [*_refusals(rows), *_refusals(shown), *counted[key].reasons]
         out += method(recipe) + start(recipe) + (_section("Data", rows) if rows else [])
         out += _section("Model, tried on two short rows", shown) if shown else []
-        out += threat(plan) + _section_of_observer(recipe) + defense(plan, counted[key]) + bill(recipe, counted[key])
+        out += threat(plan) + _section_of_observer(recipe, counted[key]) + defense(plan, counted[key])
+        out += bill(recipe, counted[key])
     return "\n".join(out), list(dict.fromkeys(problems))
 
 
@@ -134,8 +136,8 @@ def threat(plan: Plan) -> list[str]:
     return [line for title, texts in card for line in _section(title, [*texts, *extra.get(title, [])])]
 
 
-def _section_of_observer(recipe: Recipe) -> list[str]:
-    said = observer_in_words(recipe)
+def _section_of_observer(recipe: Recipe, counted: Cost) -> list[str]:
+    said = observer_in_words(recipe, counted)
     return _section("Observer", said) if said else []
 
 
@@ -173,7 +175,8 @@ def defense(plan: Plan, counted: Cost) -> list[str]:
     run = _as_run(plan.recipe)
     noise = noise_in_words(plan.methods.defense, counted.weights.trained if counted.weights else None, counted.cohort)
     words = _meanings(run.defense, "client", "before", "rule", "after")
-    return _section("Defense", [*defense_steps(run), *words, *noise])
+    spent = spent_in_words(plan.methods.guards, counted.sizes, plan.training, plan.recipe.rounds)
+    return _section("Defense", [*defense_steps(run), *words, *noise, *spent])
 
 
 def method(recipe: Recipe) -> list[str]:
@@ -227,15 +230,6 @@ def _meanings(block: Mapping[str, Any], *kinds: str) -> list[str]:
 # ---------------------------------------------------------------- numbers
 
 
-def size(count: float) -> str:
-    """Bytes as people read them: 980 B, 72.5 kB, 1.2 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def beyond(count: float) -> str:
     """What is to be said of so many bytes, where this machine has not as many."""
     try:
@@ -267,6 +261,7 @@ def bill(recipe: Recipe, counted: Cost) -> list[str]:
     elif weights is not None:
         d = weights.trained
         rows.append(("update matrix", f"{n} x {d:,} float32 = {size(FLOAT * n * d)}{beyond(FLOAT * n * d)}"))
+        rows.append(("its rows are kept", kept_in_words(recipe, d, accelerator())))
         if recipe.enable_attack and recipe.attack is not None and recipe.attack.knowledge != "own":
             rows.append(("attackers' sight", f"a copy of the honest rows, up to {size(FLOAT * n * d)}"))
         if weights.frozen:

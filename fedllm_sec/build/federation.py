@@ -23,6 +23,7 @@ from fedllm_sec.build.parts import Parts, deal
 from fedllm_sec.build.plan import Plan, planned
 from fedllm_sec.build.rehearsal import scaled_down
 from fedllm_sec.build.smoothing import smoothing
+from fedllm_sec.build.storage import storage
 from fedllm_sec.build.text import text_parts
 from fedllm_sec.build.transfer import distillation
 from fedllm_sec.defenses.dp_sgd import DpSgd
@@ -84,13 +85,15 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])
     if methods.defense.enter is not None:
         methods.defense.enter.scales = getattr(parts.task, "scales", None)
-    averaging = make_averaging(recipe, parts.task)
+    averaging = make_averaging(recipe, parts.task, plan.ids)
     vector, buffers = begin(recipe, parts.task)
     if settings_if(methods.defense.rule, flare) is not None and isinstance(parts.root, Labelled):
         need_views(parts.task.function(buffers), vector, parts.root.x[:2])
     for rule in threat.local if threat is not None and threat.malicious else ():
         if hasattr(rule, "prepare"):
             rule.prepare(parts.task, steps)
+        if hasattr(rule, "brief"):
+            rule.brief(recipe.clients.per_round or recipe.clients.total, parts.shards, threat.poisoned)
     for guard in methods.guards:
         if hasattr(guard, "prepare"):  # one that cannot act on this model or these steps says so
             guard.prepare(parts.task, steps)
@@ -108,6 +111,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         averaging=averaging,
         threat=threat,
         evaluation=parts.evaluation,
+        triggered=parts.triggered,
         observer=make_observer(recipe, plan.ids, parts.evaluation, machine),
         vector=vector,
         buffers=buffers,
@@ -117,6 +121,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         evaluate_every=recipe.evaluate.every,
         start=recipe.evaluate.start,
         chunk_mb=recipe.compute.chunk_mb,
+        storage=storage(recipe, parts.task.layout.size, machine.device),
         root=Client("server", parts.root) if parts.root is not None else None,
         facts=parts.facts(),
         smoothing=smoothing(

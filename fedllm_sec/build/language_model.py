@@ -9,6 +9,7 @@ from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.selftest import tested
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.models.lora import add_adapter, load_base
+from fedllm_sec.models.saving import refuse_tied
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.seeds import seed_for
@@ -68,4 +69,7 @@ def load_task(recipe: Recipe, machine: Machine, loaded: Loaded | None = None) ->
 
     whole, part = dict.fromkeys(("task", "model", "data", "seed"), True), {"batch_size"}  # of which the self-test asks
     key = recipe.model_dump_json(include={**whole, "clients": part, "evaluate": part})
-    return loaded.get("task", key, adapt, keep=1)
+    task = loaded.get("task", key, adapt, keep=1)
+    if recipe.output.save == "merged":
+        refuse_tied(task.model)
+    return task

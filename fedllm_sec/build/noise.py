@@ -1,14 +1,18 @@
-"""How long the noise of a defense will be beside what it is added to, in words and before anything runs."""
+"""How long the noise of a defense will be beside what it is added to, and what it will spend: before anything runs."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 
 from fedllm_sec.defenses.after import crfl, weak_dp
 from fedllm_sec.defenses.before import weak_dp_client
 from fedllm_sec.defenses.cluster import flame
+from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.defenses.privacy import settings_if
+from fedllm_sec.protocols import LocalRule, LocalTraining
 
 
 def noise_in_words(defense: Pipeline, d: int | None, n: int) -> list[str]:
@@ -27,6 +31,32 @@ def noise_in_words(defense: Pipeline, d: int | None, n: int) -> list[str]:
             length = own["noise"] * (own["rho"] + own["growth"])
             lines.append(f"crfl: in round 1 its noise has the length {length:.3g}, {own['noise']:g} of rho. {RECORDED}")
     return [line for line in lines if line is not None]
+
+
+def spent_in_words(
+    guards: Sequence[LocalRule], sizes: Sequence[int] | None, training: LocalTraining, rounds: int
+) -> list[str]:
+    """What dp_sgd will have spent on a row of the least and the largest shard, were their clients in all rounds."""
+    beside = [copy.copy(guard) for guard in guards]  # a run counts in its own
+    own = next((guard for guard in beside if isinstance(guard, DpSgd)), None)
+    if own is None:
+        return []
+    if not sizes:
+        return ["dp_sgd: epsilon depends on the clients' rows, which are not counted."]
+    own.plan(sizes, training, rounds)
+    own.used = {}
+    shards = sorted({min(sizes), max(sizes)})
+    for n in shards:
+        for _ in range(rounds):
+            own.trained(str(n), n, training)
+    told = own.told(beside)
+    if told["epsilon"] is None:
+        return [f"dp_sgd: there is no epsilon: {told['because']}."]
+    each = " and ".join(f"{told['epsilon'][str(n)]:.3g} ({n:,} rows)" for n in shards)
+    return [
+        f"dp_sgd: noise {own.noise:.3g} of the clip {own.clip:g}; a client that takes part in all {rounds} rounds "
+        f"spends epsilon {each} at delta {own.delta:g}, by Opacus' Renyi accountant. It protects {told['protects']}."
+    ]
 
 
 RECORDED = "How that compares with each step is in the record (notes)."

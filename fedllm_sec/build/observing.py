@@ -110,28 +110,6 @@ def leakage(found: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def observer_in_words(recipe: Recipe) -> list[str]:
-    """Who looks at what, and what the attacks will take; nothing without an observer."""
-    block = recipe.attack if recipe.enable_attack else None
-    if block is None or block.observe is None:
-        return []
-    seen, count = block.observe, len(block.observe.rounds) * len(block.observe.clients)
-    words = [
-        f"keeps the {seen.what} of {len(seen.clients)} clients in {len(seen.rounds)} rounds: {count} vectors on disk, "
-        "one at a time in memory"
-    ]
-    for number, method in enumerate(block.privacy):
-        bound = getattr(make(method, PRIVACY_MENU, f"attack.privacy.{number}"), "keywords", {})
-        most = bound.get("iterations", 0) * bound.get("restarts", 1) * count
-        if most:
-            each = "each 4 ms (sigmoid_cnn, one image) to 50 ms (cnn, 8 images) on a core"
-            low, high = (f"{most * seconds:,.0f} s" for seconds in (0.004, 0.05))
-            words.append(f"{method['name']}: at most {most:,} gradients of gradients, {each}: {low} to {high}")
-        else:
-            words.append(f"{method['name']}: no search; seconds")
-    return words
-
-
 # ---------------------------------------------------------------- one observation
 
 

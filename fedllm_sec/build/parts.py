@@ -38,6 +38,7 @@ class Parts:
     evaluation: Any
     poisoned_share: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # attack -> client id -> share
     too_long: Mapping[str, Any] | None = None  # part of the data -> how many of its rows were cut or dropped
+    triggered: Callable[[], Any] | None = None  # the evaluation with the trigger as attackers have learnt it
 
     def facts(self) -> dict[str, Any]:
         """What was made of data and model before the first round, for summary.json."""

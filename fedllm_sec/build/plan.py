@@ -13,11 +13,12 @@ from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.averaging import BY_PRODUCTS, averaging_problems, way_of
 from fedllm_sec.build.drawn import drawn_problems, named_clients
 from fedllm_sec.build.judging import evaluation_problems
+from fedllm_sec.build.kept import save_problems
 from fedllm_sec.build.names import make, outside, told_in_a_line
 from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
 from fedllm_sec.build.space import PAIRED, space_problems, spaced
 from fedllm_sec.build.start import start_problems
-from fedllm_sec.build.threat import attack_problems, attacking, client_ids, make_threat
+from fedllm_sec.build.threat import attack_problems, attacking, client_ids, learning_problems, make_threat
 from fedllm_sec.build.transfer import transfer_problems
 from fedllm_sec.defenses.layers import LayerByLayer
 from fedllm_sec.defenses.pipeline import Pipeline
@@ -72,7 +73,7 @@ class Plan:
 def planned(recipe: Recipe) -> Plan:
     """The plan of a checked recipe, or one RecipeError with all that could not work."""
     problems = algorithm_problems(recipe) + attack_problems(recipe) + evaluation_problems(recipe)
-    problems += start_problems(recipe) + space_problems(recipe)
+    problems += learning_problems(recipe) + start_problems(recipe) + space_problems(recipe) + save_problems(recipe)
     if recipe.output.folder:  # a cell of a grid has none before all are known
         problems += filter(None, [folder_problem(recipe.output.folder)])
     defense = threat = None

@@ -44,7 +44,8 @@ def clean(recipe: Recipe) -> Recipe:
     rounds, own = recipe.pretrain.rounds, recipe.evaluate
     measured = {key: getattr(own, key) for key in MEASURED if key in type(own).model_fields}
     spare = {key: 0 for key in ("answer_rows", "transcripts") if key in type(own).model_fields}
-    compute = {key: getattr(recipe.compute, key) for key in ("mixed_precision", "gradient_accumulation", "placement")}
+    same = ("mixed_precision", "gradient_accumulation", "placement", "rows", "rows_dtype")
+    compute = {key: getattr(recipe.compute, key) for key in same}
     return recipe.model_copy(
         update={
             "rounds": rounds, "pretrain": None, "enable_attack": False, "attack": None, "enable_defense": False,

@@ -1,4 +1,4 @@
-"""Recovered text: the tokens that a client's rows really had, and how many of them an attack has read."""
+"""Recovered text: the tokens and rows that a client really had, and how many of both an attack has read."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class Written:
         return seen
 
     def judged(self, made: Recovered) -> Read:
-        """How many of the distinct tokens were read, and how many of those read are right."""
+        """How many of the distinct tokens were read, how many of those read are right, and which rows are exact."""
         true, found = {token for row in self.rows for token in row.ids[:-1]}, set(made.tokens)
-        right = len(true & found)
-        return Read(right / len(true), right / len(found) if found else None, len(true))
+        right, fed = len(true & found), [row.ids[:-1] for row in self.rows]
+        exact = None if made.rows is None else sum(ids in set(made.rows) for ids in fed) / len(fed)
+        return Read(right / len(true), right / len(found) if found else None, exact, len(true), len(fed))
 
 
 def written_by(recipe: Recipe, client: Client, trained: Sequence[int]) -> Written:
@@ -43,14 +44,17 @@ class Read:
 
     recall: float  # share of the distinct tokens that were fed
     precision: float | None  # share of the tokens that are said to have been fed; None where none is
+    exact: float | None  # share of the rows that were read to the last token that was fed; None where none is asked
     tokens: int  # distinct ones that were fed
+    rows: int  # distinct ones
 
     def in_words(self) -> str:
         right = "" if self.precision is None else f", {self.precision:.2f} of what was read is right"
-        return f"{self.recall:.2f} of {self.tokens} tokens read{right}"
+        rows = "" if self.exact is None else f"; {self.exact:.2f} of {self.rows} rows exact"
+        return f"{self.recall:.2f} of {self.tokens} tokens read{right}{rows}"
 
     def record(self) -> dict[str, Any]:
-        return {"recall": self.recall, "precision": self.precision, "tokens": self.tokens}
+        return dict(vars(self))
 
 
 def summed(learnt: Sequence[tuple[int, Read]]) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def summed(learnt: Sequence[tuple[int, Read]]) -> dict[str, Any]:
 def _measures(read: Sequence[Read]) -> dict[str, Any]:
     """Means over observations; None where nothing was measured."""
     found: dict[str, Any] = {}
-    for name in ("recall", "precision"):
+    for name in ("recall", "precision", "exact"):
         values = [value for one in read if (value := getattr(one, name)) is not None]
         found[name] = None
         if values:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedllm_sec.build.kept import kind_of
 from fedllm_sec.errors import FedError, RecipeError, ResumeError
 from fedllm_sec.recipe import reading
-from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.records import inventory
 from fedllm_sec.records.environment import environment
 from fedllm_sec.records.files import write_json
@@ -31,14 +31,12 @@ if TYPE_CHECKING:
 
 def make_machine(recipe: Recipe, folder: Path, most_threads: int | None = None) -> Machine:
     """Device, precision, threads and processes as the recipe wants them; trackers write into `folder`."""
-    import torch
     from accelerate import Accelerator
 
+    from fedllm_sec.kernels import team
     from fedllm_sec.rounds.compute import Machine
 
-    threads = [n for n in (recipe.compute.threads, most_threads) if n is not None]
-    if threads:
-        torch.set_num_threads(min(threads))
+    team.use(min((n for n in (recipe.compute.threads, most_threads) if n is not None), default=None))
     options: dict[str, Any] = {"mixed_precision": recipe.compute.mixed_precision}
     if recipe.compute.gradient_accumulation is not None:
         options["gradient_accumulation_steps"] = recipe.compute.gradient_accumulation
@@ -86,6 +84,7 @@ def _run_held(
     from fedllm_sec.build.measuring import harnessed, known_from, settings_of
     from fedllm_sec.build.observing import audited, leakage
     from fedllm_sec.build.start import entry, refuse_another, start_of
+    from fedllm_sec.build.storage import kept_in_words, rows_bytes
     from fedllm_sec.build.triggers import NAME, shown
     from fedllm_sec.records.observed import FOUND
     from fedllm_sec.rounds.federation import Federation
@@ -121,11 +120,15 @@ def _run_held(
         assert isinstance(federation, Federation)  # fedgkt has no pretrain
         federation.begin_after(_to(before, machine.device))
     begun = federation.vector
-    kind = "adapter" if recipe.task in TEXT_TASKS and recipe.model.lora is not None else "model"
+    kind = kind_of(recipe)
     if state is not None:
         _load(federation, _to(state, machine.device), folder)
     if machine.main and not finished:
-        refuse_full_disk(recipe, folder.path, federation.state_dict())
+        on_disk = 0
+        if isinstance(federation, Federation) and federation.storage.place == "disk":
+            on_disk = rows_bytes(recipe, federation.task.layout.size)
+            tell(f"rows of a round: {kept_in_words(recipe, federation.task.layout.size, machine.device)}")
+        refuse_full_disk(recipe, folder.path, federation.state_dict(), on_disk)
         if state is not None:
             tell(f"going on after round {federation.round} of {folder.path}")
         elif begun_from is not None:
@@ -255,22 +258,25 @@ def _to(value: Any, device: Any) -> Any:
     return [_to(v, device) for v in value] if isinstance(value, list) else value
 
 
-def refuse_full_disk(recipe: Recipe, path: Path, state: Mapping[str, Any]) -> None:
+def refuse_full_disk(recipe: Recipe, path: Path, state: Mapping[str, Any], rows: int = 0) -> None:
     """An error where the disk has no room for what the run is sure to write; nothing is trained then.
 
     Two checkpoints lie side by side while one replaces the other; each holds at least the vector and the last step.
-    The final model, and those of rounds that are kept, hold the vector once more.
+    The final model, and those of rounds that are kept, hold the vector once more. `rows` bytes of rows lie beside them.
     """
     vector = _bytes(state.get("vector"))
     left, every = recipe.rounds - int(state["round"]), recipe.output.adapter_every
     models = 1 + (left // every if every is not None else 0)
     there = path / "checkpoint.safetensors"
-    needed = 2 * max(2 * vector, _bytes(state)) + models * vector - (there.stat().st_size if there.exists() else 0)
+    needed = (
+        2 * max(2 * vector, _bytes(state)) + models * vector + rows - (there.stat().st_size if there.exists() else 0)
+    )
     free = shutil.disk_usage(path).free
     if free < needed:
         raise FedError(
             f"output.folder: {path}: {free / 1e6:,.1f} MB are free on its disk, the run writes at least "
-            f"{needed / 1e6:,.1f} MB (two checkpoints at a time, {models} x the model). Free some, keep fewer rounds "
+            f"{needed / 1e6:,.1f} MB (two checkpoints at a time, {models} x the model"
+            f"{f', {rows / 1e6:,.1f} MB of rows' if rows else ''}). Free some, keep fewer rounds "
             "(output.adapter_every), or choose another disk. Nothing was trained."
         )
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedllm_sec import attacks
+from fedllm_sec.attacks.data.learnt import learner
 from fedllm_sec.attacks.threat import Threat, choose_malicious
 from fedllm_sec.build.names import make
+from fedllm_sec.errors import AttackError
 from fedllm_sec.recipe.sections import Attack, Recipe
 from fedllm_sec.rounds.cohort import Sure, cohorts, foreseen
 
@@ -39,10 +41,43 @@ def make_threat(recipe: Recipe) -> Threat | None:
         [make(b, attacks.MENU, f"attack.{kind}.{i}") for i, b in enumerate(getattr(block, kind))]
         for kind in ("data", "local", "update")
     )
+    if learner(threat.data) is not None and not recipe.enable_attack:
+        threat.planned = _who(block, True, recipe.clients.total, recipe.seed, recipe.before)
     if recipe.enable_attack and (threat.redrawn is not None or recipe.clients.per_round is not None):
         found = attacking(recipe)
         threat.ever = found.ids if found.complete else None
     return threat
+
+
+def learning(recipe: Recipe) -> list[str]:
+    """Where the recipe names data attacks whose trigger is learnt, and which; the attack may be switched off."""
+    try:
+        threat = make_threat(recipe)
+    except AttackError:  # told by who makes it for a run
+        return []
+    if threat is None or recipe.attack is None:
+        return []
+    named = zip(threat.data, recipe.attack.data, strict=True)
+    return [f"attack.data.{i}: {block['name']}" for i, (made, block) in enumerate(named) if hasattr(made, "tune")]
+
+
+def learning_problems(recipe: Recipe) -> list[str]:
+    """What attackers who learn their trigger cannot do with the recipe."""
+    found = learning(recipe)
+    if not found:
+        return []
+    assert recipe.attack is not None
+    problems, where = list[str](), f"{found[0]} learns its trigger"
+    if recipe.task != "classify" or recipe.algorithm["name"] == "fedgkt":
+        problems.append(
+            f"{where} against the classifier of images that clients are sent (task: classify, and not fedgkt). Choose "
+            "another attack, such as pixel_trigger."
+        )
+    if len(recipe.attack.data) > 1:
+        problems.append(f"{where} anew in each round and then poisons again. Name it alone under attack.data.")
+    if recipe.enable_attack and not recipe.attack.collude:
+        problems.append(f"{where} on the rows of all who attack in a round. Set attack.collude: true.")
+    return problems
 
 
 def _who_and_when(recipe: Recipe) -> Threat:
@@ -220,11 +255,17 @@ def attack_problems(recipe: Recipe) -> list[str]:
             for i, method in enumerate(block.local)
             if method["name"] == "pgd" and method.get("radius") is None
         ]
+        problems += [
+            f"attack.local.{i}: anticipate: an attacker takes part in round 1, which has no earlier global step to "
+            "guess the next ones by. Set anticipate.lr, or attack.start to 2 or later."
+            for i, method in enumerate(block.local)
+            if method["name"] == "anticipate" and method.get("lr") is None
+        ]
     problems += [
-        f"attack.local.{i}: chameleon acts on poisoned rows of classifiers of images. Set task: classify and "
+        f"attack.local.{i}: {method['name']} acts on poisoned rows of classifiers of images. Set task: classify and "
         "attack.data, or choose another local attack."
         for i, method in enumerate(block.local)
-        if method["name"] == "chameleon" and not (recipe.task == "classify" and block.data)
+        if method["name"] in ("chameleon", "anticipate", "f3ba") and not (recipe.task == "classify" and block.data)
     ]
     found = attacking(recipe)
     if found.complete and not found.ids:

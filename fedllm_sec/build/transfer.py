@@ -39,6 +39,11 @@ def transfer_problems(recipe: Recipe) -> list[str]:
             "evaluate.start: fedgkt has no model before the first round: what is measured are the nets that clients "
             "have trained, with the server's behind them, and nobody has trained one yet. Set it to false."
         )
+    if recipe.compute.rows is not None or recipe.compute.rows_dtype != "float32":
+        problems.append(
+            "compute.rows, rows_dtype: fedgkt sends features and logits, no updates, so there are no rows to keep "
+            "anywhere. Leave them out, or use another algorithm."
+        )
     for key, asked in (("model.start", recipe.model.get("start")), ("pretrain", recipe.pretrain)):
         if asked is not None:
             problems.append(

@@ -51,7 +51,10 @@ def pairs(attack: Any, test: Labelled, seed: int) -> tuple[Labelled, Labelled] |
 
 
 def shown(evaluation: Any, task: Any) -> dict[str, Any] | None:
-    """Each pair as PNG files, with the right class, the wanted one and what the model says to both (-1: nothing)."""
+    """Each pair as PNG files, with the right class, the wanted one and what the model says to both (-1: nothing).
+
+    `learnt` is whether the trigger was learnt in this run, so that another run's is another.
+    """
     if not isinstance(evaluation, ArrayEvaluation) or evaluation.pairs is None or not isinstance(task, Classify):
         return None
     clean, triggered = evaluation.pairs
@@ -64,6 +67,7 @@ def shown(evaluation: Any, task: Any) -> dict[str, Any] | None:
         {
             "right": int(clean.y[i]), "wanted": int(triggered.y[i]), "said": before[i], "said_triggered": after[i],
             "clean": png(clean.x[i]), "triggered": png(triggered.x[i]),
+            "learnt": evaluation.learnt,
             "difference": png((0.5 + TIMES * (triggered.x[i] - clean.x[i])).clamp(0, 1)),
         }
         for i in rows

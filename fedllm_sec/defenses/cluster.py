@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,20 +109,46 @@ def flame(updates: UpdateMatrix, ctx: RoundContext, *, noise: float = 0.01, abso
 
 # ---------------------------------------------------------------- FreqFed
 
+EXACT = 2**24  # numbers in all rows, below which their transforms are done in float64
 
-def low_frequencies(row: Tensor, count: int) -> Tensor:
-    """The first `count` coefficients of the orthonormal DCT-II of a row / its largest value: (count,).
 
-    Beside an infinite value the finite ones are nothing, as they are beside a growing one in the limit.
+def twiddles(d: int, kind: torch.dtype) -> Tensor:
+    """sqrt(2 / d) exp(-i pi k / 2 d) for k = 0..d/2, the first by sqrt(2) smaller, in the complex type of `kind`."""
+    k = torch.arange(d // 2 + 1, dtype=torch.float64)
+    turn = torch.polar(torch.full_like(k, math.sqrt(2 / d)), k * (-math.pi / (2 * d)))
+    turn[0] /= math.sqrt(2)
+    return turn.to(kind.to_complex())
+
+
+def low_frequencies(row: Tensor, count: int, turn: Tensor | None = None) -> Tensor:
+    """The first `count` coefficients of the orthonormal DCT-II of a row / its largest value: (count,) float32.
+
+    By a real FFT in the precision of `turn`, the row's `twiddles` (float64 if not given): with v the values in even
+    places, then those in odd ones backwards, coefficient k is the real part of FFT(v)_k turn_k, and coefficient d - k
+    the negative imaginary one (Makhoul 1980). Beside an infinite value the finite ones are nothing, as they are beside
+    a growing one in the limit.
     """
-    from scipy import fft
+    turn = twiddles(len(row), torch.float64) if turn is None else turn
+    values = row.detach().cpu().to(turn.real.dtype)
+    top = float(values.abs().max())
+    if math.isinf(top):
+        values = torch.where(values.isinf(), values.sign(), 0.0)
+    elif top > 0:
+        values = values / top
+    found = torch.fft.rfft(torch.cat([values[::2], values[1::2].flip(0)])).mul_(turn)
+    d, tail = len(row), count - len(turn)
+    low = found.real[:count]
+    if tail > 0:
+        low = torch.cat([low, -found.imag[(d + 1) // 2 - tail : (d + 1) // 2].flip(0)])
+    first: Tensor = low.float()
+    return first
 
-    values = row.detach().cpu().double().numpy()
-    if np.isinf(values).any():
-        values = np.where(np.isinf(values), np.sign(values), 0.0)
-    top = float(np.abs(values).max(initial=0.0))
-    coefficients = fft.dct(values / top if top > 0 else values, type=2, norm="ortho")
-    return torch.from_numpy(coefficients[:count].astype(np.float32))
+
+def _row(updates: UpdateMatrix, i: int) -> Tensor:
+    """One row, without a copy where it lies in memory."""
+    if updates.picked is not None and updates.file is None and updates.owners is None:
+        return updates.rows[updates.picked[i]]
+    return kernels.combine(updates, torch.eye(updates.n, dtype=torch.float64)[i])
 
 
 def freqfed(updates: UpdateMatrix, ctx: RoundContext, *, fraction: float = 0.5) -> Decision:
@@ -141,8 +166,10 @@ def freqfed(updates: UpdateMatrix, ctx: RoundContext, *, fraction: float = 0.5) 
     updates.need_columns()
     count = max(1, int(fraction * updates.d))
     order = by_id(updates.ids)
-    picks = torch.eye(updates.n, dtype=torch.float64)
-    low = torch.stack([low_frequencies(kernels.combine(updates, picks[i]), count) for i in order.tolist()])
+    turn = twiddles(updates.d, torch.float64 if updates.n * updates.d < EXACT else torch.float32)
+    low = torch.empty(updates.n, count)
+    for place, i in enumerate(order.tolist()):
+        low[place] = low_frequencies(_row(updates, i), count, turn)
     distances = cosine_distances(kernels.gram(UpdateMatrix.of(low, chunk_mb=updates.chunk_mb)))
     core = majority_core(distances)
     kept = torch.ones(updates.n, dtype=torch.bool)
@@ -162,6 +189,9 @@ MOST_SIGNS = 1_000_000  # a share of signs is then known to 0.001
 
 def norms_and_signs(updates: UpdateMatrix, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Row norms, and the shares of positive, zero and negative values among `columns`: (n,), (n, 3)."""
+    if (fast := kernels.for_rules(updates)) is not None and len(columns) <= MOST_SIGNS:
+        found = fast.sampled_signs(updates, columns)
+        return found[:, 0].sqrt(), found[:, 1:] / max(1, len(columns))
     squares = torch.zeros(updates.n, dtype=torch.float64)
     counts = torch.zeros(updates.n, 3, dtype=torch.float64)
     for place, block in updates.blocks():

@@ -95,6 +95,9 @@ def robust_learning_rate(updates: UpdateMatrix, ctx: RoundContext, *, theta: flo
         theta=theta,
         n=updates.n,
     )
+    if (fast := kernels.for_rules(updates)) is not None:
+        turned, flipped = fast.turned_mean(updates, theta)
+        return Decision(turned, notes={"flipped_share": flipped / updates.d})
     agreed = kernels.sign_sums(updates).abs() >= theta
     uniform = torch.full((updates.n,), 1.0 / updates.n, dtype=torch.float64)
     average = kernels.combine(updates, uniform)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -85,12 +86,9 @@ def deepsight_accepts(features: list[Tensor], te: Tensor, tau: float) -> tuple[T
 
 def layer_deltas(updates: UpdateMatrix, place: slice) -> Tensor:
     """The columns of one parameter: (n, size) float64 on the CPU."""
-    parts = []
-    for block_place, block in updates.blocks():
-        start, stop = max(place.start, block_place.start), min(place.stop, block_place.stop)
-        if start < stop:
-            parts.append(block[:, start - block_place.start : stop - block_place.start].double().cpu())
-    return torch.cat(parts, dim=1)
+    updates.need_columns()
+    part = replace(updates, rows=updates.rows[:, place], layout=Layout.single(place.stop - place.start), file=None)
+    return torch.cat([block.double().cpu() for _, block in part.blocks()], dim=1)
 
 
 def deepsight(updates: UpdateMatrix, ctx: RoundContext, *, layer: str | None = None, tau: float = 1 / 3) -> Decision:

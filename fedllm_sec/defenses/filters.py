@@ -173,13 +173,18 @@ def lasa(
     need(bounds_hold, "lasa", "bounds >= 1", "Raise them.", norm_bound=norm_bound, sign_bound=sign_bound)
     need(updates.d >= 1, "lasa", "d >= 1 parameters", "Send some.", d=updates.d)
     n, d = updates.n, updates.d
-    norms, thresholds = magnitude_thresholds(updates, max(1, d - int(sparsity * d)))
-    layers = list(updates.layout.slices().values())
-    squares, signs, filled = (torch.zeros(n, len(layers), dtype=torch.float64) for _ in range(3))
-    for l, piece, _ in _layer_pieces(updates, thresholds, layers):
-        squares[:, l] += piece.double().square().sum(1).cpu()
-        signs[:, l] += piece.sign().double().sum(1).cpu()
-        filled[:, l] += (piece != 0).double().sum(1).cpu()
+    keep, fast = max(1, d - int(sparsity * d)), kernels.for_rules(updates)
+    found = None if fast is None else fast.magnitude_thresholds(updates, keep)
+    norms, thresholds = magnitude_thresholds(updates, keep) if found is None else found
+    layers = [place for place in updates.layout.slices().values() if place.start < place.stop]
+    if fast is not None:
+        squares, signs, filled = fast.layer_sums(updates, thresholds, layers).unbind(2)
+    else:
+        squares, signs, filled = (torch.zeros(n, len(layers), dtype=torch.float64) for _ in range(3))
+        for l, piece, _ in _layer_pieces(updates, thresholds, layers):
+            squares[:, l] += piece.double().square().sum(1).cpu()
+            signs[:, l] += piece.sign().double().sum(1).cpu()
+            filled[:, l] += (piece != 0).double().sum(1).cpu()
     clip = clip_factors(norms, midpoint(norms))
     purity = (1 + signs / filled.clamp_min(1.0)) / 2
     slack = 1 + 1e-9
@@ -188,10 +193,12 @@ def lasa(
     empty = ~passed.any(dim=0)
     passed[:, empty] = True
     shares = clip[:, None] * passed / passed.sum(dim=0)  # (n, layers)
-    out = torch.empty(d)
-    for l, piece, place in _layer_pieces(updates, thresholds, layers):
-        out = out.to(piece.device)
-        out[place] = (shares[:, l].to(piece.device) @ piece.double()).float()
+    if fast is not None:
+        out = fast.layer_mean(updates, thresholds, layers, shares)
+    else:
+        out = torch.empty(d, device=updates.compute_device)
+        for l, piece, place in _layer_pieces(updates, thresholds, layers):
+            out[place] = (shares[:, l].to(piece.device) @ piece.double()).float()
     scores = 1 - passed.double().mean(dim=1)
     return Decision(out, None, None, scores, {"empty_layers": float(empty.sum())})
 

@@ -202,6 +202,16 @@ def _weiszfeld_decision(
     updates: UpdateMatrix, shares: Tensor, smoothing: float, tolerance: float, iterations: int, *, exact: bool
 ) -> Decision:
     """Solve on the (n, n) numbers, then combine the rows once."""
+    weights, scores, notes = solved(
+        updates, shares, smoothing=smoothing, tolerance=tolerance, iterations=iterations, exact=exact
+    )
+    return Decision.weighted(updates, weights, scores=scores, notes=notes)
+
+
+def solved(
+    updates: UpdateMatrix, shares: Tensor, *, smoothing: float, tolerance: float, iterations: int, exact: bool
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """The row weights of the (smoothed) geometric median, the rows' distances to it, both (n,), and notes."""
     gram, squares, factors = within_reach(*centred_gram(updates))
     w = optimal_row(squares, gram, shares) if exact else None
     steps, converged = 0, True
@@ -212,7 +222,7 @@ def _weiszfeld_decision(
     scores = distances_to(gram, w) / factors
     own = w * factors
     own[int(gram.diagonal().argmin())] += float((w - own).sum())  # what a moved row has of the central one
-    return Decision.weighted(updates, own, scores=scores, notes=notes)
+    return own, scores, notes
 
 
 def clip_weights(gram: Tensor, n: int, tau: float | Literal["median"], iterations: int) -> tuple[Tensor, Tensor, float]:

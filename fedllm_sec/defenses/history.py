@@ -12,11 +12,13 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.filters import by_id
-from fedllm_sec.defenses.geometric import geometric_median
+from fedllm_sec.defenses.geometric import solved
 from fedllm_sec.defenses.similarity import RowSums, cosines, foolsgold_weights
+from fedllm_sec.defenses.trust import beside_vector
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.updates import new_rows
 from fedllm_sec.protocols import Decision, RoundContext
 
 TINY = torch.finfo(torch.float64).tiny
@@ -28,6 +30,7 @@ class RowMemory:
     def __init__(self, rule: str) -> None:
         self.rule = rule
         self.rows: dict[str, Tensor] = {}
+        self.keeps = True  # False: the rule is made for one call, so that nothing is stored
 
     def of(self, updates: UpdateMatrix) -> list[Tensor | None]:
         """The remembered rows of this round's clients, in order."""
@@ -44,16 +47,19 @@ class RowMemory:
 
     def store(self, updates: UpdateMatrix, chosen: Tensor) -> None:
         """Keep this round's row of the chosen clients, (n,) bool, in place of what was known of them."""
+        if not self.keeps:
+            return
         picked = [i for i in range(updates.n) if bool(chosen[i])]
-        fresh = {updates.ids[i]: torch.empty(updates.d) for i in picked}
+        for name in (updates.ids[i] for i in picked):
+            if name not in self.rows:
+                self.rows[name] = new_rows(updates.d)  # later rounds write where the first one did
         for place, block in updates.blocks():
             for i in picked:
-                fresh[updates.ids[i]][place] = block[i].cpu()
-        self.rows.update(fresh)
+                self.rows[updates.ids[i]][place] = block[i].cpu()
 
     def load(self, rows: Mapping[str, Tensor]) -> None:
         """Take up the rows of a saved state, wherever it lies."""
-        self.rows = {name: row.cpu() for name, row in rows.items()}
+        self.rows = {name: row.to("cpu", torch.float32, copy=True) for name, row in rows.items()}
 
 
 def upper_bound(scores: Tensor, k: float, estimate: Literal["robust", "moments"]) -> float:
@@ -78,15 +84,13 @@ def within(scores: Tensor, bound: float) -> Tensor:
 
 def distances_to_vector(updates: UpdateMatrix, vector: Tensor) -> Tensor:
     """||x_i - v||: (n,) float64."""
-    squares = kernels.sq_distances(updates, extra=vector)
-    return squares[:-1, -1].sqrt()
+    return beside_vector(updates, vector)[3]
 
 
-def distances_to_median(updates: UpdateMatrix, ctx: RoundContext) -> Tensor:
-    """||x_i - z|| for z the rows' geometric median: (n,) float64."""
-    scores = geometric_median(updates, ctx).scores
-    assert scores is not None
-    return scores
+def distances_to_median(updates: UpdateMatrix) -> Tensor:
+    """||x_i - z|| for z the rows' geometric median, which is not formed: (n,) float64."""
+    even = torch.full((updates.n,), 1.0 / updates.n, dtype=torch.float64)
+    return solved(updates, even, smoothing=1e-9, tolerance=1e-8, iterations=5000, exact=True)[1]
 
 
 class ThreeSigma:
@@ -130,6 +134,10 @@ class ThreeSigma:
             self.mean = old + (update - old) / self.rounds
         return decision
 
+    def once(self) -> None:
+        """There will be no other round: keep nothing of this one."""
+        self.sums.keeps = False
+
     def _scores(self, updates: UpdateMatrix, ctx: RoundContext) -> Tensor:
         if self.score == "foolsgold":
             order = by_id(updates.ids)
@@ -138,7 +146,7 @@ class ThreeSigma:
             scores[order] = foolsgold_weights(cosines(gram[order][:, order]), 1.0)[1]
             return scores
         if self.reference == "geometric_median" or self.mean is None:
-            return distances_to_median(updates, ctx)
+            return distances_to_median(updates)
         fits = f"rows of {len(self.mean)} values, as its running mean"
         way_out = "Start a new run where the trained parameters change."
         need(len(self.mean) == updates.d, "three_sigma", fits, way_out, d=updates.d)
@@ -199,17 +207,21 @@ class CrossRound:
         start = ctx.global_vector.detach().float().cpu() if self.compare == "models" else None
         lengths = kernels.row_norms(updates)
         suspects = self._turned(updates, start, ctx.last_update) | self._longer(updates.ids, lengths)
-        scores = distances_to_median(updates, ctx)
+        scores = distances_to_median(updates)
         kept = ~suspects | within(scores, upper_bound(scores, self.k, self.estimate))
         self.last.store(updates, kept)
         for i, name in enumerate(updates.ids):
             if bool(kept[i]):
                 self.lengths[name] = float(lengths[i])
-                if start is not None:
+                if start is not None and self.last.keeps:
                     self.last.rows[name] += start
         weights = kept.double() / int(kept.sum())
         notes = {"suspects": float(suspects.sum())}
         return Decision.weighted(updates, weights, kept=kept, scores=scores, notes=notes)
+
+    def once(self) -> None:
+        """There will be no other round: keep nothing of this one."""
+        self.last.keeps = False
 
     def _longer(self, ids: Sequence[str], lengths: Tensor) -> Tensor:
         """Whose row is much longer than before, or than the others': (n,) bool."""
@@ -223,6 +235,14 @@ class CrossRound:
         own = self.last.of(updates)
         whole = last_update if start is None else start
         known = torch.tensor([row is not None for row in own])
+        if start is None and (fast := kernels.for_rules(updates)) is not None:
+            squares, own_dots, own_squares, _ = fast.beside(updates, own).unbind(1)
+            suspects = ~known | (cosine_to(own_dots, squares, own_squares) < self.threshold)
+            if whole is not None:
+                dots, _, length, _ = beside_vector(updates, whole)
+                squared = torch.full_like(squares, length**2)
+                suspects |= cosine_to(dots, squares, squared) < self.threshold
+            return suspects
         squares, own_dots, own_squares, dots = (torch.zeros(updates.n, dtype=torch.float64) for _ in range(4))
         for place, block in updates.blocks():
             wide = block.cpu().double()

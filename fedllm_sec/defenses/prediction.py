@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.defenses.filters import by_id
 from fedllm_sec.defenses.history import RowMemory
@@ -15,32 +16,46 @@ from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
 REFERENCES = 20  # uniform samples for the gap statistic
+COLUMNS = 2**15  # of the remembered vectors at a time
 FEWEST = 4  # scores among which a second group can be told
 
 
-def hessian_times(steps: Tensor, changes: Tensor, vector: Tensor) -> Tensor:
-    """L-BFGS approximation of H v from pairs (step, change of the update), (k, d) each, oldest first: (d,).
+def hessian_times(steps: Sequence[Tensor] | Tensor, changes: Sequence[Tensor] | Tensor, vector: Tensor) -> Tensor:
+    """L-BFGS approximation of H v from k pairs (step, change of the update) of (d,), oldest first: (d,) float64.
 
     Compact form (Byrd, Nocedal and Schnabel 1994, theorem 2.3): with sigma = s y / s s of the newest pair and
     L, D the strictly lower and the diagonal part of S Y^T, H = sigma I - [sigma S; Y]^T M^-1 [sigma S; Y],
-    M = [[sigma S S^T, L], [L^T, -D]]. A singular M is taken by its pseudo-inverse.
+    M = [[sigma S S^T, L], [L^T, -D]]. A singular M is taken by its pseudo-inverse. The result is a combination of the
+    vectors, so they are read twice, a few columns at a time: for their inner products and for the sum.
     """
-    s, y, v = steps.double(), changes.double(), vector.double()
-    length = float(s[-1] @ s[-1])
+    k, d = len(steps), len(vector)
+    places = [slice(start, min(start + COLUMNS, d)) for start in range(0, d, COLUMNS)]
+
+    def wide(place: slice) -> Tensor:
+        return torch.stack([one[place] for one in (*steps, *changes, vector)]).double()
+
+    products = torch.zeros(k, 2 * k, dtype=torch.float64)  # S [S; Y]^T
+    inner = torch.zeros(2 * k, dtype=torch.float64)  # [S; Y] v
+    for place in places:
+        block = wide(place)
+        products += block[:k] @ block[: 2 * k].T
+        inner += block[: 2 * k] @ block[2 * k]
+    length = float(products[k - 1, k - 1])
     if length == 0.0:
-        return torch.zeros_like(v)
-    sigma = float(s[-1] @ y[-1]) / length
-    products = s @ y.T
-    lower = products.tril(-1)
-    upper_half = torch.cat([sigma * (s @ s.T), lower], dim=1)
-    lower_half = torch.cat([lower.T, -torch.diag(products.diagonal())], dim=1)
-    inner = torch.cat([sigma * (s @ v), y @ v])
+        return torch.zeros(d, dtype=torch.float64)
+    sigma = float(products[k - 1, 2 * k - 1]) / length
+    lower = products[:, k:].tril(-1)
+    upper_half = torch.cat([sigma * products[:, :k], lower], dim=1)
+    lower_half = torch.cat([lower.T, -torch.diag(products[:, k:].diagonal())], dim=1)
+    inner[:k] *= sigma
     size = inner.abs().max()
-    if float(size) == 0.0:
-        return sigma * v
-    solved = torch.linalg.pinv(torch.cat([upper_half, lower_half]), rtol=1e-10) @ (inner / size) * size
-    k = len(s)
-    product: Tensor = sigma * v - sigma * (solved[:k] @ s) - solved[k:] @ y
+    solved = torch.zeros_like(inner)
+    if float(size) > 0.0:
+        solved = torch.linalg.pinv(torch.cat([upper_half, lower_half]), rtol=1e-10) @ (inner / size) * size
+    weights = torch.cat([-sigma * solved[:k], -solved[k:], torch.tensor([sigma], dtype=torch.float64)])
+    product = torch.empty(d, dtype=torch.float64)
+    for place in places:
+        product[place] = weights @ wide(place)
     return product
 
 
@@ -125,7 +140,7 @@ class FLDetector:
         got = {"rounds": ctx.rounds, "warmup": self.warmup}
         need(enough, "fldetector", "more rounds than warmup", "Raise rounds or lower warmup.", **got)
         vector = ctx.global_vector.detach().to("cpu", torch.float32, copy=True)
-        self._score(updates, vector)
+        fresh = self._score(updates, vector)
         judged = [i for i, name in enumerate(updates.ids) if len(self.marks.get(name, [])) >= self.warmup]
         judged.sort(key=lambda i: updates.ids[i])
         scores = torch.zeros(updates.n, dtype=torch.float64)
@@ -142,39 +157,57 @@ class FLDetector:
         weights = kept.double() / int(kept.sum())
         notes = {"judged": float(len(judged)), "fallback": float(fallback)}
         decision = Decision.weighted(updates, weights, kept=kept, scores=scores, notes=notes)
-        self._remember(updates, ctx.round, vector, decision.update.detach().to("cpu", torch.float32, copy=True))
+        if self.last.keeps:
+            self.last.store(updates, fresh)
+            self._remember(updates, ctx.round, vector, decision.update.detach().to("cpu", torch.float32, copy=True))
         return decision
 
-    def _score(self, updates: UpdateMatrix, vector: Tensor) -> None:
-        """Append each known client's distance to its forecast, in means of the round."""
+    def _score(self, updates: UpdateMatrix, vector: Tensor) -> Tensor:
+        """Append each known client's distance to its forecast, in means of the round; whose row is still to be stored.
+
+        The latter as (n,) bool.
+        """
         rows = self.last.of(updates)
+        fresh = torch.ones(updates.n, dtype=torch.bool)
         known = [i for i in by_id(updates.ids).tolist() if rows[i] is not None]
         if not known:
-            return
+            return fresh
         shifts = {
             made: self._shift(vector - self.vectors[str(made)])
             for made in {self.made_at[updates.ids[i]] for i in known}
         }
-        squares = torch.zeros(updates.n, dtype=torch.float64)
-        for place, block in updates.blocks():
-            wide = block.cpu().double()
-            for i in known:
-                row = rows[i]
-                assert row is not None
-                forecast = row[place].double() + shifts[self.made_at[updates.ids[i]]][place]
-                squares[i] += (wide[i] - forecast).square().sum()
+        if (fast := kernels.for_rules(updates)) is not None:  # the new rows are stored in the same pass
+            made = sorted(shifts)
+            which = [made.index(self.made_at[updates.ids[i]]) if rows[i] is not None else 0 for i in range(updates.n)]
+            squares = fast.forecast(updates, rows, torch.stack([shifts[at] for at in made]), which)
+        else:
+            squares = torch.zeros(updates.n, dtype=torch.float64)
+            for place, block in updates.blocks():
+                wide = block.cpu().double()
+                for i in known:
+                    row = rows[i]
+                    assert row is not None
+                    foreseen = row[place].double() + shifts[self.made_at[updates.ids[i]]][place]
+                    squares[i] += (wide[i] - foreseen).square().sum()
         distances = squares.sqrt()
         total = float(distances.sum())
         for i in known:
             mark = float(distances[i]) / total * len(known) if total > 0 else 0.0
             name = updates.ids[i]
             self.marks[name] = [*self.marks.get(name, []), mark][-self.window :]
+        if fast is not None:
+            fresh[torch.tensor(known)] = False
+        return fresh
 
     def _shift(self, step: Tensor) -> Tensor:
         """H times a step of the global vector, 0 while there is no curvature known: (d,) float64."""
         if not self.steps:
             return torch.zeros(len(step), dtype=torch.float64)
-        return hessian_times(torch.stack(self.steps), torch.stack(self.changes), step)
+        return hessian_times(self.steps, self.changes, step)
+
+    def once(self) -> None:
+        """There will be no other round: keep nothing of this one."""
+        self.last.keeps = False
 
     def _remember(self, updates: UpdateMatrix, round: int, vector: Tensor, update: Tensor) -> None:
         if self.before and len(self.before[0]) == len(vector):
@@ -183,7 +216,6 @@ class FLDetector:
                 self.steps = [*self.steps, step][-self.window :]
                 self.changes = [*self.changes, update - self.before[1]][-self.window :]
         self.before = [vector, update]
-        self.last.store(updates, torch.ones(updates.n, dtype=torch.bool))
         self.made_at.update(dict.fromkeys(updates.ids, round))
         self.vectors[str(round)] = vector.clone()  # a checkpoint takes no tensor twice
         used = {str(made) for made in self.made_at.values()}

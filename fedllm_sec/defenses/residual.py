@@ -110,19 +110,32 @@ def residual_reweighting(
         even = torch.full((n,), 1 / n, dtype=torch.float64)
         return Decision(kernels.combine(updates, even), None, None, 0 * even, {"all_alike": 1.0})
     order = by_id(updates.ids)
+    if (fast := kernels.for_rules(updates)) is not None:
+        lines = fast.Lines(updates.select(order.tolist()), tuning)
+        weights, alike = _weights(lines.sums())
+        return _decision(lines.mean(weights, threshold), weights, order, alike)
     sums = torch.zeros(n, dtype=torch.float64)
-    lines = torch.empty(2, updates.d, dtype=torch.float64, device=updates.compute_device)
+    put = torch.empty(2, updates.d, dtype=torch.float64, device=updates.compute_device)
     for place, values in _narrow(updates, order):
-        trust, _, lines[0, place], lines[1, place] = confidences(values, None, tuning)
+        trust, _, put[0, place], put[1, place] = confidences(values, None, tuning)
         sums += (trust * trust.std(dim=0)).sum(dim=1).cpu()
-    alike = float(sums.max()) == 0.0
-    weights = torch.ones(n, dtype=torch.float64) if alike else (sums / sums.max()).square()
-    weights = weights / weights.sum()
+    weights, alike = _weights(sums)
     out = torch.empty(updates.d, device=updates.compute_device)
     for place, values in _narrow(updates, order):
-        trust, fitted, _, _ = confidences(values, (lines[0, place], lines[1, place]), tuning)
+        trust, fitted, _, _ = confidences(values, (put[0, place], put[1, place]), tuning)
         corrected = torch.where(trust >= threshold, values, fitted)
         out[place] = (weights.to(values.device) @ corrected).float()
-    scores = torch.empty(n, dtype=torch.float64)
+    return _decision(out, weights, order, alike)
+
+
+def _weights(sums: Tensor) -> tuple[Tensor, bool]:
+    """Each client's share, (n,) of sum 1, from its summed confidences; whether these tell nobody apart."""
+    alike = float(sums.max()) == 0.0
+    weights = torch.ones_like(sums) if alike else (sums / sums.max()).square()
+    return weights / weights.sum(), alike
+
+
+def _decision(update: Tensor, weights: Tensor, order: Tensor, alike: bool) -> Decision:
+    scores = torch.empty_like(weights)
     scores[order] = 1 - weights / weights.max()
-    return Decision(out, None, None, scores, {"all_alike": float(alike)})
+    return Decision(update, None, None, scores, {"all_alike": float(alike)})

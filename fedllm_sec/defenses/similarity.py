@@ -52,6 +52,7 @@ class RowSums:
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
+        self.keeps = True  # False: the rule is made for one call, so that nothing is stored
         self.place: dict[str, int] = {}  # client id -> its number in `sums`
         self.sums: Tensor | None = None  # of the clients seen; `add` has them where blocks are computed
         self.d = 0  # values for each client
@@ -63,6 +64,8 @@ class RowSums:
         need(distinct, self.rule, "one row for each client", "Give distinct ids.", n=updates.n)
         if updates.products is not None:
             return self.products.add(updates)
+        if not self.keeps and self.sums is None:
+            return kernels.gram(updates)  # of the first round: the sums are its rows
         if self.sums is not None and self.d != updates.d:
             raise DefenseError(
                 f"{self.rule}: the history has {self.d} values for each client, the rows have {updates.d}. "
@@ -110,6 +113,11 @@ class FoolsGold:
         alike = float(rates.sum()) == 0.0
         weights = torch.full_like(rates, 1.0 / updates.n) if alike else rates / rates.sum()
         return Decision.weighted(updates, weights, scores=similarity, notes={"all_alike": float(alike)})
+
+    def once(self) -> None:
+        """There will be no other round: keep nothing of this one."""
+        if self.history is not None:
+            self.history.keeps = False
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.history is None else self.history.state_dict()

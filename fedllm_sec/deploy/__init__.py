@@ -7,4 +7,5 @@ devices   the source of rows: a Grid of nodes               local     SuperLink 
 server    the ServerApp: the one round loop, over devices   command   `fedllm-sec deploy init | up | server | client`
 client    the ClientApp: a device with its own data         flower    RobustStrategy, around any Flower strategy
 resident  a device's process, which keeps its model         sooner    Flower's waits, shortened
+residents many of them, forked from one process             nvflare   RobustAggregator, for NVFlare's workflows
 """

@@ -123,30 +123,33 @@ def one_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def _init(options: argparse.Namespace, command: str) -> None:
-    from fedllm_sec.deploy.folder import Deployment
+    from fedllm_sec.deploy.folder import Deployment, held
     from fedllm_sec.deploy.keys import make_certificates, make_key
 
-    made = Deployment.init(options.folder, one_recipe(options.recipe, options.overrides), command)
-    make_certificates(made.folder / "tls")
-    for client in made.clients():
-        make_key(made.folder / "keys", client)
+    recipe = one_recipe(options.recipe, options.overrides)
+    with held(options.folder):
+        made = Deployment.init(options.folder, recipe, command)
+        make_certificates(made.folder / "tls")
+        for client in made.clients():
+            make_key(made.folder / "keys", client)
     print((made.folder / "README.md").read_text(encoding="utf-8"), end="")
 
 
 def _up(options: argparse.Namespace, command: str) -> None:
-    from fedllm_sec.deploy.folder import Deployment
+    from fedllm_sec.deploy.folder import Deployment, held
 
     if (options.what / "deployment.json").is_file():
         if options.overrides or options.clients is not None:
             raise RecipeError(
                 f"{options.what}: its recipe is written down. Change recipe.yaml there, or make another folder."
             )
-        made = Deployment.at(options.what)
+        with held(options.what):
+            bring_up(Deployment.at(options.what))
     else:
         more = [f"clients.total={options.clients}"] if options.clients is not None else []
         recipe = one_recipe(options.what, [*options.overrides, *more])
-        made = Deployment.init(recipe.output.folder, recipe, command)
-    bring_up(made)
+        with held(recipe.output.folder):
+            bring_up(Deployment.init(recipe.output.folder, recipe, command))
 
 
 def bring_up(made: Deployment) -> None:
@@ -165,13 +168,13 @@ def bring_up(made: Deployment) -> None:
             (made.logs / f"client-{client}.log").unlink(missing_ok=True)
             (made.logs / f"node-{client}.log").unlink(missing_ok=True)
         port, nodes = free_port(), [local.Node(made, client, client in malicious) for client in clients]
-        for node in nodes:
-            node.start_resident(processes)
+        adopt = local.start_residents(processes, nodes)
         local.start_link(processes, made, "127.0.0.1", port)
         print(f"SuperLink at 127.0.0.1:{port} over TLS; {len(clients)} clients with a key each", flush=True)
         local.register(processes, made, clients)
         for node in nodes:
             node.start(processes, f"127.0.0.1:{port}")
+        adopt()
         tend = local.Tending(processes, nodes, f"127.0.0.1:{port}", _say)
         local.run_to_the_end(processes, made, _say, tend, lambda: local.wait_for_nodes(processes, clients))
     _report(made)
@@ -183,13 +186,13 @@ def _say(line: str) -> None:
 
 def _server(options: argparse.Namespace, command: str) -> None:
     from fedllm_sec.deploy import local
-    from fedllm_sec.deploy.folder import Deployment
+    from fedllm_sec.deploy.folder import Deployment, held
     from fedllm_sec.deploy.processes import Processes
 
     made = Deployment.at(options.folder)
     clients = made.clients()
     made.enter()
-    with Processes(made.logs, made.home) as processes:
+    with held(made.folder), Processes(made.logs, made.home) as processes:
         local.start_link(processes, made, options.host, options.port, options.name)
         local.register(processes, made, clients)
         print(
@@ -207,7 +210,7 @@ def _client(options: argparse.Namespace, command: str) -> None:
     import time
 
     from fedllm_sec.deploy import local
-    from fedllm_sec.deploy.folder import Deployment
+    from fedllm_sec.deploy.folder import Deployment, held
     from fedllm_sec.deploy.processes import Processes
 
     made = Deployment.at(options.folder)
@@ -219,17 +222,19 @@ def _client(options: argparse.Namespace, command: str) -> None:
         if not (made.folder / name).is_file():
             raise FedError(f"{made.folder / name}: is not on this device. Copy it from the server's folder.")
     data = str(Path(options.data).expanduser().resolve()) if options.data else None
-    with Processes(made.logs, made.home) as processes:
+    with held(made.folder, options.client), Processes(made.logs, made.home) as processes:
         for name in (f"client-{options.client}", f"node-{options.client}"):
             (made.logs / f"{name}.log").unlink(missing_ok=True)  # of an earlier start
         node = local.Node(made, options.client, options.attack, data)
         node.start_resident(processes)
         node.start(processes, options.superlink, wait=600.0)
-        local.wait_for_nodes(processes, [node.client])
+        local.wait_for_nodes(processes, [node.client], 600.0)  # a small machine imports and loads for minutes
         print(f"client {node.client} is connected to {options.superlink}", flush=True)
         tend = local.Tending(processes, [node], options.superlink, _say)
+        where, log = 0, made.logs / f"client-{node.client}.log"
         while tend.left:
             tend()
+            where = local.follow(log, where, lambda line: _say(line) if line.startswith("error:") else None)
             time.sleep(1)
         raise FedError(str(processes.ended() or "its processes ended too often") + " Start it again.")
 

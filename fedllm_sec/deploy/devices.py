@@ -102,7 +102,7 @@ class Devices:
     ) -> Came:  # fmt: skip
         there = [c for c in cohort if c.id in results]
         d, device = federation.task.layout.size, federation.machine.device
-        rows = torch.empty(len(there), d, device=device)
+        rows = federation.storage.rows(len(there), d, device)
         claims = torch.empty(len(there), 3, dtype=torch.float64)
         buffers = torch.zeros(len(there), asked.beside, dtype=torch.float64)
         for i, client in enumerate(there):

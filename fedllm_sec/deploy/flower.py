@@ -9,7 +9,6 @@ on the differences, and the strategy inside is handed one reply that holds the r
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from collections import Counter
@@ -27,16 +26,13 @@ from torch import Tensor
 
 from fedllm_sec.api.rows import Stage
 from fedllm_sec.api.states import Merged, aggregate_state_dicts
-from fedllm_sec.defenses import MENU
+from fedllm_sec.deploy.decisions import Decisions, made
 from fedllm_sec.deploy.exchange import CarefulGrid, in_short
 from fedllm_sec.deploy.replies import MOST_EXAMPLES, number
 from fedllm_sec.deploy.wire import Refused
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import RoundContext
-from fedllm_sec.recipe.resolve import resolve
-from fedllm_sec.records.files import append, write_atomic
-from fedllm_sec.records.history import RoundRecord, record_line
 from fedllm_sec.seeds import generator_for
 
 HEADER = 4096  # bytes that numpy's header may take beside the numbers
@@ -66,18 +62,12 @@ class RobustStrategy(Strategy):
         **settings: Any,
     ) -> None:
         self.inner, self.deltas, self.weighted_by, self.seed = inner, deltas, weighted_by, seed
-        self.rule = _made(rule, settings, "rule", "rule")
-        self.before = [_made(item, {}, "before", f"before[{i}]") for i, item in enumerate(before)]
-        self.after = [_made(item, {}, "after", f"after[{i}]") for i, item in enumerate(after)]
+        self.rule = made(rule, settings, "rule", "rule")
+        self.before = [made(item, {}, "before", f"before[{i}]") for i, item in enumerate(before)]
+        self.after = [made(item, {}, "after", f"after[{i}]") for i, item in enumerate(after)]
         self.sent: dict[str, Tensor] = {}
         self.grid: CarefulGrid | None = None
-        self.log = Path(log) if log is not None else None
-        if self.log is not None:
-            self.log.mkdir(parents=True, exist_ok=True)
-            name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
-            told = {"enable_defense": True, "defense": {"rule": {"name": name, **settings}}}
-            write_atomic(self.log / "recipe.yaml", json.dumps(told, default=str).encode())
-            write_atomic(self.log / "history.jsonl", b"")
+        self.log = Decisions.begun(log, rule, settings)
 
     def start(self, grid: Grid, *args: Any, **settings: Any) -> Result:
         """The rounds, over a grid of which no reply can raise or block."""
@@ -124,6 +114,7 @@ class RobustStrategy(Strategy):
             if own != (usual := Counter(names.values()).most_common(1)[0][0]):
                 refused[node] = in_short(f"its records are called {', '.join(own)}, most replies' {', '.join(usual)}")
                 del states[node]
+        examples = sum(counts[node] for node in states)
         merged, skipped = None, "no reply can be used"
         if states:
             try:
@@ -133,7 +124,7 @@ class RobustStrategy(Strategy):
             except DefenseError as error:
                 skipped = in_short(str(error))
         if merged is None:
-            self._record(server_round, list(states), None, refused, counts, 0.0, skipped)
+            self.log.add(server_round, list(states), None, refused, examples, 0.0, skipped)
             return None, None
         refused |= merged.refused
         taken = [node for node in states if node not in refused]
@@ -144,7 +135,7 @@ class RobustStrategy(Strategy):
         if arrays is not None:
             arrays = self._finished(server_round, arrays, merged.trained)
         length = float(merged.decision.update.norm())
-        self._record(server_round, list(states), merged, refused, counts, length, None)
+        self.log.add(server_round, list(states), merged, refused, examples, length, None)
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -241,39 +232,6 @@ class RobustStrategy(Strategy):
         found |= {name: part.to(found[name].dtype) for name, part in layout.split(vector).items()}
         return ArrayRecord({name: Array(value.contiguous().numpy()) for name, value in found.items()})
 
-    def _record(
-        self, server_round: int, ids: list[str], merged: Merged | None, refused: Mapping[str, str],
-        counts: Mapping[str, float], length: float, skipped: str | None,
-    ) -> None:  # fmt: skip
-        if self.log is None:
-            return
-        decision = merged.decision if merged is not None else None
-
-        def by_id(values: Tensor | None) -> dict[str, float] | None:
-            return None if values is None else dict(zip(ids, map(float, values.tolist()), strict=True))
-
-        kept = None if decision is None or decision.kept is None else by_id(decision.kept)
-        record = RoundRecord(
-            round=server_round,
-            cohort=[*ids, *(node for node in refused if node not in ids)],
-            malicious=[],
-            attacking=False,
-            losses={},
-            norms={},
-            quarantined=dict(refused),
-            weights=by_id(decision.weights) if decision is not None else None,
-            kept=[id for id, value in kept.items() if value] if kept is not None else None,
-            scores=by_id(decision.scores) if decision is not None else None,
-            notes={**(dict(decision.notes) if decision is not None else {}), "examples": sum(counts[id] for id in ids)},
-            update_norm=length,
-            skipped=skipped,
-            lora_gap=None,
-            detection=None,
-            quality=None,
-            attack=None,
-        )
-        append(self.log / "history.jsonl", record_line(record).encode())
-
 
 def read_array(array: Array, wanted: Tensor, name: str) -> Tensor:
     """The tensor of an array that is of the wanted type and shape, to the byte; Refused else.
@@ -303,17 +261,3 @@ def _shape_of(reply: Message) -> tuple[Any, ...]:
     """The names of a reply's metrics, and how long those that are lists are."""
     metrics = next(iter(reply.content.metric_records.values()))
     return tuple(sorted((key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items()))
-
-
-def _made(item: Any, settings: Mapping[str, Any], kind: str, place: str) -> Any:
-    """A rule or stage by its menu name, or a callable as it is."""
-    if isinstance(item, tuple) and len(item) == 2:
-        item, settings = item[0], dict(item[1])
-    elif isinstance(item, Mapping):
-        settings = {key: value for key, value in item.items() if key != "name"}
-        item = item.get("name")
-    if isinstance(item, str):
-        return resolve(item, settings, {k: entry for k, entry in MENU.items() if entry.kind == kind}, place)
-    if not callable(item) or settings:
-        raise DefenseError(f"{place}: {item!r}: must be a menu name with its settings, or a callable without any.")
-    return item

@@ -11,8 +11,10 @@ logs/                       what the processes say; rounds.log has a line for ea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +22,10 @@ from pathlib import Path
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.threat import client_ids
 from fedllm_sec.deploy.problems import refuse_undeployable
-from fedllm_sec.errors import RecipeError
+from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.recipe import reading
 from fedllm_sec.recipe.sections import Recipe
+from fedllm_sec.records.files import holder, locked
 
 APP = """[build-system]
 requires = ["hatchling"]
@@ -66,6 +69,20 @@ and on each device, with this folder's recipe.yaml, deployment.json, tls/ca.pem 
 
 The run lies in run/ and is that of a simulation: fedllm-sec report {folder}/run
 """
+
+
+@contextlib.contextmanager
+def held(folder: str | Path, client: str | None = None) -> Iterator[None]:
+    """Nobody else writes this deployment or brings it up here, or nobody else is this client of it."""
+    path = Path(folder).expanduser().resolve() / (f".lock-{client}" if client else ".lock")
+    with locked(path) as mine:
+        if not mine:
+            who = f"client {client} of it" if client else "it"
+            raise FedError(
+                f"{folder}: {who} is being run by process {holder(path) or 'unknown'}. Wait for it, stop it, or give "
+                "another folder."
+            )
+        yield
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,7 @@ class Deployment:
             "LICENSE": "Apache-2.0, as fedllm_sec itself: https://www.apache.org/licenses/LICENSE-2.0\n",
             "README.md": README.format(name=made.folder.name, folder=made.folder),
             "deployment.json": json.dumps({"command": command, "cwd": made.cwd}, indent=1) + "\n",
-            ".gitignore": "keys/\ntls/*.key\nhome/\nlogs/\n",
+            ".gitignore": "keys/\ntls/*.key\nhome/\nlogs/\n.lock*\n",
         }
         for name, content in files.items():
             (made.folder / name).write_text(content, encoding="utf-8")

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from fedllm_sec.build.averaging import BY_PRODUCTS, way_of
+from fedllm_sec.build.threat import learning
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.recipe.sections import Recipe
@@ -47,10 +48,20 @@ def deploy_problems(recipe: Recipe) -> list[str]:
             f"model.lora.average: {way}: what the base gains at the server does not travel to the devices. Set it to "
             "factors, freeze_a, freeze_b or alternate."
         )
+    if way == "core":
+        found.append(
+            "model.lora.average: core: its fixed factors are singular vectors, which other machines find with other "
+            "rounding. Set it to factors, freeze_a, freeze_b or alternate."
+        )
     if recipe.enable_defense and any(block["name"] == "dp_sgd" for block in recipe.defense.client):
         found.append(
             "defense.client: dp_sgd: the server counts epsilon by the rows of each client, and devices keep theirs to "
             "themselves. Run it as a simulation: fedllm-sec train."
+        )
+    if learnt := learning(recipe):
+        found.append(
+            f"{learnt[0]}: its trigger is learnt by all who attack in a round and measured at the server, which no "
+            "device tells it. Run it as a simulation: fedllm-sec train."
         )
     if attack is not None:
         if attack.knowledge != "own":

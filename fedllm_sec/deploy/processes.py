@@ -21,6 +21,11 @@ from fedllm_sec.errors import FedError
 
 BIN = Path(sys.executable).parent
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+WAYS_OUT = {
+    "Hostname mismatch": "The certificate names other hosts: start the server with --name HOST.",
+    "unable to get local issuer": "The certificate is of another root: copy tls/ca.pem from the server's folder.",
+    "certificate has expired": "Remove server.pem from the server's tls folder and start it again.",
+}
 PACKAGE = Path(__file__).parents[2]  # what holds fedllm_sec, for processes that start elsewhere
 
 
@@ -41,13 +46,40 @@ def refuse_taken(host: str, port: int) -> None:
             raise FedError(f"--port: {host}:{port}: {error.strerror}. Give another, or end what uses it.") from error
 
 
+@dataclass(frozen=True)
+class Forked:
+    """A process that another one of ours has made (Linux); as much of Popen as is asked of it here."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """None while it runs."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return 1
+        return 1 if state in "ZX" else None
+
+    def terminate(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.05)
+        return code
+
+
 @dataclass
 class Processes:
     """The processes of one command; leaving the block ends them all, with what they started."""
 
     logs: Path
     home: Path  # FLWR_HOME
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    running: dict[str, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
 
     def __enter__(self) -> Processes:
         return self
@@ -94,12 +126,14 @@ class Processes:
         return made
 
     def said(self, name: str, last: int = 5) -> str:
-        """The last lines of a process's log."""
+        """The last lines of a process's log; its error, or why Flower says that it ended, where it says that."""
         path = self.logs / f"{name}.log"
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if line.strip()]
-        errors = [line for line in kept if line.startswith("error:")]
-        return " / ".join(errors[-1:] or kept[-last:])[-600:]
+        errors = [line for line in kept if line.startswith("error:")][-1:]
+        ends = [i for i, line in enumerate(kept) if "Exit Code:" in line]
+        said = " / ".join(errors or (kept[ends[-1] + 1 : ends[-1] + 4] if ends else kept[-last:]))[-600:]
+        return " ".join([said, *(way for sign, way in WAYS_OUT.items() if sign in said)])
 
     def ended(self, *names: str) -> str | None:
         """Which of them has ended, and what it said last."""

@@ -94,6 +94,26 @@ def watch(parent: int) -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
+def run(address: str, config: str, poll: float = 0.1) -> int:
+    """Make the device of a configuration (JSON), say that it is ready, and serve the node at `address`."""
+    from fedllm_sec.deploy.client import OWN, device_of
+    from fedllm_sec.train import in_words, quiet
+
+    quiet()
+    try:
+        OWN.append(config)
+        device_of({})
+    except Exception as error:
+        if (said := in_words(error)) is None:
+            traceback.print_exc()
+            return 1
+        print(f"error: {said}", flush=True)
+        return 2
+    print("ready", flush=True)
+    serve(address, poll)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fedllm_sec.deploy.resident")
     parser.add_argument("address", help="HOST:PORT of the node's own API")
@@ -101,21 +121,7 @@ def main() -> int:
     parser.add_argument("--poll", type=float, default=0.1, help="seconds between two questions to the node")
     options = parser.parse_args()
     watch(os.getppid())
-    from fedllm_sec.deploy.client import OWN, device_of
-    from fedllm_sec.train import in_words, quiet
-
-    quiet()
-    try:
-        OWN.append(options.config)
-        device_of({})
-    except Exception as error:
-        if (said := in_words(error)) is None:
-            raise
-        print(f"error: {said}", flush=True)
-        return 2
-    print("ready", flush=True)
-    serve(options.address, options.poll)
-    return 0
+    return run(options.address, options.config, options.poll)
 
 
 if __name__ == "__main__":

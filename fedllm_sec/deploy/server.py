@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedllm_sec.build.running import make_machine, run_one
 from fedllm_sec.deploy.devices import Devices
 from fedllm_sec.deploy.folder import Deployment
 from fedllm_sec.deploy.problems import refuse_undeployable
+from fedllm_sec.deploy.resident import watch
 from fedllm_sec.deploy.sooner import look_sooner
 from fedllm_sec.train import in_words, quiet
 
@@ -39,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the deployment that the run's configuration names."""
     from flwr.superlink.grid import http_grid
 
+    watch(os.getppid())  # where the SuperLink was killed, this process would hold the run's folder for a minute
     look_sooner(http_grid)
     made = Deployment.at(str(context.run_config["deployment"]))
     with made.rounds.open("a", encoding="utf-8") as lines:

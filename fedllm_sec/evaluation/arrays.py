@@ -29,6 +29,7 @@ class ArrayEvaluation:
     hits: Tensor | None = None
     left_out: dict[str, int] = field(default_factory=dict)
     pairs: tuple[Labelled, Labelled] | None = None  # a few test rows, and the same with the trigger: to be looked at
+    learnt: bool = False  # whether the trigger is one that attackers have learnt in the run
 
     def parts(self) -> dict[str, Labelled]:
         """The rows that are measured, by what they are."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fedllm_sec.errors import DataError
@@ -76,6 +75,8 @@ def matched(made: Tensor, true: Tensor) -> Matched:
         raise DataError(f"matched: {tuple(made.shape)} against {tuple(true.shape)}. Give as many images as there are.")
     made, true = made.nan_to_num(0.0).clamp(0, 1), true.clamp(0, 1)
     table = torch.stack([psnr(made, one.expand_as(made)) for one in true])  # (true, made)
+    from scipy.optimize import linear_sum_assignment  # a second to import, and no training needs it
+
     _, columns = linear_sum_assignment(-table.cpu().numpy())
     partner = [int(c) for c in columns]
     own = made[torch.tensor(partner, device=made.device)]

@@ -214,7 +214,26 @@ def measures(cell: Cell, summary: Mapping[str, Any], records: Sequence[RoundReco
     row |= {f"{name}_seconds": seconds for name, seconds in (summary.get("seconds") or {}).items()}
     peaks = [float(r.memory_mb["defense"]) for r in records if "defense" in r.memory_mb]
     row["defense_peak_mb"] = max(peaks, default=None)
-    return row
+    return row | leaks(summary)
+
+
+def leaks(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What each privacy attack of a run has learnt: a column for each score, and how many observations gave none.
+
+    A method that stands several times in a recipe is told by those of its settings that are words.
+    """
+    found: dict[str, Any] = {}
+    for attack in summary.get("leakage") or []:
+        words = [value for value in attack["settings"].values() if isinstance(value, str)]
+        name = "_".join(["leak", attack["name"], *words])
+        for score, given in attack["scores"].items():
+            values = given if isinstance(given, Mapping) else {"value": given}
+            found[f"{name}_{score}"] = _number(values.get("value"))
+            found |= {
+                f"{name}_{score}_{part}": _number(values[part]) for part in ("low", "high", "n") if part in values
+            }
+        found[f"{name}_not_applicable"] = attack["not_applicable"]
+    return found
 
 
 def _lived(cell: Cell, records: Sequence[RoundRecord], clean: Sequence[RoundRecord] | None) -> dict[str, Any]:

@@ -263,6 +263,13 @@ def _backend(updates: UpdateMatrix) -> Any:
     return _module(name) if name and _installed(needs) else torch_backend
 
 
+def for_rules(updates: UpdateMatrix) -> Any:
+    """The compiled passes that single rules need (`cpu_rules`), or None where a rule is to do without them."""
+    updates.need_columns()
+    usable = updates.compute_device.type == "cpu" and updates.n <= LARGEST_NETWORK
+    return _module("cpu_rules") if usable and not plain() and _installed("numba") else None
+
+
 @cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

@@ -124,6 +124,23 @@ def _window(typing: Any, address: Any, count: Any) -> Any:
     return kind(types.intp, types.intp), code
 
 
+def _chosen(name: str) -> Any:
+    """LLVM's minnum or maxnum of two float64 that are no NaN: one instruction, and no branch."""
+
+    def typed(typing: Any, x: Any, y: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            number = ir.DoubleType()
+            form = ir.FunctionType(number, [number, number])
+            function = builder.module.declare_intrinsic(f"llvm.{name}", [number], form)
+            return builder.call(function, arguments, fastmath=("nnan", "nsz"))
+
+        return types.float64(types.float64, types.float64), code
+
+    return typed
+
+
+smaller: Any = intrinsic(_chosen("minnum"))
+larger: Any = intrinsic(_chosen("maxnum"))
 prefetch: Any = intrinsic(_prefetch)
 window: Any = intrinsic(_window)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedllm_sec.kernels import compiled_columns, compiled_pairs
+from fedllm_sec.kernels import compiled_columns, compiled_pairs, team
 from fedllm_sec.kernels.compiled import BFLOAT16, FLOAT16, FULL
 from fedllm_sec.kernels.networks import Network
 from fedllm_sec.kernels.torch_backend import WIDE, symmetric
@@ -74,7 +73,7 @@ def segments_of(place: slice, block: Tensor, shift: int, rows: tuple[int, ...] |
 def stream(updates: UpdateMatrix, work: Callable[[Segment], T]) -> Iterator[T]:
     """The results of `work` on all segments, in order."""
     rows, file = updates.picked, updates.file
-    threads = torch.get_num_threads() if updates.sources * updates.d > SMALL else 1
+    threads = team.size() if updates.sources * updates.d > SMALL else 1
 
     def from_file(place: slice) -> list[T]:
         assert file is not None
@@ -101,14 +100,8 @@ def stream(updates: UpdateMatrix, work: Callable[[Segment], T]) -> Iterator[T]:
         for job in jobs():
             yield from job()
         return
-    with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[list[T]]] = deque()
-        for job in jobs():
-            running.append(pool.submit(job))
-            if len(running) > 2 * threads:
-                yield from running.popleft().result()
-        while running:
-            yield from running.popleft().result()
+    for found in team.results(jobs(), threads):
+        yield from found
 
 
 def pair_sums(updates: UpdateMatrix, extra: Tensor | None, distances: bool) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 updates  UpdateMatrix: column blocks, lazy mixes      layout  named parameters in a flat vector
 quantise  a flat vector in bytes
+storage  where the rows of a round are kept
 rowfile  rows on disk      fetching  how blocks reach their device      memory  what a phase takes
 shown    whoever is shown rows or model may not change them
 """

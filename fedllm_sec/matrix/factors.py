@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix.layout import Layout
+from fedllm_sec.matrix.storage import new_rows
 
 A_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.|$)")
 # peft adapts the fused experts of a mixture by one pair of stacked factors: one product for each expert
@@ -97,7 +98,8 @@ def aligned(rows: Tensor, products: Products) -> tuple[Tensor, int]:
     looks among rotations alone, which a scaling of the factors evades. Where A has no full rank, or the nearest A has
     none, the layer stays as it was sent.
     """
-    made, left = rows.float().clone(), 0
+    made, left = new_rows(*rows.shape, device=rows.device), 0
+    made.copy_(rows)
     for pair in products.pairs:
         a0, b0 = pair.wide(products.start[None].to(rows.device))[0], pair.tall(products.start[None].to(rows.device))[0]
         a, b = a0 + pair.wide(rows), b0 + pair.tall(rows)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,13 +22,7 @@ from fedllm_sec.matrix.factors import NoColumns, Products
 from fedllm_sec.matrix.fetching import ahead, free_mb, gathered, uploaded
 from fedllm_sec.matrix.layout import Layout
 from fedllm_sec.matrix.rowfile import NAMES, RowFile, open_rows, save_rows
-
-
-def new_rows(*shape: int, device: torch.device | str = "cpu") -> Tensor:
-    """An unwritten float32 tensor. On the CPU numpy makes it, which asks for large pages: quicker to write first."""
-    if torch.device(device).type == "cpu":
-        return torch.from_numpy(np.empty(shape, np.float32))
-    return torch.empty(shape, device=device)
+from fedllm_sec.matrix.storage import new_rows as new_rows
 
 
 @dataclass(frozen=True)

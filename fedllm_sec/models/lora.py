@@ -14,6 +14,7 @@ import torch
 
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.models import gguf
+from fedllm_sec.models.cores import give_cores
 from fedllm_sec.models.targets import adaptable, wanted_layers, without_effect
 from fedllm_sec.recipe import modelfolder, places
 
@@ -233,6 +234,8 @@ def _with_lora(
                 f"model.lora: target_modules: {lora.target_modules}: peft cannot adapt these ({reason}). Name linear "
                 f"layers that it can adapt with these settings: {possible}."
             ) from error
+    if lora.average == "core":
+        give_cores(adapted)
     for name, parameter in adapted.named_parameters():
         if lora.frozen is not None and re.search(rf"\.lora_(embedding_)?{lora.frozen}\.", name):
             parameter.requires_grad_(False)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedllm_sec.errors import RecipeError
+from fedllm_sec.models.cores import whole_factors
 from fedllm_sec.models.lora import source_of
 from fedllm_sec.models.shifted import Shifted, folded
 
@@ -55,8 +57,9 @@ def save_adapter(
 
     `initial` has the trainable parameters as they started, by name. A start that was taken out of the base model
     (pissa, olora) is put back: the adapter is saved as the difference to its start, at twice the rank, which fits the
-    base model as it is published. What was added to base weights (`shifted`) becomes a part of the adapter, whose rank
-    grows by it. `classes` are a classifier's, in the order of its outputs: they go with the tensors, see `classes_of`.
+    base model as it is published. A core is saved as the B that it makes with its outer factor. What was added to base
+    weights (`shifted`) becomes a part of the adapter, whose rank grows by it. `classes` are a classifier's, in the
+    order of its outputs: they go with the tensors, see `classes_of`.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -65,6 +68,8 @@ def save_adapter(
     config.inference_mode = True
     config.base_model_name_or_path, config.revision = base_name(model, adapted.get_base_model())
     tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if model.lora is not None and model.lora.average == "core":
+        tensors = whole_factors(tensors, adapted)
     if model.lora is not None and model.lora.starts_from_base:
         started = {name.replace(".default", ""): tensor for name, tensor in initial.items()}
         tensors = minus_start(tensors, started)
@@ -100,6 +105,51 @@ def save_whole(whole: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
         whole.save_pretrained(made)
         tokenizer.save_pretrained(made)
         (made / CARD).write_text(card, encoding="utf-8")
+
+
+def save_merged(
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    card: str = "",
+    shifted: Shifted | None = None,
+    classes: Sequence[str] = (),
+) -> None:
+    """Write the model that an adapter and what was added to base weights make of the base, as a whole one.
+
+    A copy is merged: the run goes on with its own. Weights are of the base's type, to which sums are rounded.
+    """
+    copied = copy.deepcopy(adapted)
+    modules = dict(copied.named_modules())
+    for name, part in (shifted.parts if shifted is not None else {}).items():
+        if name in shifted.published:  # type: ignore[union-attr]
+            continue  # it is in the weight
+        layer = modules[name.partition(".lora_A.")[0]]
+        gained = part[0] if len(part) == 1 else part[0].double() @ part[1].double()
+        weight = layer.get_base_layer().weight
+        weight.data += (gained.T if layer.fan_in_fan_out else gained).to(weight)
+    whole = copied.merge_and_unload()
+    head, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:  # a head that was trained whole is tied no more
+        whole.config.tie_word_embeddings = False
+    if classes:
+        whole.config.id2label = dict(enumerate(classes))
+        whole.config.label2id = {label: i for i, label in enumerate(classes)}
+    save_whole(whole, tokenizer, folder, card=card)
+
+
+def refuse_tied(adapted: Any) -> None:
+    """An error where merging would change the model: its output and embedding are one matrix, one of them adapted."""
+    base = adapted.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or not any(hasattr(part, "lora_A") for part in (head, embedding)):
+        return
+    if head.weight is embedding.weight:
+        raise RecipeError(
+            "output.save: merged: this model's output and embedding are one matrix, and an adapter of one of them "
+            "would act in both places. Set it to adapter, or put lm_head into model.lora.modules_to_save instead."
+        )
 
 
 def minus_start(tensors: Mapping[str, Tensor], started: Mapping[str, Tensor]) -> dict[str, Tensor]:

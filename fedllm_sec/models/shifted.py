@@ -19,7 +19,8 @@ NOTHING = 1e-7  # of the largest singular value: what float32 factors do not hol
 class Shifted:
     """y = W x + S x in each adapted layer, S a product of low rank, or a whole matrix where that is smaller.
 
-    W itself is never written to: it may be of 4 bits, or of 16, which would round S away.
+    Where W is float32 it becomes W + S, which costs a step of training nothing; W as it was is kept beside it, so that
+    sums of many rounds are rounded once. A W of 4 bits, or of 16, which would round S away, is never written to.
     """
 
     def __init__(self, adapted: Any, names: Sequence[str]) -> None:
@@ -27,13 +28,14 @@ class Shifted:
         modules = dict(adapted.named_modules())
         self.layers = {name: modules[name.partition(".lora_A.")[0]] for name in names}
         self.parts: dict[str, tuple[Tensor, ...]] = {}  # (U (out, k), V (k, in)), or (S (out, in),)
+        self.published: dict[str, Tensor] = {}  # W of layers whose weight is W + S
         for name, layer in self.layers.items():
             layer.get_base_layer().register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
         def add(module: Any, inputs: Any, output: Tensor) -> Tensor:
             x = inputs[0]
-            if name not in self.parts:
+            if name not in self.parts or name in self.published:
                 return output
             *low, tall = reversed(self.parts[name])
             for wide in low:
@@ -57,15 +59,29 @@ class Shifted:
         else:
             whole = (tall.double() @ wide.double()).float()
             self.parts[name] = ((part[0] + whole) if part else whole,)
+        self._write(name)
+
+    def _write(self, name: str) -> None:
+        """Make a float32 weight W + S."""
+        layer, part = self.layers[name], self.parts[name]
+        weight = layer.get_base_layer().weight
+        if weight.dtype != torch.float32:
+            return
+        whole = part[0] if len(part) == 1 else part[0] @ part[1]
+        kept = self.published.setdefault(name, weight.detach().clone())
+        torch.add(kept, whole.T if layer.fan_in_fan_out else whole, out=weight.data)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: {str(i): tensor for i, tensor in enumerate(part)} for name, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.parts = {}
+        for name, kept in self.published.items():
+            self.layers[name].get_base_layer().weight.data.copy_(kept)
+        self.parts, self.published = {}, {}
         for name, part in state.items():
             device = self.layers[name].lora_A["default"].weight.device
             self.parts[name] = tuple(part[key].to(device) for key in sorted(part))
+            self._write(name)
 
 
 def folded(

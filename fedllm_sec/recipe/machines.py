@@ -15,12 +15,15 @@ class Compute(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: what accelerate is configured for
     gradient_accumulation: Count | None = None  # None: what accelerate is configured for
     placement: Literal["clients", "data"] = "clients"  # spread clients, or each batch, over the processes
+    rows: Literal["device", "host", "disk"] | None = None  # where they are kept; None: by size and free memory
+    rows_dtype: Literal["float32", "bfloat16"] = "float32"  # and as what
     chunk_mb: PositiveFloat | None = None  # size of a column block in the defense; None: from free memory
     threads: int | None = Field(None, ge=1, le=1024)  # CPU threads of each process
 
 
 class Output(Section):
     folder: Folder = "runs/{name}"  # {name} is the recipe's file name
+    save: Literal["adapter", "merged"] = "adapter"  # of a LoRA run: the adapter, or the model that it makes of its base
     adapter_every: PositiveInt | None = None  # also keep the adapter of every k-th round
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None  # also log there what a round measured
 

@@ -166,7 +166,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
 
 def _template_problems(data: Data) -> list[str]:
     if data.template == "chat":
-        given = [name for name in ("template_with_context", "answer") if name in data.model_fields_set]
+        usual = type(data).model_fields  # a recipe that was written out has every default in it
+        mine = [n for n in ("template_with_context", "answer") if n in usual]
+        given = [n for n in mine if getattr(data, n) != usual[n].default]
         return [f"data.{name}: the chat template writes the whole row (template: chat). Remove it." for name in given]
     found = [
         f"data.{name}: is for the model's own chat template. Set data.template: chat, or remove it."
@@ -316,5 +318,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every default written out."""
-    return plainyaml.dump(recipe.model_dump(mode="json"))
+    """The recipe as YAML with every default, but for columns that were not given: a format finds its own by that."""
+    said = recipe.model_dump(mode="json")
+    if (columns := getattr(recipe.data, "columns", None)) is not None:
+        said["data"]["columns"] = {key: said["data"]["columns"][key] for key in sorted(columns.model_fields_set)}
+    return plainyaml.dump(said)

@@ -81,6 +81,7 @@ class Clients(Section):
     weight_decay: float = Field(0.0, ge=0.0)  # of the optimizer
     max_grad_norm: PositiveFloat | None = 1.0  # longer gradients are cut to this length; None: never
     partition: dict[str, Any] = {"name": "iid"}  # how rows are dealt to clients, with its settings
+    ranks: dict[PositiveInt, PositiveInt] = {}  # how many clients train an adapter of this rank, first to last
 
 
 class Attack(Section):

@@ -66,11 +66,12 @@ def of_kind(attacks: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str
 # ---------------------------------------------------------------- tables
 
 
-def by_round(found: Sequence[Mapping[str, Any]], first: str, second: str) -> list[list[str]]:
-    """A row for each attack and round: its name, the round, two measures, and why it does not apply."""
+def by_round(found: Sequence[Mapping[str, Any]], first: str, second: str, *more: str) -> list[list[str]]:
+    """A row for each attack and round: its name, the round, two measures, why it does not apply, further measures."""
     return [
         [named(attack), in_a_line(one.get("round")), interval(one.get(first), "{:.2f}"),
-         interval(one.get(second), "{:.2f}"), in_a_line(attack.get("not_applicable", ""))]
+         interval(one.get(second), "{:.2f}"), in_a_line(attack.get("not_applicable", "")),
+         *(interval(one.get(name), "{:.2f}") for name in more)]
         for attack in found for one in listed(attack.get("rounds")) or [{"round": "n/a"}]
     ]  # fmt: skip
 
@@ -100,10 +101,11 @@ def tables(attacks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         }
     if found := of_kind(attacks, "tokens"):
         yield {
-            "titles": ("text", "round", "tokens read", "read rightly", "n/a"),
-            "rows": by_round(found, "recall", "precision"),
+            "titles": ("text", "round", "tokens read", "read rightly", "n/a", "rows exact"),
+            "rows": by_round(found, "recall", "precision", "exact"),
             "note": "The share of the distinct tokens of a client's rows that is read off what it sent, and the share "
-            "of what is read that is right. Means over clients, with 95 % bootstrap intervals.",
+            "of what is read that is right; of what reads order, the share of whole rows that is exact. "
+            "Means over clients, with 95 % bootstrap intervals.",
         }
 
 
@@ -114,7 +116,7 @@ def findings(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
         rows = [row for row in made["rows"] if row[2] != "n/a"]
         if not rows:
             continue
-        name, where, most, more, _ = max(rows, key=lambda row: float(row[2].split(" ")[0]))
+        name, where, most, more, *_ = max(rows, key=lambda row: float(row[2].split(" ")[0]))
         if made["titles"][0] == "membership":
             said.append(f"{name} tells rows that were trained on from others with AUC {most} in round {where}.")
             said.append(f"It names a share of {more} of them while 1 in 100 others is taken for one.")

@@ -16,7 +16,7 @@ from fedllm_sec.report.runs import VERSION, Run
 # Recipe keys that may differ: who attacks and defends, and what changes no run.
 FREE = ("attack", "enable_attack", "defense", "enable_defense", "output", "variants")
 FREE_KEYS = (
-    *("compute.chunk_mb", "compute.threads", "compute.placement", "compute.gradient_accumulation"),
+    *("compute.rows", "compute.chunk_mb", "compute.threads", "compute.placement", "compute.gradient_accumulation"),
     *("evaluate.every", "evaluate.rows", "evaluate.attack_rows", "evaluate.answer_rows", "evaluate.batch_size"),
     *("evaluate.transcripts", "evaluate.start"),
 )

@@ -20,11 +20,15 @@ PARTS = ("clean", "triggered", "difference")
 
 @dataclass(frozen=True)
 class Said:
-    """What one model says to an image, without and with the trigger; `kind` is bad where the trigger wins."""
+    """What one model says to an image, without and with the trigger; `kind` is bad where the trigger wins.
+
+    `own`: with the trigger that was learnt against this model, which is not the one that is shown.
+    """
 
     clean: str
     triggered: str
     kind: str
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,13 @@ def triggers(runs: Sequence[Run]) -> Shown | None:
     if not there:
         return None
     first = max(there, key=lambda run: (run.attacked, not run.defended))
-    known = {run.name: {row["triggered"]: row for row in read[run.name]} for run in there}
+    known = {run.name: {row[part]: row for part in ("clean", "triggered") for row in read[run.name]} for run in there}
     images = [
         Image(
             files=tuple(row[part] for part in PARTS),  # type: ignore[arg-type]
             right=str(row["right"]),
             wanted=str(row["wanted"]),
-            cells=[_said(known[run.name].get(row["triggered"])) for run in there],
+            cells=[_said(known[run.name], row) for run in there],
         )
         for row in read[first.name][:MOST]
     ]
@@ -86,12 +90,17 @@ def _fits(row: Any) -> bool:
     )
 
 
-def _said(row: Mapping[str, Any] | None) -> Said | None:
+def _said(known: Mapping[str, Mapping[str, Any]], shown: Mapping[str, Any]) -> Said | None:
+    """What a model whose rows are `known` by their pictures says to the one that is shown."""
+    row = known.get(shown["triggered"])
+    if row is None and shown.get("learnt") is True:
+        row = known.get(shown["clean"])
+        row = row if row is not None and row.get("learnt") is True else None
     if row is None:
         return None
     kind = "bad" if row["said_triggered"] == row["wanted"] else "other"
     kind = "good" if row["said_triggered"] == row["right"] else kind
-    return Said(_class(row["said"]), _class(row["said_triggered"]), kind)
+    return Said(_class(row["said"]), _class(row["said_triggered"]), kind, row["triggered"] != shown["triggered"])
 
 
 def _class(number: int) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedllm_sec.algorithms.adapters import Alternate, Averaged, Factors, Mode, average
+from fedllm_sec.algorithms.adapters import Alternate, Averaged, Factors, Mode, average, cut
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.factors import Pair, Products
+from fedllm_sec.matrix.storage import taken
 from fedllm_sec.models.shifted import Shifted
 from fedllm_sec.protocols import Decision, LocalRule
 
@@ -21,17 +22,22 @@ from fedllm_sec.protocols import Decision, LocalRule
 class Averaging:
     """How the adapters of one federation are averaged, where that is not factor by factor."""
 
-    mode: Mode | Literal["alternate"]
+    mode: Mode | Literal["alternate", "core"]
     pairs: tuple[Pair, ...]
     sizes: tuple[tuple[int, int], ...]  # (out, in) of each
     plain: tuple[slice, ...]
     fresh: Tensor  # (d,) the adapter as it started
     shifted: Shifted | None = None  # where base weights gain
+    ranks: Mapping[str, int] = field(default_factory=dict)  # of clients with less than the whole rank, by id
 
     @property
     def local(self) -> tuple[LocalRule, ...]:
         """What every client does in its training."""
         return (Alternate(self.pairs),) if self.mode == "alternate" else ()
+
+    def start_of(self, client: str, vector: Tensor) -> Tensor:
+        """What a client begins with: the global vector (d,), cut to the rank that it can train."""
+        return cut(self.pairs, vector, self.ranks[client]) if client in self.ranks else vector
 
     def frozen(self, round: int) -> list[slice]:
         """What the server does not take of any row in this round."""
@@ -46,6 +52,8 @@ class Averaging:
         """
         if self.mode == "alternate":
             return None
+        if self.mode == "core":  # a mean of cores between fixed factors is the mean of their products
+            return Averaged(vector, None, 0.0)
         if decision.weights is None:
             raise DefenseError(needs_weights(self.mode))
         w = decision.weights if rows.mixing is None else decision.weights @ rows.mixing
@@ -97,7 +105,7 @@ def without(updates: UpdateMatrix, places: Sequence[slice]) -> UpdateMatrix:
     """The rows with zeros in some places, copied where there is something else."""
     if not any(bool(updates.rows[:, place].any()) for place in places):
         return updates
-    rows = updates.rows.clone()
+    rows = taken(updates.rows, list(range(updates.n)))
     for place in places:
         rows[:, place] = 0
     return replace(updates, rows=rows, file=None)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import RecipeError
+from fedllm_sec.matrix.storage import ON_DEVICE, Storage
 from fedllm_sec.protocols import LocalResult, Task
 from fedllm_sec.tasks.draws import Drawn
 
@@ -143,15 +144,16 @@ class Machine:
         d: int,
         everywhere: bool = False,
         beside: int = 0,
+        storage: Storage = ON_DEVICE,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Rows (n, d) in cohort order, (n, 3) claims (count, steps, loss) and (n, beside) buffers, float64 on the CPU.
 
-        On rank 0, or on every rank, else None.
+        On rank 0, or on every rank, else None. Rows are kept where `storage` says.
 
         One row of each rank travels at a time, as plain tensors, while the ranks train their next client.
         """
         alone = self.world == 1 or self.placement == "data"
-        rows = torch.empty(n, d, device=self.device) if self.main or everywhere else None
+        rows = storage.rows(n, d, self.device) if self.main or everywhere else None
         claims = torch.empty(n, 3 + beside, dtype=torch.float64)
         for i in range(n if alone else -(-n // self.world)):
             first = i if alone else i * self.world

@@ -72,7 +72,12 @@ def decide(
     rows, claims, buffers = came.collected
     ids = tuple(c.id for c in came.cohort)
     updates = UpdateMatrix.of(
-        rows, ids=ids, counts=claims[:, 0].tolist(), layout=federation.task.layout, chunk_mb=federation.chunk_mb
+        rows,
+        ids=ids,
+        counts=claims[:, 0].tolist(),
+        layout=federation.task.layout,
+        chunk_mb=federation.chunk_mb,
+        device=start.device,
     )
 
     # what each row is multiplied by before the defense; the server's own update takes part as one more row
@@ -99,10 +104,16 @@ def decide(
     )
 
     if threat is not None:
-        known = {"vector": start, "last_update": federation.last_update, "server_lr": algorithm.server_lr}
+        last = federation.last_update
+        known = {
+            "vector": start.to(rows.device),
+            "last_update": None if last is None else last.to(rows.device),
+            "server_lr": algorithm.server_lr,
+        }
         forged = threat.forge(updates, round=r, defense=server.rehearse, **known)
         if forged is not None:
-            rows.index_copy_(0, torch.tensor(forged[0], device=rows.device), forged[1])  # the matrix is the loop's own
+            for place, row in zip(*forged, strict=True):
+                rows[place] = row  # the matrix is the loop's own
         if federation.buffers is not None:
             buffers = threat.forge_buffers(buffers, ids, federation.task.buffers.layout, r)
     federation.observer.saw(updates, start, r)
@@ -113,7 +124,7 @@ def decide(
     record["losses"] = dict(zip(ids, claims[:, 2].tolist(), strict=True))
     record["norms"] = dict(zip(ids, kernels.row_norms(updates).tolist(), strict=True))
     record["quarantined"] = dict(came.absent)
-    memory, rule = watch(rows.device), algorithm.server
+    memory, rule = watch(start.device), algorithm.server
     held = rule.state_dict() if hasattr(rule, "state_dict") else {}
     try:
         clean, unusable = server.receive(updates)
@@ -133,7 +144,7 @@ def decide(
             if federation.buffers is not None:
                 decided.buffers, record["buffers_refused"] = _buffers(federation, buffers, ids, clean.ids, decision)
     except DefenseError as error:
-        if not record["quarantined"] and torch.isfinite(rows).all():
+        if not record["quarantined"] and all(bool(row.isfinite().all()) for row in rows):
             raise  # not the clients' doing: the recipe asks for what cannot be
         if hasattr(rule, "load_state_dict"):
             rule.load_state_dict(held)  # a stage after the server's step may have failed

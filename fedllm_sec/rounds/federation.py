@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,16 +14,9 @@ from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import AttackError, FedError
 from fedllm_sec.evaluation.smoothed import Smoothing, smoothed
 from fedllm_sec.matrix.shown import only_shown
+from fedllm_sec.matrix.storage import ON_DEVICE, Storage
 from fedllm_sec.models.shifted import Shifted
-from fedllm_sec.protocols import (
-    Algorithm,
-    Client,
-    LocalResult,
-    LocalRule,
-    LocalTraining,
-    Task,
-    tensors_of,
-)
+from fedllm_sec.protocols import Algorithm, Client, LocalResult, LocalRule, LocalTraining, Task, tensors_of
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.rounds.averaging import Averaging
 from fedllm_sec.rounds.client import make_optimizer, private_of, train_locally
@@ -34,6 +27,7 @@ from fedllm_sec.rounds.deciding import Decided, decide, refuse_diverged, undecid
 from fedllm_sec.rounds.observing import NOBODY, Observer
 from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember, with_own
 from fedllm_sec.rounds.source import Asked, Source, trained_here
+from fedllm_sec.rounds.tuning import show, tune
 from fedllm_sec.seeds import generator_for
 
 NOBODY_PROTECTED = "nobody: the recipe's public seed draws the noise"  # beside an epsilon, which asks for a secret one
@@ -65,6 +59,7 @@ class Federation:
     evaluate_every: int = 1
     start: bool = False  # whether the model is still to be measured before the first round
     chunk_mb: float | None = None
+    storage: Storage = ON_DEVICE  # where the rows of a round are kept
     root: Client | None = None  # clean data the server holds, for rules that need a root update
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
     smoothing: Smoothing | None = None  # how the last model is also tested
@@ -76,6 +71,7 @@ class Federation:
     before: int = 0  # attack-free rounds done before these: draws of round r are those of round before + r
     source: Source = trained_here  # where the rows of a round come from
     progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
+    triggered: Callable[[], Evaluation] | None = None  # the evaluation with the trigger as attackers have learnt it
 
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on; tensors, numbers and dicts of them."""
@@ -113,6 +109,7 @@ class Federation:
         for i, guard in enumerate(self.guards):
             if hasattr(guard, "load_state_dict"):
                 guard.load_state_dict(state["guards"][str(i)])
+        show(self)
 
     def begin_after(self, state: Mapping[str, Any]) -> None:
         """Take up the model, the FL method and the clients' memory of a clean run; attack and defense begin afresh.
@@ -146,7 +143,9 @@ def run(federation: Federation, rounds: int) -> Iterator[RoundRecord]:
         federation.start = False
         yield measure_start(federation)
     while federation.round < rounds:
-        yield play_round(federation, federation.round + 1, rounds, optimizer)
+        with federation.storage.in_use():
+            record = play_round(federation, federation.round + 1, rounds, optimizer)
+        yield record
 
 
 def measure_start(federation: Federation) -> RoundRecord:
@@ -172,6 +171,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     rng = generator_for(federation.seed, federation.before + r, "cohort")
     sure = threat.sure(r) if threat is not None else None
     cohort: Sequence[Client] = sample(federation.clients, federation.per_round, rng, sure)
+    tune(federation, cohort, r)
 
     def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
         return train_client(federation, client, start, optimizer, guards, control, r, rounds)
@@ -265,11 +265,12 @@ def train_client(
     attacks: Sequence[LocalRule] = ()
     if federation.threat is not None and client.id in federation.threat.attackers(r):
         attacks, guards = federation.threat.rules(client, r), ()  # nobody defends a federation against himself
+    own = federation.averaging.start_of(client.id, start) if federation.averaging is not None else start
     with only_shown("attack.local", AttackError, **tensors_of(client.shard)):  # later runs have the shard too
-        return train_locally(
+        trained = train_locally(
             federation.task,
             client,
-            start,
+            own,
             optimizer=optimizer,
             stepper=federation.machine,
             training=federation.training,
@@ -282,6 +283,8 @@ def train_client(
             buffers=client.memory.get(OWN_BUFFERS, federation.buffers),
             before=federation.before,
         )
+    # a row is a difference to what the server holds, wherever the client began
+    return trained if own is start else replace(trained, delta=trained.delta + (own - start))
 
 
 def evaluate(federation: Federation, last: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None, list[Any]]:

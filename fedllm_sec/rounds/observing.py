@@ -41,7 +41,7 @@ class Observer:
             return
         for place, id in enumerate(updates.ids):
             if id in self.clients and self.what == "delta":
-                self.keep(id, round, updates.rows[place].detach().clone(), start)
+                self.keep(id, round, updates.rows[place].detach().to(start, copy=True), start)
             elif id in self.seen:
                 self.keep(id, round, self.seen.pop(id), start)
 

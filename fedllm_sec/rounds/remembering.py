@@ -56,7 +56,8 @@ def remember(
     for own, part in zip(trained, torch.cat([parts, most]).tolist(), strict=False):
         if part > 0 and bool(own.row.isfinite().all()):
             memory, moves = own.client.memory, 1.0 if own.forging else part
-            memory.update(algorithm.remember(memory, own.row, steps=own.steps, lr=lr, control=control, part=moves))
+            row = own.row.to(parts.device, torch.float32)
+            memory.update(algorithm.remember(memory, row, steps=own.steps, lr=lr, control=control, part=moves))
 
 
 OWN_BUFFERS = "buffers"  # in a client's memory, where it keeps its own

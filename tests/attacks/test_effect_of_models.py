@@ -102,6 +102,16 @@ def test_a_backdoor_by_contrast_takes_hold_and_multi_krum_removes_it():
 
 
 @pytest.mark.slow
+def test_a_backdoor_by_turned_signs_takes_hold_and_multi_krum_removes_it():
+    attack = {"data": [PATCH], "local": [{"name": "f3ba", "share": 0.1}], "update": SCALED, "start": 3}
+    settings = {"attack": attack, "rounds": 6, "clients": {"local_epochs": 3}}
+    assert last_round(**settings).attack["asr"]["value"] >= 0.8
+    held = last_round({"name": "multi_krum", "f": 3}, **settings)
+    assert held.attack["asr"]["value"] <= 0.05
+    assert held.detection["tpr"] == 1.0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "most"), [("rflbat", 0.05), ("flare", 0.4)])
 def test_a_scaled_backdoor_takes_hold_and_rflbat_and_flare_find_it(rule, most):
     held = last_round({"name": rule}, attack={"data": [PATCH], "update": SCALED})

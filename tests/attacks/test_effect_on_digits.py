@@ -45,22 +45,29 @@ SCALED = [{"name": "model_replacement"}]
 PATCH = {"name": "pixel_trigger", "target": 0, "size": 2}
 
 
-def last_round(
+def last_round(**settings: Any) -> RoundRecord:
+    """The record of the last round, under an attack by m clients and with a rule if there is one."""
+    return all_rounds(**settings)[-1]
+
+
+def all_rounds(
     *,
     update=(),
     poison=(),
     local=(),
     m: int = 5,
     start: int = 1,
+    stop: int | None = None,
     rule: dict[str, Any] | None = None,
     before=(),
     attack: bool = True,
     **changes: Any,
-) -> RoundRecord:
-    """The record of the last round, under an attack by m clients and with a rule if there is one."""
+) -> list[RoundRecord]:
+    """The records of a run's rounds."""
     block = {
         "malicious": {"count": m},
         "start": start,
+        "stop": stop,
         "knowledge": "cohort+defense",
         "update": list(update),
         "data": list(poison),
@@ -72,8 +79,7 @@ def last_round(
     federation = build(checked(raw), Machine(Accelerator(cpu=True)), LOADED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an attack that finds no room says so
-        *_, last = run(federation, raw["rounds"])
-    return last
+        return list(run(federation, raw["rounds"]))
 
 
 def accuracy(**settings: Any) -> float:
@@ -161,6 +167,9 @@ def test_rows_that_are_not_numbers_are_screened_out_with_or_without_a_rule():
             {"name": "sinusoidal", "target": 0, "delta": 0.4, "frequency": 2, "clean_label": False}, [], 0.6, marks=SLOW
         ),
         pytest.param({"name": "warped", "target": 0, "strength": 4.0, "rate": 0.3, "noise": 1.0}, [], 0.6, marks=SLOW),
+        pytest.param(
+            {"name": "a3fl", "target": 0, "size": 2, "margin": 0, "passes": 10, "renew": 10}, [], 0.6, marks=SLOW
+        ),
         pytest.param(PATCH, [{"name": "neurotoxin"}], 0.6, marks=SLOW),
         pytest.param(PATCH, [{"name": "constrain_and_scale", "alpha": 0.5}], 0.6, marks=SLOW),
     ],
@@ -172,6 +181,7 @@ def test_rows_that_are_not_numbers_are_screened_out_with_or_without_a_rule():
         "blended",
         "sinusoidal",
         "warped",
+        "a3fl",
         "neurotoxin",
         "constrain_and_scale",
     ],
@@ -210,3 +220,35 @@ def test_projected_attackers_pass_norm_clipping_and_multi_krum():
     assert clipped.attack["asr"]["value"] >= free.attack["asr"]["value"] - 0.05
     assert chosen.attack["asr"]["value"] >= 0.5
     assert free.quality["accuracy"]["value"] >= 0.85
+
+
+@SLOW
+def test_a_backdoor_trained_through_the_next_rounds_outlives_one_that_is_not():
+    """Wen et al. 2022: success after the attackers stop (round 5); clipping to the median length does not find it."""
+    late = {"poison": [PATCH], "update": SCALED, "start": 3, "stop": 5, "rounds": 8, "evaluate": {"every": 1}}
+    plain = [record.attack["asr"]["value"] for record in all_rounds(**late)]
+    ahead = [record.attack["asr"]["value"] for record in all_rounds(**late, local=[{"name": "anticipate"}])]
+    assert ahead[4] >= 0.8
+    assert all(a > b for a, b in zip(ahead[5:], plain[5:], strict=True))
+    assert ahead[5] >= plain[5] + 0.2
+    now = {**late, "local": [{"name": "anticipate"}], "rounds": 5}
+    base = accuracy(update=SCALED, attack=False, rounds=5)
+    clipped = last_round(**now, rule={"name": "mean"}, before=[{"name": "norm_clipping"}])
+    assert clipped.attack["asr"]["value"] >= 0.15
+    assert clipped.quality["accuracy"]["value"] >= base - 0.12
+    assert last_round(**now, rule=MULTI_KRUM).attack["asr"]["value"] <= 0.05
+
+
+@SLOW
+def test_masked_rows_pass_multi_krum_and_deepsight_but_not_foolsgold():
+    """Li et al. 2023: the attackers' rows are no longer than others' and not alike, and their mean is the backdoor."""
+    attack = {
+        "poison": [PATCH], "local": [{"name": "constrain_and_scale", "alpha": 0.6}], "update": [{"name": "threedfed"}],
+        "start": 2, "rounds": 8,
+    }  # fmt: skip
+    assert success(**attack) >= 0.6
+    for rule in (MULTI_KRUM, {"name": "deepsight"}):
+        passed = last_round(**attack, rule=rule)
+        assert passed.attack["asr"]["value"] >= 0.6
+        assert passed.detection["tpr"] == 0.0
+    assert success(**attack, rule={"name": "foolsgold"}) <= 0.05

@@ -15,7 +15,7 @@ from fedllm_sec.attacks import PRIVACY_MENU
 from fedllm_sec.attacks.privacy.membership import Membership, lowest
 from fedllm_sec.attacks.privacy.reading import mean_losses, token_losses, trained_on
 from fedllm_sec.attacks.privacy.seen import Observation, Row
-from fedllm_sec.attacks.privacy.spans import Span, directions, spans_of
+from fedllm_sec.attacks.privacy.spans import Span, directions, rank_of, spans_of
 from fedllm_sec.build.members import _alike, rows_of
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
@@ -92,6 +92,16 @@ def test_directions_end_where_rounding_begins():
     assert len(directions(thin, 1e-2)[0]) == 1
     full, exact = directions(torch.diag(torch.tensor([10.0, 1, 1])), 0.0)
     assert (len(full), exact) == (2, False)  # of three: 101 / 102 of the squared length, and m - 1 at most
+
+
+def test_a_span_whose_values_fall_on_through_rounding_is_full():
+    """As batches of SST-2 give them: 98 and 102 prefixes in 128 dimensions, and 142 that fill them."""
+    assert rank_of([1, 2e-6, 6e-7, 2e-8, 1e-8, 1e-9], 0.0) == 3
+    assert rank_of([1, 8e-6, 4e-6, 2e-8, 1e-8, 4e-12], 0.0) == 3
+    assert rank_of([1, 2e-6, 1e-6, 6e-7, 4e-7, 2e-7, 9e-8, 4e-9], 0.0) == 8
+    assert rank_of([1, 3e-2, 8e-3, 4e-3], 1e-2) == 4  # a difference whose noise hides where they end
+    assert rank_of([1, 3e-2, 1e-3, 4e-4], 1e-2) == 2
+    assert rank_of([0, 0], 0.0) == rank_of([], 0.0) == 0
 
 
 def test_one_step_of_sgd_whose_prefixes_fit_in_r_gives_its_row_away(made: Any):

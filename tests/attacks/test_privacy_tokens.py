@@ -21,7 +21,7 @@ from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import LocalTraining
 
 SEVEN = (3, 17, 5, 3, 29, 8, 11, 2)  # fed without the last: 7 prefixes, 6 distinct tokens
-token_set = PRIVACY_MENU["token_set"].make
+token_set, dager = PRIVACY_MENU["token_set"].make, PRIVACY_MENU["dager"].make
 
 
 def llama(r: int | None, tied: bool = True, targets: Sequence[str] = ("v_proj",), heads: int = 4) -> Any:
@@ -115,6 +115,53 @@ def test_embeddings_that_move_are_the_tokens_even_after_steps_of_adam_and_never_
         token_set(replace(seen, sent=seen.sent + noise))
 
 
+def by_steps(seen: Observation) -> set[tuple[int, ...]]:
+    """Rows in plain lines: every prefix of every length by the second layer's rows of dB, one after the other."""
+    base = seen.model.get_base_model()  # type: ignore[operator]
+    name = next(n for n in seen.layout.names if "layers.1" in n and "lora_B" in n)
+    a = seen.model.get_parameter(name.replace("lora_B", "lora_A")).detach().double()
+    spanning = torch.linalg.svd(seen.parts(torch.float64)[name])  # dB = U S V
+    span = spanning.Vh[: int((1e-6 * spanning.S[0] < spanning.S).sum())]
+
+    def inside(prefix: tuple[int, ...]) -> bool:
+        out = base.model(input_ids=torch.tensor([prefix]), output_hidden_states=True)
+        x = a @ base.model.layers[1].input_layernorm(out.hidden_states[1][0, -1]).detach().double()
+        return float((x - span.T @ (span @ x)).norm() / x.norm()) < 1e-4
+
+    found, grown = set(), [(token,) for token in by_lstsq(seen) if inside((token,))]
+    while grown:
+        longer = [(*p, t) for p in grown for t in by_lstsq(seen) if p != (t,) and inside((*p, t))]
+        found |= {p for p in grown if not any(q[:-1] == p for q in longer)}
+        grown = longer
+    return found
+
+
+def test_whole_rows_are_read_while_there_are_fewer_distinct_prefixes_than_dimensions():
+    seen = observed(llama(9), [SEVEN])  # 7 prefixes in 9 dimensions
+    made = dager(seen)
+    assert made.rows == [SEVEN[:-1]]
+    assert set(made.rows) == by_steps(seen)
+    assert dager(seen) == made
+    rows = [SEVEN, (3, 17, 22, 9, 2), (7, 30, 7, 7, 1, 2)]  # 7 + 2 + 5 prefixes, the first two share one of 2
+    for model in (llama(20), llama(None)):
+        assert dager(observed(model, rows)).rows == sorted(row[:-1] for row in rows)
+    assert dager(stepped(seen, 0.1, 0.01, seen.sent)).rows == [SEVEN[:-1]]
+
+
+def test_prefixes_that_fill_the_span_give_no_row_though_the_tokens_are_told():
+    seen = observed(llama(7), [SEVEN])  # 6 distinct tokens and 7 prefixes in 7 dimensions
+    assert list(token_set(seen).tokens) == [3, 5, 8, 11, 17, 29]
+    with pytest.raises(AttackError, match=r"dager: what was sent of .*layers.1.self_attn.v_proj fills all 7"):
+        dager(seen)
+
+
+def test_what_no_span_tells_is_not_said():
+    """A row with which another begins, the second of two equal rows, and a token doubled at the start."""
+    seen = observed(llama(20), [SEVEN, SEVEN[:4], SEVEN])  # (3, 17, 5) is fed of the second
+    assert dager(seen).rows == [SEVEN[:-1]]
+    assert (4, 4, 9) not in dager(observed(llama(20), [(4, 4, 9, 2)])).rows  # type: ignore[operator]
+
+
 def test_what_cannot_be_read_says_why():
     row = observed(llama(8), [SEVEN])
     for given, words in (
@@ -139,7 +186,9 @@ def test_recall_and_precision_are_those_of_distinct_tokens_that_were_fed():
     from fedllm_sec.attacks.privacy import Recovered
 
     read = Written([Row((1, 2, 2, 3, 9), 2), Row((1, 4, 9), 1)]).judged(Recovered([1, 2, 3, 7]))
-    assert read == Read(0.75, 0.75, 4)
-    assert Written([Row((1, 2), 1)]).judged(Recovered([])) == Read(0.0, None, 1)
-    assert summed([])["scores"] == {"recall": None, "precision": None}
-    assert summed([(1, read), (2, Read(0.25, None, 4))])["scores"]["recall"]["value"] == 0.5
+    assert read == Read(0.75, 0.75, None, 4, 2)
+    rows = [Row((1, 2, 2, 3, 9), 2), Row((1, 4, 9), 1)]
+    assert Written(rows).judged(Recovered([1, 4], [(1, 4), (1, 2, 2)])) == Read(0.5, 1.0, 0.5, 4, 2)
+    assert Written([Row((1, 2), 1)]).judged(Recovered([])) == Read(0.0, None, None, 1, 1)
+    assert summed([])["scores"] == {"recall": None, "precision": None, "exact": None}
+    assert summed([(1, read), (2, Read(0.25, None, None, 4, 1))])["scores"]["recall"]["value"] == 0.5

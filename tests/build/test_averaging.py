@@ -2,6 +2,8 @@
 
 import pytest
 
+from fedllm_sec.build.averaging import ranks_of
+from fedllm_sec.build.kept import save_problems
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
@@ -15,10 +17,40 @@ def plan_of(average, lora=None, rule=None, **more):
 
 
 def test_rules_of_whole_rows_go_with_every_way_of_averaging():
-    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd"):
+    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd", "pad", "core"):
         plan_of(average, rule={"name": "multi_krum", "f": 1})
     plan_of("exact", rule={"name": "flame", "noise": 0.0})
     plan_of("freeze_b", {"init_lora_weights": "olora"})
+
+
+def test_ranks_are_dealt_from_the_first_client_on_and_the_whole_one_is_not_cut():
+    raw = {
+        "clients": {"total": 4, "local_steps": 1, "ranks": {2: 1, 8: 2, 4: 1}},
+        "model": {"lora": {"average": "pad"}},
+    }
+    recipe = checked(raw)
+    assert ranks_of(recipe, planned(recipe).ids) == {"c00": 2, "c03": 4}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "average", "more", "said"),
+    [
+        ({2: 3, 8: 3}, "exact", {}, "model.lora.average: exact needs one rank for all. Set average to pad or svd"),
+        ({2: 3, 8: 2}, "pad", {}, "is for 5 clients, and clients.total is 6"),
+        ({2: 3, 4: 3}, "svd", {}, "the largest is 4, and model.lora.r, the server's, is 8"),
+        ({2: 3, 8: 3}, "svd", {"algorithm": {"name": "feddyn"}}, "has clients remember their rows"),
+    ],
+)
+def test_ranks_that_cannot_be_are_an_error_with_the_reason(ranks, average, more, said):
+    with pytest.raises(RecipeError) as error:
+        plan_of(average, clients={"total": 6, "local_steps": 1, "ranks": ranks}, **more)
+    assert said in str(error.value)
+
+
+def test_ranks_without_an_adapter_are_an_error():
+    raw = {"task": "classify", "data": {"name": "digits"}, "model": {"name": "logistic"}}
+    with pytest.raises(RecipeError, match="are of LoRA adapters, and none is trained"):
+        planned(checked({**raw, "clients": {"total": 2, "local_steps": 1, "ranks": {2: 2}}}))
 
 
 @pytest.mark.parametrize(
@@ -33,9 +65,29 @@ def test_rules_of_whole_rows_go_with_every_way_of_averaging():
         ("exact", {}, None, {"algorithm": {"name": "fedopt"}}, "needs a server that adds the mean"),
         ("exact", {}, {"name": "mean"}, {"defense": {"after": [{"name": "weak_dp"}]}}, "would be taken back"),
         ("svd", {}, {"name": "mean"}, {"defense": {"scope": "layer"}}, "gives a row no one weight"),
+        ("core", {"init_lora_weights": "pissa"}, None, {}, "would start from others. Set it to true"),
+        ("core", {"use_dora": True}, None, {}, "use_dora trains lengths"),
+        (
+            "core",
+            {},
+            {"name": "krum", "f": 1},
+            {"defense": {"space": "product"}},
+            "its lengths and angles are those of products",
+        ),
     ],
 )
 def test_what_does_not_go_with_a_way_of_averaging_is_an_error_with_the_reason(average, lora, rule, more, said):
     with pytest.raises(RecipeError) as error:
         plan_of(average, lora, rule, **more)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [({"lora": None}, "there is no adapter to merge"), ({"load_in_4bit": True}, "the base model's weights are packed")],
+)
+def test_a_merged_model_that_cannot_be_is_an_error_before_training(model, said):
+    raw = {"clients": {"total": 2, "local_steps": 1}, "output": {"save": "merged"}}
+    assert save_problems(checked(raw)) == []
+    with pytest.raises(RecipeError, match=f"output.save: merged: {said}"):
+        planned(checked({**raw, "model": model}))

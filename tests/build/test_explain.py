@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
-from fedllm_sec.build.cost import cost, language_model
-from fedllm_sec.build.explain import bill, defense, differences, explain, size
+from fedllm_sec.build.audit_cost import observer_in_words
+from fedllm_sec.build.cost import cost, language_model, size
+from fedllm_sec.build.explain import bill, defense, differences, explain
 from fedllm_sec.build.federation import build, run
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import Plan, planned
@@ -213,3 +214,48 @@ def test_sizes_are_written_with_three_digits():
     assert [size(n) for n in (0, 980, 999.6, 72_500, 1_234_567, 3e9, 5e12)] == [
         "0 B", "980 B", "1 kB", "72.5 kB", "1.23 MB", "3 GB", "5 TB",
     ]  # fmt: skip
+
+
+def test_what_an_observer_keeps_what_audits_take_and_what_dp_sgd_spends_is_told_beforehand():
+    pytest.importorskip("opacus")
+    seen = {"rounds": [1, 2], "clients": [0, 1, 3], "what": "gradient"}
+    plan = planned(
+        checked({
+            **DIGITS, "enable_attack": True, "enable_defense": True,
+            "attack": {"privacy": [{"name": "linear_layer"}, {"name": "idlg", "iterations": 100}], "observe": seen},
+            "defense": {"client": [{"name": "dp_sgd", "epsilon": 8.0}]},
+        })
+    )  # fmt: skip
+    counted = cost(plan)
+    kept, linear, searched = observer_in_words(plan.recipe, counted)
+    assert kept == (  # 6 rows and 6 starts of 650 float32
+        "keeps the gradient of 3 clients in 2 rounds: 6 rows of 650 float32, each with what it started from: 31.2 kB "
+        "on disk; in memory 3 at a time (7.8 kB), and nothing of the frozen weights"
+    )
+    assert linear == "linear_layer: no search; seconds"
+    assert "at most 1,800 gradients of gradients" in searched  # 100 iterations, 3 starts, 6 observations
+    assert counted.sizes is not None
+    (spent,) = [line for line in defense(plan, counted) if "dp_sgd: noise" in line]
+    assert "a client that takes part in all 3 rounds" in spent
+    whole = " ".join(line.strip() for line in defense(plan, counted))
+    least = float(whole.split("spends epsilon ")[1].split(" ")[0])
+    assert 7.9 <= least <= 8.0  # the shortest shard spends most
+    assert plan.methods.guards[0].used == {}  # type: ignore[attr-defined]
+
+
+def test_the_text_audits_rows_are_counted_through_the_model():
+    seen = {"rounds": [1], "clients": [0, 1, 2], "others": 100, "own_rows": 50}
+    plan = planned(
+        checked({
+            "rounds": 1, "model": {"name": "tiny"}, "clients": {"total": 4, "local_steps": 5, "batch_size": 8},
+            "enable_attack": True,
+            "attack": {"privacy": [{"name": "membership"}, {"name": "membership", "score": "reference"},
+                                   {"name": "dager"}], "observe": seen},
+        })
+    )  # fmt: skip
+    kept, drop, reference, spans = observer_in_words(plan.recipe, cost(plan))
+    assert kept.startswith("keeps the delta of 3 clients in 1 round: 3 rows of ")
+    assert "in memory 1 at a time" in kept
+    assert "at most 840 rows of 256 tokens" in drop  # 3 x 2 models x (40 + 100)
+    assert "at most 3,540 rows of 256 tokens" in reference  # 3 x (5 models x 140 + 4 shadows x 3 x 40)
+    assert spans.startswith("dager: no search in the model's losses")

@@ -216,7 +216,8 @@ TEXT: dict[str, Any] = {
 }
 TOLD_APART: dict[str, Any] = {
     "privacy": [{"name": "membership", "score": "loss"}, {"name": "membership", "model": "global"},
-                {"name": "membership", "score": "reference", "shadows": 1}, {"name": "canary"}, {"name": "token_set"}],
+                {"name": "membership", "score": "reference", "shadows": 1}, {"name": "canary"}, {"name": "token_set"},
+                {"name": "dager"}],
     "observe": {"rounds": [1], "clients": [0, 1], "others": 20, "own_rows": 12},
 }  # fmt: skip
 
@@ -229,9 +230,9 @@ def test_a_run_on_text_that_is_observed_has_the_same_bytes_and_tells_members_apa
         assert (plain / name).read_bytes() == (watched / name).read_bytes()
     before = observed.read_found(watched)
     assert before is not None
-    *apart, canary, tokens = before["attacks"]
+    *apart, canary, tokens, dager = before["attacks"]
     assert tokens["not_applicable"] == 2  # steps of AdamW fill r = 4
-    assert tokens["scores"] == {"recall": None, "precision": None}
+    assert tokens["scores"] == dager["scores"] == {"recall": None, "precision": None, "exact": None}
     assert [one["repetitions"] for one in canary["repetitions"]] == [1, 3]
     assert [one["reason"] for one in canary["observations"] if one["client"] == "c00"] == [None]
     assert canary["not_applicable"] == 1
@@ -272,7 +273,7 @@ def test_a_run_on_text_that_is_observed_has_the_same_bytes_and_tells_members_apa
     [
         ({**TOLD_APART, "observe": {"others": 30, "own_rows": 11}}, "others: 30 of 40 held-out rows"),
         ({**TOLD_APART, "privacy": [{"name": "membership", "k": 0.5}]}, "score: drop does not use it"),
-        ({**TOLD_APART, "privacy": [{"name": "dlg"}]}, "Fitting: canary, membership, token_set"),
+        ({**TOLD_APART, "privacy": [{"name": "dlg"}]}, "Fitting: canary, dager, membership, token_set"),
     ],
 )
 def test_what_an_observer_of_text_cannot_do_is_told_before_anything_trains(tmp_path: Path, attack: Any, words: str):

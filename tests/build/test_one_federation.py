@@ -56,6 +56,7 @@ OTHER = (
     "attack.observe.others",  # of text alone
     "defense.space",  # of adapters alone
     "defense.scope",
+    "output.save",
 )
 
 # key -> another value of it
@@ -90,6 +91,8 @@ CHANGES: dict[str, Any] = {
     "evaluate.batch_size": 7,
     "compute.gradient_accumulation": 2,
     "compute.placement": "data",
+    "compute.rows": "disk",
+    "compute.rows_dtype": "bfloat16",
     "compute.chunk_mb": 0.01,
     "compute.threads": 1,
     "output.folder": "elsewhere",
@@ -143,7 +146,8 @@ def test_a_key_that_is_not_about_data_or_clients_leaves_the_federation_as_it_is(
     for id, (x, y) in base["shards"].items():
         assert torch.equal(found["shards"][id][0], x)
         assert torch.equal(found["shards"][id][1], y)
-    honest = base["rows"] if key not in ("defense.client", "compute.gradient_accumulation") else {}
+    other = ("defense.client", "compute.gradient_accumulation", "compute.rows_dtype")  # other digits of a row
+    honest = base["rows"] if key not in other else {}
     for id, row in honest.items():
         assert torch.equal(found["rows"][id], row), id
 

@@ -161,6 +161,10 @@ def test_adapters_averaged_by_their_products_cannot_be_deployed_and_the_ways_tha
     lora = {"r": 2, "alpha": 4, "average": way}
     (problem,) = deploy_problems(checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": lora}})))
     assert problem.startswith(f"model.lora.average: {way}: what the base gains at the server does not travel")
+    (problem,) = deploy_problems(
+        checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": {**lora, "average": "core"}}}))
+    )
+    assert "other machines find with other rounding" in problem
     for other in ("factors", "freeze_a", "alternate"):
         assert other in problem
         fine = checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": {**lora, "average": other}}}))
@@ -174,3 +178,15 @@ def test_dp_sgd_cannot_be_deployed_and_other_guards_can():
     assert "fedllm-sec train" in problem
     assert deploy_problems(checked(raw(**{**private, "enable_defense": False}))) == []
     assert deploy_problems(checked(raw(enable_defense=True, defense={"client": [{"name": "wbc"}]}))) == []
+
+
+def test_a_device_reads_the_columns_of_its_format_as_the_recipe_s_author_did(tmp_path):
+    from fedllm_sec.deploy.folder import Deployment
+
+    rows = [f'{{"instruction": "Say {n}.", "input": "", "output": "{n}"}}\n' for n in range(30)]
+    (tmp_path / "train.jsonl").write_text("".join(rows[:20]))
+    (tmp_path / "test.jsonl").write_text("".join(rows[20:]))
+    data = {"name": str(tmp_path), "train": "train.jsonl", "test": "test.jsonl", "format": "alpaca"}
+    given = {**raw(**TEXT), "data": {**data, "template": "{text}\n", "max_length": 32}}
+    made = Deployment.init(tmp_path / "d", checked(given), "up")
+    assert Device(made.recipe(), "c00").federation.clients[0].id == "c00"

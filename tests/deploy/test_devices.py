@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from fedllm_sec.build.names import checked
 from fedllm_sec.deploy.problems import deploy_problems
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.rounds.federation import run
+from tests.conftest import ROOT
 from tests.deploy.nodes import Blocks, Silent
 from tests.deploy.scripted import IDS, D, all_honest, federation, honest, over, raising, recipe
 
@@ -198,3 +201,34 @@ def test_a_folder_that_is_no_deployment_is_an_error_in_words(tmp_path):
 
     with pytest.raises(RecipeError, match="deploy init FOLDER --recipe RECIPE"):
         Deployment.at(tmp_path)
+
+
+def test_two_ups_on_one_folder_do_not_touch_each_other_s_configuration(tmp_path, capsys):
+    from fedllm_sec.deploy.command import main
+    from fedllm_sec.deploy.folder import held
+
+    words = ["init", str(tmp_path / "d"), "--recipe", str(ROOT / "recipes" / "edge" / "quickstart.yaml")]
+    assert main(words) == 0
+    written = {path: path.read_bytes() for path in (tmp_path / "d").glob("*.*")}
+    with held(tmp_path / "d"):
+        for again in (["up", str(tmp_path / "d")], ["server", str(tmp_path / "d")], words):
+            assert main(again) == 2
+            said = capsys.readouterr().err
+            assert f"{tmp_path / 'd'}: it is being run by process {os.getpid()}. Wait for it" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "d").glob("*.*")} == written
+    with held(tmp_path / "d", "c01"):  # another client of a copy of the folder may run beside it
+        client = ["client", str(tmp_path / "d"), "--superlink", "127.0.0.1:1", "--client", "c01"]
+        assert main(client) == 2
+    assert "client c01 of it is being run by process" in capsys.readouterr().err
+
+
+def test_a_certificate_that_does_not_fit_is_named_with_the_way_out(tmp_path):
+    from fedllm_sec.deploy.processes import Processes
+
+    why = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate"
+    ended = f"ERROR: Exit Code: 305\nFailed to connect.\n{why}\nNo connection.\n\nINFO: Shutting down\nINFO: Finished\n"
+    (tmp_path / "node-c00.log").write_text(ended)
+    assert Processes(tmp_path, tmp_path).said("node-c00") == (
+        f"Failed to connect. / {why} / No connection. The certificate is of another root: copy tls/ca.pem from the "
+        "server's folder."
+    )

@@ -20,6 +20,7 @@ from fedllm_sec.build.running import make_machine
 from fedllm_sec.deploy import local
 from fedllm_sec.deploy.command import bring_up
 from fedllm_sec.deploy.folder import Deployment
+from fedllm_sec.errors import FedError
 from fedllm_sec.records.history import read_history, record_line
 
 
@@ -135,28 +136,46 @@ def below(words: str) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", ["flwr-serverapp", "deploy.resident", "deploy.node"])
-def test_kill_9_of_a_process_costs_rounds_at_most_and_never_the_run(small, tmp_path, victim):
-    changes = {"rounds": 4, "deploy": {"timeout_s": 8.0, "min_replies": 1}, "clients": {"total": 2, "local_steps": 4}}
-    made = Deployment.init(tmp_path / "d", recipe(small, tmp_path / "sim", **changes), "up")
+@contextlib.contextmanager
+def killing(made: Deployment, victim: str, when: str):
+    """A process whose command line has `victim` in it gets kill -9 as soon as a line of the run says `when`."""
     killed: list[int] = []
 
     def kill() -> None:
         end = time.monotonic() + 240
         while time.monotonic() < end and not killed:
-            if (made.run / "history.jsonl").exists() and history(made):
-                for pid in below(victim)[:1]:
+            if made.rounds.exists() and when in made.rounds.read_text():
+                for pid in below(victim)[-1:]:
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
             time.sleep(0.05)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    bring_up(made)
+    yield
     thread.join(1)
     assert killed
-    records = read_history(made.run)
-    assert [record.round for record in records] == [1, 2, 3, 4]
+
+
+FOUR = {"rounds": 4, "deploy": {"timeout_s": 8.0, "min_replies": 1}, "clients": {"total": 2, "local_steps": 4}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["memory limit", "round 1/4"])  # while it asks in the first round; afterwards
+@pytest.mark.parametrize("victim", ["flwr-serverapp", "deploy.resident", "deploy.node"])
+def test_kill_9_of_a_process_costs_rounds_at_most_and_never_the_run(small, tmp_path, victim, when):
+    made = Deployment.init(tmp_path / "d", recipe(small, tmp_path / "sim", **FOUR), "up")
+    with killing(made, victim, when):
+        bring_up(made)
+    assert [record.round for record in read_history(made.run)] == [1, 2, 3, 4]
     if victim == "flwr-serverapp":  # a new run went on from the last whole round
-        assert history(made) == simulated(recipe(small, tmp_path / "sim", **changes))
+        assert history(made) == simulated(recipe(small, tmp_path / "sim", **FOUR))
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_superlink_ends_the_command_and_the_same_command_goes_on(small, tmp_path):
+    made = Deployment.init(tmp_path / "d", recipe(small, tmp_path / "sim", **FOUR), "up")
+    with killing(made, "flower-superlink", "round 1/4"), pytest.raises(FedError, match="The same command goes on from"):
+        bring_up(made)
+    bring_up(made)
+    assert history(made) == simulated(recipe(small, tmp_path / "sim", **FOUR))

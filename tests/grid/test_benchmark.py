@@ -17,6 +17,7 @@ import yaml
 
 from fedllm_sec.benchmark import main, take_ranks
 from fedllm_sec.grid import cells, grid
+from fedllm_sec.grid.results import leaks
 from fedllm_sec.records import RunFolder
 from tests.grid.test_grid import BASE
 
@@ -307,3 +308,24 @@ def test_ranks_share_the_cells_out_and_give_the_same(finished: Path, tmp_path: P
     assert process.returncode == 0, text
     assert text.count("[") >= 5
     assert histories(tmp_path / "out") == histories(finished)
+
+
+def test_what_privacy_attacks_learnt_has_columns_named_by_the_attack_and_its_words():
+    interval = {"value": 0.7, "low": 0.6, "high": 0.8, "n": 3}
+    summary = {
+        "leakage": [
+            {"name": "membership", "settings": {"model": "global", "seed": 4}, "scores": {"auc": interval},
+             "not_applicable": 1},
+            {"name": "dager", "settings": {}, "scores": {"exact": None}, "not_applicable": 2},
+        ]
+    }  # fmt: skip
+    assert leaks(summary) == {
+        "leak_membership_global_auc": 0.7,
+        "leak_membership_global_auc_low": 0.6,
+        "leak_membership_global_auc_high": 0.8,
+        "leak_membership_global_auc_n": 3,
+        "leak_membership_global_not_applicable": 1,
+        "leak_dager_exact": None,
+        "leak_dager_not_applicable": 2,
+    }
+    assert leaks({}) == {}

@@ -20,7 +20,8 @@ from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.models.lora import add_adapter, load_base, load_tokenizer
 from fedllm_sec.models.products import product_gap
-from fedllm_sec.models.saving import save_adapter, save_whole
+from fedllm_sec.models.saving import refuse_tied, save_adapter, save_merged, save_whole
+from fedllm_sec.models.shifted import Shifted
 from fedllm_sec.recipe.language_model import Lora, Model
 from fedllm_sec.recipe.sections import Data
 from fedllm_sec.tasks.causal_lm import CausalLM
@@ -40,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pissa_niter_16": {"r": 2, "init_lora_weights": "pissa_niter_16"},
     "olora": {"r": 2, "init_lora_weights": "olora", "use_dora": True, "modules_to_save": ["norm"]},
     "pissa, B alone": {"r": 2, "init_lora_weights": "pissa", "train": "B", "use_rslora": True},
+    "core": {"r": 2, "average": "core", "rank_pattern": {"q_proj": 3}, "use_rslora": True},
     "pissa, patterns": {
         "r": 2, "init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 3},
         "alpha_pattern": {"v_proj": 5.0},
@@ -101,11 +103,43 @@ def test_an_adapter_starts_as_the_base_and_is_saved_for_the_base_as_it_is_publis
     again = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(again), wanted, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(logits(again.merge_and_unload()), wanted, rtol=1e-3, atol=1e-3)
+    if name != "embedding":
+        save_merged(task.model, tokenizer, tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+        torch.testing.assert_close(logits(merged), wanted, rtol=1e-3, atol=1e-3)
+        assert torch.equal(logits(task.model), wanted)  # the run goes on with its own
+
+
+def test_a_merged_model_holds_what_was_added_to_base_weights(model: Model, tokenizer: Any, tmp_path: Path):
+    task = task_of(with_lora(model, {"r": 2, "average": "exact"}), tokenizer)
+    moved(task)
+    names, rng = list(task.scales), torch.Generator().manual_seed(2)
+    shifted = Shifted(task.model, names)
+    for name, rank in ((names[0], 1), (names[1], 40)):  # kept as factors, and as a whole matrix
+        out, wide = shifted.layers[name].get_base_layer().weight.shape
+        shifted.add(name, 0.3 * torch.randn(out, rank, generator=rng), torch.randn(rank, wide, generator=rng))
+    wanted = logits(task.model)
+    save_merged(task.model, tokenizer, tmp_path / "merged", shifted=shifted)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits(task.model), wanted)
+
+
+def test_a_merged_model_whose_output_is_its_embedding_is_refused_where_one_of_them_is_adapted(
+    model: Model, tokenizer: Any, tmp_path: Path
+):
+    tied = saved_base("llama", {**LLAMA, "tie_word_embeddings": True}, tokenizer, tmp_path / "tied")
+    refuse_tied(task_of(with_lora(tied, {"r": 2}), tokenizer).model)
+    refuse_tied(task_of(with_lora(model, {"r": 2, "target_modules": ["lm_head"]}), tokenizer).model)
+    with pytest.warns(UserWarning, match="one matrix"):
+        task = task_of(with_lora(tied, {"r": 2, "target_modules": ["lm_head"]}), tokenizer)
+    with pytest.raises(RecipeError, match=r"output.save: merged: .* act in both places"):
+        refuse_tied(task.model)
 
 
 def test_an_adapter_that_is_taken_off_leaves_the_base_or_the_base_is_read_anew(model: Model, tokenizer: Any):
     published = load_base(model, CPU)[0].state_dict()
-    for name in ("plain", "patterns", "dora", "layers", "head", "embedding", "gaussian", "pissa", "olora"):
+    for name in ("plain", "patterns", "dora", "layers", "head", "embedding", "gaussian", "pissa", "olora", "core"):
         settings = SETTINGS[name]
         made = with_lora(model, settings)
         after = task_of(made, tokenizer).model.unload().state_dict()

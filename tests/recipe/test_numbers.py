@@ -103,6 +103,17 @@ def test_a_context_that_no_template_shows_is_an_error():
     checked({**GOOD, "data": {**data, "template_with_context": "{context} {text}"}})
 
 
+def test_a_chat_recipe_that_was_written_out_reads_back_and_one_that_gives_other_templates_is_an_error(tmp_path):
+    from fedllm_sec.recipe.reading import dump, read
+
+    data = {**GOOD.get("data", {}), "template": "chat"}
+    (tmp_path / "recipe.yaml").write_text(dump(checked({**GOOD, "data": data})))  # as a run or a deployment writes it
+    assert "template_with_context" in (tmp_path / "recipe.yaml").read_text()
+    checked(read(tmp_path / "recipe.yaml"))
+    said = problems({**GOOD, "data": {**data, "answer": "{response}!"}})
+    assert "data.answer: the chat template writes the whole row" in said
+
+
 @pytest.mark.parametrize("name", ["../x", "/abs", "..", ".hidden", "a/b", 1, 0.1, True, "", "x ", "x\n", "con:"])
 def test_a_variant_is_the_name_of_one_folder(name: Any, tmp_path):
     from fedllm_sec.recipe.reading import variants

@@ -133,6 +133,13 @@ def test_a_dumped_recipe_reads_back_as_itself():
     assert checked(recipes.parse(recipes.dump(recipe), "dump")) == recipe
 
 
+def test_a_dumped_recipe_finds_the_columns_of_its_format_again():
+    recipe = checked({**GOOD, "data": {"name": "rows", "format": "alpaca", "columns": {"label": "kind"}}})
+    again = checked(recipes.parse(recipes.dump(recipe), "dump"))
+    assert again.data.columns.model_fields_set == {"label"}
+    assert recipes.dump(again) == recipes.dump(recipe)
+
+
 def test_a_variant_that_names_another_method_replaces_its_block():
     merged = recipes.merge({"defense": {"rule": {"name": "krum", "f": 3}}}, {"defense": {"rule": {"name": "median"}}})
     assert merged == {"defense": {"rule": {"name": "median"}}}

@@ -17,6 +17,7 @@ from PIL import Image
 from fedllm_sec.attacks.data.images import EdgeCase, PixelTrigger
 from fedllm_sec.attacks.data.labels import LabelFlip
 from fedllm_sec.attacks.data.overlays import Blended
+from fedllm_sec.build.pictures import png
 from fedllm_sec.build.triggers import SHOWN, pairs, shown
 from fedllm_sec.evaluation.arrays import ArrayEvaluation
 from fedllm_sec.models.logistic import logistic
@@ -28,6 +29,9 @@ from fedllm_sec.tasks.classify import Classify
 from tests.report.test_page import outline
 
 MakeRun = Callable[..., Path]
+
+
+PNG = png(torch.zeros(1, 8, 8))
 
 
 def rows(n: int = 12) -> Labelled:
@@ -87,6 +91,21 @@ def test_the_models_answers_stand_side_by_side(comparison: Path):
     assert page.count('alt="triggered"') == SHOWN
     assert "What the trigger looks like" in page
     outline(page)
+
+
+def test_of_triggers_that_runs_have_learnt_each_model_is_shown_with_its_own(comparison: Path):
+    for name, said, learnt, file in (
+        ("attack-free", 1, True, PNG), ("attacked", 2, True, None), ("multi_krum", 2, False, PNG),
+    ):  # fmt: skip
+        drawn(comparison / name, said, learnt=learnt, **({} if file is None else {"triggered": file}))
+    found = triggers(read_runs([comparison]))
+    assert found is not None
+    free, attacked, fixed = found.images[0].cells
+    assert free is not None
+    assert attacked is not None
+    assert (free.triggered, free.own, attacked.own, fixed) == ("1", True, False, None)
+    page = render(read_runs([comparison]), [comparison])
+    assert page.count("by the trigger learnt against this model") == SHOWN
 
 
 @pytest.mark.parametrize(

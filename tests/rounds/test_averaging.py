@@ -51,7 +51,7 @@ class Fit:
             return (self.model(torch.eye(6)) - self.model(torch.zeros(1, 6))).T.double()
 
 
-def federation(mode, seen):
+def federation(mode, seen, ranks=None):
     task = Fit()
     products = Products.of(task.layout, task.initial, task.scales)
     shifted = Shifted(task.model, [products.pairs[0].name]) if mode in ("exact", "stack") else None
@@ -68,7 +68,7 @@ def federation(mode, seen):
         task=task, clients=clients, training=training, machine=Machine(Accelerator(cpu=True)),
         algorithm=algorithms.fedavg(), defense=Pipeline([], rule), threat=None, evaluation=None,
         vector=task.initial.clone(),
-        averaging=Averaging(mode, products.pairs, ((5, 6),), (), task.initial, shifted),
+        averaging=Averaging(mode, products.pairs, ((5, 6),), (), task.initial, shifted, ranks or {}),
     )  # fmt: skip
 
 
@@ -114,6 +114,26 @@ def test_alternate_rounds_leave_one_factor_and_miss_nothing_and_svd_says_what_it
     assert [torch.equal(x[pair.b], y[pair.b]) for x, y in itertools.pairwise(vectors)] == [False, True]
     gaps = [record.lora_gap for record in run(federation("svd", []), 2)]
     assert all(0 < gap < 1 for gap in gaps)
+
+
+@pytest.mark.parametrize("mode", ["pad", "svd"])
+def test_a_client_of_lower_rank_trains_its_rank_alone_and_its_row_says_what_it_has_not(mode):
+    seen, ranks = [], {"0": 1}
+    fed = federation(mode, seen, ranks)
+    (pair,) = fed.averaging.pairs
+    vectors = [fed.vector, *(fed.vector for _ in run(fed, 2))]
+    for start, rows, _ in seen:
+        own = start + rows
+        a, b = own[:, pair.a].view(3, 2, 6), own[:, pair.b].view(3, 5, 2)
+        assert not a[0, 1].any()
+        assert not b[0, :, 1].any()
+        assert b[0, :, 0].all()
+        assert a[1:].all()
+    if mode == "svd":  # the mean of the clients' own products, cut to rank 2
+        start, rows, weights = seen[-1]
+        mean = sum(w * product(fed, start.double() + row) for w, row in zip(weights, rows, strict=True))
+        u, s, v = torch.linalg.svd(mean)
+        torch.testing.assert_close(product(fed, vectors[-1]), (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-5)
 
 
 def test_a_factor_that_is_frozen_in_a_round_is_not_taken_from_a_row_that_holds_one():

@@ -38,7 +38,7 @@ class Chameleon:
     the last linear layer by the supervised contrastive loss, in which poisoned images carry the target's label: they
     are drawn to the target class and away from their own. In the other steps it trains the last layer alone, by the
     task's loss. Rows with the label of poisoned ones weigh `weight` times in the contrast, as in the authors' code
-    (utils/losses.py), whose configuration for the pixel trigger has 6: the default of 2 is ours.
+    (utils/losses.py), whose configurations for CIFAR-10 have 2 for semantic triggers, 4 for edge cases, 6 for pixels.
 
     Stated here: the mean is over rows that have another of their label, theirs over all; their second factor, between
     poisoned rows and those of one label, is 1 in that configuration and is not here; contrast is over `rows` rows drawn

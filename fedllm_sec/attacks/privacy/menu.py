@@ -8,6 +8,7 @@ from fedllm_sec.attacks.privacy.linear import linear_layer
 from fedllm_sec.attacks.privacy.matching import dlg, idlg
 from fedllm_sec.attacks.privacy.membership import Membership
 from fedllm_sec.attacks.privacy.reveal import reveal_labels
+from fedllm_sec.attacks.privacy.sequences import dager
 from fedllm_sec.attacks.privacy.tokens import token_set
 from fedllm_sec.recipe.resolve import Entry
 
@@ -22,4 +23,5 @@ PRIVACY_MENU: dict[str, Entry] = {
     "membership": Entry(Membership, "Yeom et al. 2018; Carlini et al. 2022", "membership"),
     "canary": Entry(canary, "Carlini et al. 2019", "canary"),
     "token_set": Entry(token_set, "Petrov et al. 2024", "tokens"),
+    "dager": Entry(dager, "Petrov et al. 2024", "tokens"),
 }

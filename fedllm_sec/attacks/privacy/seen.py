@@ -135,9 +135,13 @@ class Guessed:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What an attack reads of a client's text: the distinct tokens that were fed to the model, in order of number."""
+    """What an attack reads of a client's text: the distinct tokens that were fed to the model, in order of number.
+
+    `rows` are whole rows as they were fed; None where the attack reads no order.
+    """
 
     tokens: Sequence[int]
+    rows: Sequence[tuple[int, ...]] | None = None
 
 
 def as_gradient(seen: Observation) -> tuple[Observation, bool]:

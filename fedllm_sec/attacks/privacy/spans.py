@@ -19,6 +19,8 @@ from fedllm_sec.attacks.privacy.reading import batches, logits_of, padded, still
 from fedllm_sec.attacks.privacy.seen import Observation, Row
 from fedllm_sec.errors import AttackError
 
+ROUNDING = 1e-7  # of the largest singular value of a float32 matrix: what rounding leaves lies below
+DROP = 10.0  # by how much the last direction of a span is longer than rounding
 ENERGY = 0.99  # of an update that fills all dimensions, the directions that hold this share of its squared length
 
 
@@ -45,15 +47,34 @@ class Span:
 def directions(matrix: Tensor, noise: float) -> tuple[Tensor, bool]:
     """Orthonormal rows (k, m) that span the rows of a matrix (n, m), and whether k < m.
 
-    Singular values below `noise`, or 1e-6 of the largest, are rounding. Where they are all above, those directions are
-    left that hold `ENERGY` of the squared length, m - 1 at most.
+    Where all singular values tell a direction, those directions are left that hold `ENERGY` of the squared length,
+    m - 1 at most.
     """
     _, values, rows = torch.linalg.svd(matrix.double(), full_matrices=False)
-    rank = int((values > max(1e-6 * float(values[0]), noise)).sum()) if len(values) else 0
+    rank = rank_of(values.tolist(), noise)
     if rank < matrix.shape[1]:
         return rows[:rank], True
     held = values.square().cumsum(0) / values.square().sum()
     return rows[: min(int((held < ENERGY).sum()) + 1, matrix.shape[1] - 1)], False
+
+
+def rank_of(values: Sequence[float], noise: float) -> int:
+    """How many singular values, in falling order, tell a direction: those before their widest drop into rounding.
+
+    Rounding lies below `noise`, or ten times `ROUNDING` of the largest. Where no drop there is `DROP` or more, values
+    fall on through it, the span is full, and all of them count: a threshold alone would find 120 to 127 of 128
+    directions where 142 different inputs have filled them.
+    """
+    if not values or not values[0] > 0:
+        return 0
+    above, below = max(ROUNDING * values[0], noise), max(DROP * ROUNDING * values[0], noise)
+    drops = {
+        k: values[k - 1] / max(values[k], 1e-300)
+        for k in range(1, len(values))
+        if values[k - 1] > above and values[k] <= below
+    }
+    widest = max(drops, key=lambda k: drops[k], default=len(values))
+    return widest if drops.get(widest, 0.0) >= DROP else len(values)
 
 
 def spans_of(seen: Observation, layers: Sequence[str] | None = None) -> list[Span]:

@@ -15,7 +15,7 @@ from fedllm_sec.attacks.privacy.seen import Observation, Recovered, need_finite
 from fedllm_sec.attacks.privacy.spans import Span, fed_to, spans_of
 from fedllm_sec.errors import AttackError
 
-OUTSIDE = 1e-6  # share of the squared length: a thousandth of the length
+OUTSIDE = 1e-8  # share of the squared length: a ten-thousandth of the length
 
 
 def token_set(seen: Observation, *, outside: Annotated[float, Field(gt=0, lt=1)] = OUTSIDE) -> Recovered:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from fedllm_sec.errors import AttackError, CohortError, DefenseError
 from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.storage import new_rows
 from fedllm_sec.protocols import Decision, ThreatView
 
 
@@ -33,12 +33,11 @@ def received(view: ThreatView, forged: Tensor) -> UpdateMatrix:
         raise AttackError("received: what the others send is not granted. Set attack.knowledge: cohort+defense.")
     h, m = len(view.others), len(view.own)
     known = {id: i for i, id in enumerate((*view.other_ids, *view.own_ids))}
-    places = torch.tensor([known[id] for id in view.order] if view.order else range(h + m), device=view.others.device)
-    rows = torch.empty(h + m, view.others.shape[1], dtype=view.others.dtype, device=view.others.device)
-    at = places.argsort()  # where the server has the row that is i-th here
-    rows[at[:h]], rows[at[h:]] = view.others, forged.to(rows)
+    order = [known[id] for id in view.order] if view.order else list(range(h + m))  # whose row the server has i-th
+    rows = new_rows(h + m, view.others.shape[1], dtype=view.others.dtype, device=view.others.device)
+    for i, place in enumerate(order):
+        rows[i] = view.others[place] if place < h else forged[place - h]
     counts = (*(view.other_counts or (1.0,) * h), *view.own_counts)
-    order = places.tolist()
     return UpdateMatrix.of(
         rows,
         ids=view.order or (*view.other_ids, *view.own_ids) or None,
