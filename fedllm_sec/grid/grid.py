@@ -29,6 +29,7 @@ from fedllm_sec.errors import RecipeError
 from fedllm_sec.grid.axes import NONE, SWITCHED, Axis, matches, read_axes, read_rules
 from fedllm_sec.recipe import places, shipped
 from fedllm_sec.recipe import reading as recipes
+from fedllm_sec.recipe.overrides import refuse_undone
 from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.recipe.sections import Attack, Malicious, Recipe
 
@@ -88,7 +89,7 @@ def load(path: Path | None, overrides: Sequence[str] = (), allow_code: bool = Tr
     """
     path = shipped.find(path, "grid", "python -m fedllm_sec.benchmark grids/quick")
     raw = recipes.read(path)
-    recipes.refuse_undone(overrides)
+    refuse_undone(overrides)
     own = [o for o in overrides if o.partition("=")[0].partition(".")[0] not in ("axes", "exclude")]
     for text in (o for o in overrides if o not in own):
         place, _, value = text.partition("=")

@@ -21,6 +21,7 @@ from fedllm_sec.errors import RecipeError, reason
 from fedllm_sec.recipe import plainyaml
 from fedllm_sec.recipe.attackers import attack_problems
 from fedllm_sec.recipe.numbers import key_as_written
+from fedllm_sec.recipe.overrides import refuse_undone
 from fedllm_sec.recipe.places import TEXT_TASKS, is_local, lost_family, lost_model
 from fedllm_sec.recipe.plainyaml import parse
 from fedllm_sec.recipe.resolve import did_you_mean, type_problems
@@ -38,15 +39,6 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     if not equals or not all(key.split(".")):
         raise RecipeError(f'override "{assignment}": write key.sub=value, e.g. clients.lr=1e-3.')
     assign(raw, key, parse(text, f"override {key}"))
-
-
-def refuse_undone(assignments: Sequence[str]) -> None:
-    """An error where an override would be undone by one after it: the same key, or the block that holds it."""
-    for place, later in enumerate(assignments):
-        key = later.partition("=")[0]
-        for earlier in assignments[:place]:
-            if earlier == later or f"{earlier.partition('=')[0]}.".startswith(f"{key}."):
-                raise RecipeError(f'override "{later}": would undo "{earlier}", given before it. Give one of them.')
 
 
 def assign(raw: dict[str, Any], key: str, value: Any) -> None:
