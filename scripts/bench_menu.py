@@ -31,17 +31,14 @@ NEEDS = {"theta": 7.0, "rho": 1e9}  # settings without a default; f is a fifth o
 SLOW, FAST = 9.0, 30.0
 LIMITS = {
     (2, 3): "mean krum norm_clipping nnm arc bucketing robust_learning_rate median trimmed_mean",
-    (
-        3,
-        4.5,
-    ): "multi_krum geometric_median rfa centered_clipping three_sigma mda smea monna dnc flame caf fltrust "
+    (3, 4.5): "multi_krum geometric_median rfa centered_clipping three_sigma mda smea monna dnc flame caf fltrust "
     "bulyan meamed slsgd cross_round signguard",
     (4, 8): "foolsgold fldetector",
     (6, 10): "lasa",
     (12, 40): "freqfed",
     (3, 5): "deepsight",
     (40, 150): "residual_reweighting",
-}
+}  # fmt: skip
 LIMIT = {name: pair for pair, names in LIMITS.items() for name in names.split()}
 NO_ROWS = {"flare": "n forward passes of a model and no pass over the matrix"}
 

@@ -72,7 +72,7 @@ def aggregate(
     )
     stages = [_stage(item, f"before[{i}]") for i, item in enumerate(_listed(before))]
     pipeline = Pipeline(stages, _resolved(name, settings, "rule", "aggregate"))
-    if isinstance(name, str) and hasattr(pipeline.rule, "once"):
+    if round <= 1 and isinstance(name, str) and hasattr(pipeline.rule, "once"):
         pipeline.rule.once()  # made for this call: what it would remember is dropped with it
     decision = pipeline.decide(clean, ctx)
     if round > 1 and isinstance(name, str) and _remembers(pipeline.rule):

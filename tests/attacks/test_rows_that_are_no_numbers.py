@@ -85,7 +85,12 @@ def test_a_client_that_claims_no_examples_is_not_looked_at():
 def test_forge_leaves_out_honest_rows_that_are_no_numbers_and_says_so(name):
     honest = ROWS.clone()
     honest[2, 0] = float("nan")
-    settings = {"alie": {"z": 1.0}, "tailored": {"defense": rule}, "lora_gauge": {"layout": LAYOUT}}.get(name, {})
+    settings = {
+        "alie": {"z": 1.0},
+        "tailored": {"defense": rule},
+        "lora_gauge": {"layout": LAYOUT},
+        "threedfed": {"layout": LAYOUT},
+    }.get(name, {})
     with pytest.warns(UserWarning, match="not shown: 2"):
         rows = fedllm_sec.forge(honest, name, m=2, **settings)
     assert bool(rows.isfinite().all()) is (name not in NOT_FINITE)

@@ -71,6 +71,10 @@ def test_the_team_gives_results_in_order_and_raises_what_a_job_raises(forked, mo
 
 def test_as_many_threads_as_cores_unless_torch_was_told_otherwise(monkeypatch):
     cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(team, "_wanted", None)
     assert team.size() == cores
     monkeypatch.setattr(torch, "get_num_threads", lambda: team._AT_START + 3)
     assert team.size() == team._AT_START + 3
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    team.use(1)  # compute.threads of a recipe, also where it is the number at the start
+    assert team.size() == 1

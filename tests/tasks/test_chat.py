@@ -274,7 +274,7 @@ def test_a_template_of_ones_own_is_a_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"template": "chat", "answer": " {response}"}, r"data\.answer: the chat template writes the whole row"),
+        ({"template": "chat", "answer": " {response}!"}, r"data\.answer: the chat template writes the whole row"),
         ({"template": "chat", "template_with_context": "{text}{context}"}, r"data\.template_with_context: the chat"),
         ({"system": "Be brief."}, r"data\.system: is for the model's own chat template"),
         ({"chat_template": "x.jinja"}, r"data\.chat_template: is for the model's own chat template"),
