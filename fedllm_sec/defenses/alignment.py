@@ -22,7 +22,9 @@ def principal_signs(updates: UpdateMatrix, keep: int) -> Tensor:
 
     Values tied with the smallest of them count too, zeros never; a row of zeros has 0.
     """
-    _, thresholds = magnitude_thresholds(updates, keep)
+    compiled = kernels.for_rules(updates)
+    found = compiled.magnitude_thresholds(updates, keep) if compiled is not None else None
+    _, thresholds = found if found is not None else magnitude_thresholds(updates, keep)
     most = kernels.sign_sums(updates).sign()
     agreeing, counted = (torch.zeros(updates.n, dtype=torch.float64) for _ in range(2))
     for place, block in updates.blocks():
