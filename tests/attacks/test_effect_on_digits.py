@@ -167,9 +167,6 @@ def test_rows_that_are_not_numbers_are_screened_out_with_or_without_a_rule():
             {"name": "sinusoidal", "target": 0, "delta": 0.4, "frequency": 2, "clean_label": False}, [], 0.6, marks=SLOW
         ),
         pytest.param({"name": "warped", "target": 0, "strength": 4.0, "rate": 0.3, "noise": 1.0}, [], 0.6, marks=SLOW),
-        pytest.param(
-            {"name": "a3fl", "target": 0, "size": 2, "margin": 0, "passes": 10, "renew": 10}, [], 0.6, marks=SLOW
-        ),
         pytest.param(PATCH, [{"name": "neurotoxin"}], 0.6, marks=SLOW),
         pytest.param(PATCH, [{"name": "constrain_and_scale", "alpha": 0.5}], 0.6, marks=SLOW),
     ],
@@ -181,7 +178,6 @@ def test_rows_that_are_not_numbers_are_screened_out_with_or_without_a_rule():
         "blended",
         "sinusoidal",
         "warped",
-        "a3fl",
         "neurotoxin",
         "constrain_and_scale",
     ],
