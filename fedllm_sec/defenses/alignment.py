@@ -8,13 +8,11 @@ from torch import Tensor
 from fedllm_sec import kernels
 from fedllm_sec.defenses.before import clip_factors
 from fedllm_sec.defenses.checks import need
-from fedllm_sec.defenses.filters import magnitude_thresholds, mz_scores
+from fedllm_sec.defenses.filters import SLACK, magnitude_thresholds, mz_scores
 from fedllm_sec.defenses.similarity import cosines
 from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
-
-SLACK = 1 + 1e-9  # a score equal to its bound passes
 
 
 def principal_signs(updates: UpdateMatrix, keep: int) -> Tensor:
@@ -22,9 +20,7 @@ def principal_signs(updates: UpdateMatrix, keep: int) -> Tensor:
 
     Values tied with the smallest of them count too, zeros never; a row of zeros has 0.
     """
-    compiled = kernels.for_rules(updates)
-    found = compiled.magnitude_thresholds(updates, keep) if compiled is not None else None
-    _, thresholds = found if found is not None else magnitude_thresholds(updates, keep)
+    _, thresholds = magnitude_thresholds(updates, keep)
     most = kernels.sign_sums(updates).sign()
     agreeing, counted = (torch.zeros(updates.n, dtype=torch.float64) for _ in range(2))
     for place, block in updates.blocks():
@@ -47,7 +43,7 @@ def alignins(
     Stated here: the std is that of n, not n - 1, values, as in the authors' code, and 0 gives a score of 0; a score
     equal to its bound passes, so that two clients are never both dropped; of tied magnitudes all count and zeros never
     do. A global vector of zero has a cosine of 0 with everybody. With adapters c_i is about the factors' numbers, which
-    another gauge changes ([lora.md](../lora.md)). Scores are the larger of the two scores, each divided by its bound.
+    another gauge changes (docs/lora.md). Scores are the larger of the two scores, each divided by its bound.
     """
     need(0 < share <= 1, "alignins", "0 < share <= 1", "Choose it in that range.", share=share)
     bounds_hold = lambda_c > 0 and lambda_s > 0

@@ -101,11 +101,15 @@ HALF = 1 << 16  # a float32 magnitude is found through its upper and its lower 1
 
 
 def magnitude_thresholds(updates: UpdateMatrix, keep: int) -> tuple[Tensor, Tensor]:
-    """Each row's norm and its `keep`-th largest |value|, exact, in two reads: (n,) float64, (n,) float32.
+    """Each row's norm and its `keep`-th largest |value|, exact, in two reads or fewer: (n,) float64, (n,) float32.
 
-    The bits of non-negative float32 numbers order like the numbers, so counting first the upper and then, in
-    the bin that holds the wanted value, the lower 16 bits finds it without sorting d values.
+    Where no compiled pass finds it: the bits of non-negative float32 numbers order like the numbers, so counting first
+    the upper and then, in the bin that holds the wanted value, the lower 16 bits finds it without sorting d values.
     """
+    fast = kernels.for_rules(updates)
+    found: tuple[Tensor, Tensor] | None = None if fast is None else fast.magnitude_thresholds(updates, keep)
+    if found is not None:
+        return found
     n = updates.n
     squares = torch.zeros(n, dtype=torch.float64)
     counts = torch.zeros(n, HALF, dtype=torch.long)
@@ -138,6 +142,9 @@ def _bin_of(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     bins = HALF - 1 - place
     higher = above.gather(1, place[:, None])[:, 0] - counts.gather(1, bins[:, None])[:, 0]
     return bins, rank - higher
+
+
+SLACK = 1 + 1e-9  # times a bound, so that a score equal to it passes
 
 
 def mz_scores(values: Tensor) -> Tensor:
@@ -173,9 +180,8 @@ def lasa(
     need(bounds_hold, "lasa", "bounds >= 1", "Raise them.", norm_bound=norm_bound, sign_bound=sign_bound)
     need(updates.d >= 1, "lasa", "d >= 1 parameters", "Send some.", d=updates.d)
     n, d = updates.n, updates.d
-    keep, fast = max(1, d - int(sparsity * d)), kernels.for_rules(updates)
-    found = None if fast is None else fast.magnitude_thresholds(updates, keep)
-    norms, thresholds = magnitude_thresholds(updates, keep) if found is None else found
+    norms, thresholds = magnitude_thresholds(updates, max(1, d - int(sparsity * d)))
+    fast = kernels.for_rules(updates)
     layers = [place for place in updates.layout.slices().values() if place.start < place.stop]
     if fast is not None:
         squares, signs, filled = fast.layer_sums(updates, thresholds, layers).unbind(2)
@@ -187,9 +193,8 @@ def lasa(
             filled[:, l] += (piece != 0).double().sum(1).cpu()
     clip = clip_factors(norms, midpoint(norms))
     purity = (1 + signs / filled.clamp_min(1.0)) / 2
-    slack = 1 + 1e-9
-    passed = mz_scores(clip[:, None] * squares.sqrt()) <= norm_bound * slack
-    passed &= mz_scores(purity) <= sign_bound * slack
+    passed = mz_scores(clip[:, None] * squares.sqrt()) <= norm_bound * SLACK
+    passed &= mz_scores(purity) <= sign_bound * SLACK
     empty = ~passed.any(dim=0)
     passed[:, empty] = True
     shares = clip[:, None] * passed / passed.sum(dim=0)  # (n, layers)

@@ -180,6 +180,7 @@ class FLDetector:
             made = sorted(shifts)
             which = [made.index(self.made_at[updates.ids[i]]) if rows[i] is not None else 0 for i in range(updates.n)]
             squares = fast.forecast(updates, rows, torch.stack([shifts[at] for at in made]), which)
+            fresh[torch.tensor(known)] = False
         else:
             squares = torch.zeros(updates.n, dtype=torch.float64)
             for place, block in updates.blocks():
@@ -195,8 +196,6 @@ class FLDetector:
             mark = float(distances[i]) / total * len(known) if total > 0 else 0.0
             name = updates.ids[i]
             self.marks[name] = [*self.marks.get(name, []), mark][-self.window :]
-        if fast is not None:
-            fresh[torch.tensor(known)] = False
         return fresh
 
     def _shift(self, step: Tensor) -> Tensor:

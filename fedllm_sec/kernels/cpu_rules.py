@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,10 @@ def beside(updates: UpdateMatrix, vectors: Sequence[Tensor | None]) -> Tensor:
     """<x_i, x_i>, <x_i, y_i>, <y_i, y_i>, |x_i - y_i|^2, y_i float32 vectors (none: x_i itself): (n, 4) float64."""
     partners = np.array([0 if v is None else v.data_ptr() for v in vectors], np.int64)
 
-    def work(s: Segment) -> NDArray[np.float64]:
-        some = np.zeros((updates.n, 4))
+    def add(s: Segment, some: NDArray[np.float64]) -> None:
         compiled_rules.beside(*_rows(s), partners, s.place.start, some)
-        return some
 
-    return torch.from_numpy(sum(stream(updates, work), np.zeros((updates.n, 4))))
+    return _summed(updates, (updates.n, 4), add)
 
 
 def forecast(updates: UpdateMatrix, last: Sequence[Tensor | None], shifts: Tensor, which: Sequence[int]) -> Tensor:
@@ -41,12 +39,10 @@ def forecast(updates: UpdateMatrix, last: Sequence[Tensor | None], shifts: Tenso
     partners = np.array([0 if v is None else v.data_ptr() for v in last], np.int64)
     moved, choice = shifts.numpy(), np.array(which, np.int64)
 
-    def work(s: Segment) -> NDArray[np.float64]:
-        some = np.zeros(updates.n)
+    def add(s: Segment, some: NDArray[np.float64]) -> None:
         compiled_rules.forecast(*_rows(s), partners, moved, choice, s.place.start, some)
-        return some
 
-    return torch.from_numpy(sum(stream(updates, work), np.zeros(updates.n)))
+    return _summed(updates, (updates.n,), add)
 
 
 def turned_mean(updates: UpdateMatrix, theta: float) -> tuple[Tensor, int]:
@@ -66,12 +62,10 @@ def sampled_signs(updates: UpdateMatrix, columns: Tensor) -> Tensor:
     drawn.scatter_add_(0, columns, torch.ones(1, dtype=torch.uint8).expand(len(columns)))
     times = drawn.numpy()
 
-    def work(s: Segment) -> NDArray[np.float64]:
-        some = np.zeros((updates.n, 4))
+    def add(s: Segment, some: NDArray[np.float64]) -> None:
         compiled_rules.sampled_signs(*_rows(s), times, s.place.start, some)
-        return some
 
-    return torch.from_numpy(sum(stream(updates, work), np.zeros((updates.n, 4))))
+    return _summed(updates, (updates.n, 4), add)
 
 
 SAMPLE = 2**14  # values of a row that say about where its threshold lies
@@ -186,14 +180,12 @@ class Lines:
     def sums(self) -> Tensor:
         """Confidences, each times their deviation in the column, added up: (n,) float64."""
 
-        def work(s: Segment) -> NDArray[np.float64]:
-            some = np.zeros(self.updates.n)
+        def add(s: Segment, some: NDArray[np.float64]) -> None:
             compiled_lines.lines_and_trust(
                 *_rows(s), self.sort, self.few, self.many, self.upper, self.reach, s.place.start, self.lines, some
             )
-            return some
 
-        return torch.from_numpy(sum(stream(self.updates, work), np.zeros(self.updates.n)))
+        return _summed(self.updates, (self.updates.n,), add)
 
     def mean(self, weights: Tensor, threshold: float) -> Tensor:
         """The weighted sum of the values, with those below the threshold replaced by their line's: (d,) float32."""
@@ -207,6 +199,19 @@ class Lines:
 
         deque(stream(self.updates, work), maxlen=0)
         return out
+
+
+def _summed(
+    updates: UpdateMatrix, shape: tuple[int, ...], add: Callable[[Segment, NDArray[np.float64]], None]
+) -> Tensor:
+    """What `add` adds to zeros of this shape for each segment, added up in the segments' order: float64."""
+
+    def work(s: Segment) -> NDArray[np.float64]:
+        some = np.zeros(shape)
+        add(s, some)
+        return some
+
+    return torch.from_numpy(sum(stream(updates, work), np.zeros(shape)))
 
 
 def _rows(s: Segment) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy
 
 from fedllm_sec.attacks.data.images import all_to_target, drawn, need_images
-from fedllm_sec.attacks.data.learnt import TriggerView, batches
+from fedllm_sec.attacks.data.learnt import TriggerView, batches, need_counts
 from fedllm_sec.attacks.data.overlays import stamped
 from fedllm_sec.attacks.data.text import need_rate
 from fedllm_sec.errors import AttackError
@@ -48,9 +48,7 @@ class IBA:
         seed: int = 0,
     ) -> None:
         need_rate(rate, "iba.rate")
-        for name, value in {"passes": passes, "width": width, "batch": batch}.items():
-            if value < 1:
-                raise AttackError(f"iba.{name}: {value}: must be 1 or more.")
+        need_counts("iba", passes=passes, width=width, batch=batch)
         if not (0.0 < epsilon <= 1.0 and 0.0 < lr < math.inf):
             raise AttackError(
                 f"iba: epsilon={epsilon}, lr={lr}: needs 0 < epsilon <= 1 in pixels from 0 to 1 (divide by 255), and a "

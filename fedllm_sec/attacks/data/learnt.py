@@ -54,6 +54,13 @@ def batches(n: int, size: int, rng: torch.Generator, device: torch.device) -> It
     yield from torch.randperm(n, generator=rng).to(device).split(size)
 
 
+def need_counts(attack: str, **counts: int) -> None:
+    """An AttackError for a setting that is to count something and does not."""
+    for name, value in counts.items():
+        if value < 1:
+            raise AttackError(f"{attack}.{name}: {value}: must be 1 or more.")
+
+
 class A3FL:
     """A patch learnt against the global model and against a copy that unlearns it (Zhang et al. 2023, A3FL, sec. 3.2).
 
@@ -86,10 +93,7 @@ class A3FL:
         batch: int = 64,
     ) -> None:
         need_rate(rate, "a3fl.rate")
-        counts = {"size": size, "passes": passes, "renew": renew, "copy_epochs": copy_epochs, "batch": batch}
-        for name, value in counts.items():
-            if value < 1:
-                raise AttackError(f"a3fl.{name}: {value}: must be 1 or more.")
+        need_counts("a3fl", size=size, passes=passes, renew=renew, copy_epochs=copy_epochs, batch=batch)
         if margin < 0 or not 0.0 < step <= 1.0 or not 0.0 <= weight < math.inf:
             raise AttackError(
                 f"a3fl: margin={margin}, step={step}, weight={weight}: needs margin >= 0, 0 < step <= 1 in pixels from "
