@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from fedllm_sec.build.averaging import BY_PRODUCTS, way_of
+from fedllm_sec.build.averaging import BASE_MOVES, way_of
 from fedllm_sec.build.threat import learning
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import Layout
@@ -18,6 +18,8 @@ OWN_DATA = {
     *("name", "config", "train", "test", "train_where", "test_where", "test_share", "encoding", "columns", "format"),
     *("rename", "train_rows", "test_rows"),
 }
+
+TRAVEL = "factors, freeze_a, freeze_b, alternate, svd or pad"  # ways to average whose model is its factors alone
 
 
 def need_flower() -> None:
@@ -43,15 +45,16 @@ def deploy_problems(recipe: Recipe) -> list[str]:
             "attack.privacy: what an observer learnt is judged by the clients' rows, which do not leave their devices. "
             "Run it as a simulation: fedllm-sec train."
         )
-    if (way := way_of(recipe)) in BY_PRODUCTS:
+    if (way := way_of(recipe)) in BASE_MOVES:
         found.append(
             f"model.lora.average: {way}: what the base gains at the server does not travel to the devices. Set it to "
-            "factors, freeze_a, freeze_b or alternate."
+            f"{TRAVEL}."
         )
     if way == "core":
         found.append(
             "model.lora.average: core: its fixed factors are singular vectors, which other machines find with other "
-            "rounding. Set it to factors, freeze_a, freeze_b or alternate."
+            "rounding. "
+            f"Set it to {TRAVEL}."
         )
     if recipe.enable_defense and any(block["name"] == "dp_sgd" for block in recipe.defense.client):
         found.append(
