@@ -22,6 +22,7 @@ from fedllm_sec.deploy.memory import limited
 from fedllm_sec.deploy.problems import layout_hash, recipe_hash
 from fedllm_sec.deploy.records import ask_records
 from fedllm_sec.deploy.replies import Expected, read_reply
+from fedllm_sec.deploy.sooner import Idle
 from fedllm_sec.deploy.wire import Refused, bytes_of
 from fedllm_sec.errors import printable
 from fedllm_sec.protocols import Client, LocalResult
@@ -33,6 +34,7 @@ from fedllm_sec.rounds.source import Asked, Came
 
 FIRST = 180.0  # seconds, at least, for which the first round waits for its cohort: devices that start with the server
 AGAIN = 30.0  # seconds after which a node that was turned away is asked again: it may have been mended
+LOOK = 0.2  # seconds between two looks for who is online
 NEW = 5.0  # seconds for which a round waits for a node to say who it is, where it could begin without
 
 
@@ -136,7 +138,7 @@ class Devices:
 
         A node that does not answer is waited for beside the rounds: it holds up none of them.
         """
-        first, enough = not self.nodes, self.settings.min_replies
+        first, enough, wait = not self.nodes, self.settings.min_replies, Idle(LOOK)
         deadline = time.monotonic() + max(self.settings.timeout_s, FIRST if first else 0.0)
         while True:
             self._look(federation)
@@ -144,7 +146,7 @@ class Devices:
             new = any(not one.why and now - one.asked < NEW for one in self.strangers.values())
             if here == len(cohort) or now >= deadline or not (first or new or here < enough):
                 return
-            time.sleep(min(0.2, deadline - now))
+            time.sleep(min(wait.pause(), deadline - now))
 
     def _look(self, federation: Federation) -> None:
         """Who is online, who answers, and who is still to be asked."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedllm_sec.deploy import keys
 from fedllm_sec.deploy.folder import Deployment
-from fedllm_sec.deploy.processes import BIN, Forked, Processes, free_port, refuse_taken
+from fedllm_sec.deploy.processes import BIN, Forked, Processes, free_port, listens, refuse_taken
 from fedllm_sec.errors import FedError
 
 LINK = "superlink"
@@ -38,7 +38,11 @@ def start_link(processes: Processes, made: Deployment, host: str, port: int, nam
         "--disable-runtime-dependency-installation",
         env={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"},
     )  # fmt: skip
-    processes.wait(lambda: bool(processes.flwr("ls", "ours").get("success")), "the SuperLink", 90, LINK)
+
+    def answers() -> bool:
+        return listens("127.0.0.1", port) and bool(processes.flwr("ls", "ours").get("success"))
+
+    processes.wait(answers, "the SuperLink", 90, LINK)
 
 
 def register(processes: Processes, made: Deployment, clients: Sequence[str]) -> None:

@@ -36,6 +36,15 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def listens(host: str, port: int) -> bool:
+    """Whether somebody takes connections there: asked before anything that costs more."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+        return True
+    except OSError:
+        return False
+
+
 def refuse_taken(host: str, port: int) -> None:
     """An error where somebody listens there already: Flower's own would come late and long."""
     with socket.socket() as tried:
