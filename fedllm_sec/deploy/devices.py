@@ -17,7 +17,7 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from fedllm_sec.deploy.exchange import LONGEST, Questions, in_short, replies
+from fedllm_sec.deploy.exchange import LONGEST, Questions, Span, in_short, replies
 from fedllm_sec.deploy.memory import limited
 from fedllm_sec.deploy.problems import layout_hash, recipe_hash
 from fedllm_sec.deploy.records import ask_records
@@ -226,7 +226,12 @@ class Devices:
         messages = [Message(contents[key], nodes[key], "train", group_id=group) for key in keys]
         missing = dict.fromkeys(keys, f"no reply within {self.settings.timeout_s:g} s")
         taken, waited = 0, set(keys)
-        came = replies(self.grid, messages, deadline)
+
+        def said(spans: list[Span]) -> None:  # in the server's log: what scripts/bench_deploy.py reads
+            (began, ended), last = spans[0], spans[-1]
+            print(f"round {group}: asked {began:.3f} {ended:.3f} read {last[0]:.3f} {last[1]:.3f}", flush=True)
+
+        came = replies(self.grid, messages, deadline, said)
         for place, reply, why in came:
             key = keys[place]
             waited.discard(key)

@@ -19,15 +19,20 @@ OWN_DATA = {
     *("rename", "train_rows", "test_rows"),
 }
 
+FLOWER = "1.42"  # the version whose private parts resident, node and sooner speak
+INSTALL = f'pip install "flwr~={FLOWER}.0" (the extra `edge`).'
 TRAVEL = "factors, freeze_a, freeze_b, alternate, svd or pad"  # ways to average whose model is its factors alone
 
 
 def need_flower() -> None:
-    """An error in a line where Flower is not installed."""
+    """An error in a line where Flower is not installed, or in a version whose private parts are not known here."""
+    from importlib.metadata import version
     from importlib.util import find_spec
 
     if find_spec("flwr") is None:
-        raise RecipeError("deploy: needs Flower, which is not installed. pip install flwr (the extra `edge`).")
+        raise RecipeError(f"deploy: needs Flower, which is not installed. {INSTALL}")
+    if not (found := version("flwr")).startswith(f"{FLOWER}."):
+        raise RecipeError(f"deploy: needs Flower {FLOWER}, and {found} is installed. {INSTALL}")
 
 
 def deploy_problems(recipe: Recipe) -> list[str]:

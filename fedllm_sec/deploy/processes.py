@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -46,13 +47,22 @@ def listens(host: str, port: int) -> bool:
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """An error where somebody listens there already: Flower's own would come late and long."""
-    with socket.socket() as tried:
+    """An error where nobody can listen there, or somebody does: Flower's own would come late and long."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             tried.bind((host, port))
-        except OSError as error:
-            raise FedError(f"--port: {host}:{port}: {error.strerror}. Give another, or end what uses it.") from error
+        except (OSError, OverflowError) as error:
+            at, why = beside(host, port), getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                raise FedError(f"--port: {at}: {why}. Give another, or end what uses it.") from error
+            way_out = "Give an address of this machine (0.0.0.0: all of them) and a port from 1024 on."
+            raise FedError(f"--host, --port: {at}: {why}. {way_out}") from error
+
+
+def beside(host: str, port: int) -> str:
+    """HOST:PORT; in brackets where the host has colons itself."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(frozen=True)

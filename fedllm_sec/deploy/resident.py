@@ -51,7 +51,9 @@ def serve(address: str, poll: float) -> None:
         message = context = None
         status, details = SubStatus.COMPLETED, ""
         try:
+            looked = time.time()
             message, context, _, _ = pull_task_input(client)
+            pulled = time.time()
             try:
                 with training:
                     reply = app(message=message, context=context)
@@ -59,7 +61,10 @@ def serve(address: str, poll: float) -> None:
                 traceback.print_exc()
                 status, details = SubStatus.FAILED, f"{type(error).__name__}: {error}"
                 reply = Message(Error(code=2, reason=details), reply_to=message)
+            made = time.time()
             push_message(client, reply, context)
+            spans = f"received {looked:.3f} {pulled:.3f} sent {made:.3f} {time.time():.3f}"
+            print(f"{message.metadata.message_type} {message.metadata.group_id}: {spans}", flush=True)
         except Exception as error:
             traceback.print_exc()
             status, details = SubStatus.FAILED, f"{type(error).__name__}: {error}"

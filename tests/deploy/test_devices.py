@@ -12,7 +12,7 @@ pytest.importorskip("flwr", reason="needs flwr, the extra `edge`")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedllm_sec.build.names import checked
-from fedllm_sec.deploy.problems import deploy_problems
+from fedllm_sec.deploy.problems import FLOWER, deploy_problems
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.rounds.federation import run
 from tests.conftest import ROOT
@@ -161,9 +161,14 @@ def test_without_flower_the_command_says_what_to_install(monkeypatch, capsys):
 
     from fedllm_sec.deploy.command import main
 
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.43.1")
+    assert main(["up", "quickstart"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('error: deploy: needs Flower 1.42, and 1.43.1 is installed. pip install "flwr~=1.42.0"')
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["up", "quickstart"]) == 2
-    assert "pip install flwr" in capsys.readouterr().err
+    assert 'which is not installed. pip install "flwr~=1.42.0" (the extra `edge`)' in capsys.readouterr().err
+    assert f'edge = ["flwr>={FLOWER},<1.43"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_memory_limit_is_said_and_follows_from_the_layout(monkeypatch):
@@ -194,6 +199,10 @@ def test_a_taken_port_is_said_at_once():
         busy.listen()
         with pytest.raises(FedError, match="Give another"):
             refuse_taken("127.0.0.1", busy.getsockname()[1])
+    with pytest.raises(FedError, match=r"--host, --port: 203.0.113.9:0: .* Give an address of this machine"):
+        refuse_taken("203.0.113.9", 0)
+    with pytest.raises(FedError, match=r"--host, --port: 127.0.0.1:99999: .* a port from 1024 on"):
+        refuse_taken("127.0.0.1", 99999)
 
 
 def test_a_folder_that_is_no_deployment_is_an_error_in_words(tmp_path):
