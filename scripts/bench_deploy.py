@@ -47,7 +47,7 @@ def times(pattern: re.Pattern[str], text: str) -> dict[int, list[float]]:
 
 def parts(made: Deployment) -> dict[int, dict[str, float]]:
     """Seconds of each part of each round."""
-    asked = times(ASKED, (made.logs / "superlink.log").read_text())
+    asked = times(ASKED, (made.logs / "exchange.log").read_text())
     logs = [log.read_text() for log in made.logs.glob("client-*.log")]
     trained, moved = [times(TRAINED, log) for log in logs], [times(MOVED, log) for log in logs]
     found = {}
@@ -96,7 +96,7 @@ def main() -> None:
         print(f"{what:9} median {statistics.median(sum(one[name] for name in names) for one in later):.2f} s")
     alone, over = statistics.median(training[1:]), statistics.median(one["over"] for one in later)
     print(f"simulation's training of a round: median {alone:.2f} s; over is {over / alone:.2f} of it")
-    start = float(ASKED.findall((made.logs / "superlink.log").read_text())[0][1]) - began
+    start = float(ASKED.findall((made.logs / "exchange.log").read_text())[0][1]) - began
     print(f"start of processes, until round 1 is asked: {start:.1f} s; whole command {whole:.1f} s")
     quality = (read_history(made.run)[-1].quality or {}).get("accuracy")
     print(

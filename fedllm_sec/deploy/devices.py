@@ -59,6 +59,7 @@ class Devices:
     strangers: dict[int, Stranger] = field(default_factory=dict)
     greetings: list[tuple[list[int], Questions]] = field(default_factory=list)  # whose answers are waited for
     begun: bool = False
+    note: Callable[[str], None] = lambda line: None  # when a round was asked and its last reply read (time.time())
 
     @property
     def settings(self) -> Deploy:
@@ -227,9 +228,9 @@ class Devices:
         missing = dict.fromkeys(keys, f"no reply within {self.settings.timeout_s:g} s")
         taken, waited = 0, set(keys)
 
-        def said(spans: list[Span]) -> None:  # in the server's log: what scripts/bench_deploy.py reads
+        def said(spans: list[Span]) -> None:
             (began, ended), last = spans[0], spans[-1]
-            print(f"round {group}: asked {began:.3f} {ended:.3f} read {last[0]:.3f} {last[1]:.3f}", flush=True)
+            self.note(f"round {group}: asked {began:.3f} {ended:.3f} read {last[0]:.3f} {last[1]:.3f}")
 
         came = replies(self.grid, messages, deadline, said)
         for place, reply, why in came:

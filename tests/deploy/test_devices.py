@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,10 +56,34 @@ def number_of_examples(value):
     return record("claims", MetricRecord({"num-examples": value, "steps": 2, "loss": 0.5}))
 
 
+def numpys(shape, dtype="<f4"):
+    """numpy's format, with a header that says more than there is."""
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype})
+    return arrays(stype="numpy.ndarray", shape=shape, data=file.getvalue() + bytes(4 * D))
+
+
+def one_more(content):
+    content["delta"] = ArrayRecord({"flat": content["delta"]["flat"], "more": Array(torch.ones(1))})
+    return content
+
+
 HOSTILE = {
     "nan values": (arrays(data=torch.full((D,), float("nan")).numpy().tobytes()), "not finite"),
+    "infinite values": (arrays(data=torch.full((D,), float("inf")).numpy().tobytes()), "not finite"),
     "another shape": (arrays(shape=(D + 1,)), "shape"),
+    "a shape (1,)": (arrays(shape=(1,), data=bytes(4)), "shape (1,), must be (4,)"),
     "float64": (arrays(dtype="float64"), "type 'float64'"),
+    "int8": (arrays(dtype="int8", data=bytes(D)), "type 'int8'"),
+    "strings": (arrays(dtype="<U1"), "type '<U1'"),
+    "complex": (arrays(dtype="complex64"), "type 'complex64'"),
+    "objects": (arrays(dtype="object"), "type 'object'"),
+    "big-endian": (arrays(dtype=">f4"), "type '>f4'"),
+    "an unknown kind": (arrays(stype="cloudpickle"), "of kind 'cloudpickle'"),
+    "373 GiB announced": (numpys((10**11,)), "of kind 'numpy.ndarray'"),
+    "empty bytes": (arrays(data=b""), "holds 0 bytes, must be 16"),
+    "garbage bytes": (arrays(data=b"\xff\x00garbage" * 3), "holds 27 bytes, must be 16"),
+    "one array more": (one_more, "arrays"),
     "a pickle": (arrays(data=b"\x80\x04K\x01."), "5 bytes"),
     "10 GB announced": (arrays(shape=(2_500_000_000,)), "shape"),
     "numpy's format": (record("delta", ArrayRecord({"flat": Array(torch.ones(D))})), "of kind"),
@@ -67,6 +94,8 @@ HOSTILE = {
     "-1 examples": (number_of_examples(-1.0), "not between"),
     "NaN examples": (number_of_examples(float("nan")), "not finite"),
     "a list of examples": (number_of_examples([1.0]), "is a list"),
+    "0 examples": (number_of_examples(0), "claims 0 examples"),
+    "no number of examples": (record("claims", MetricRecord({"steps": 2, "loss": 0.5})), "must be"),
     "no claims": (record("claims", ConfigRecord({})), "metric records"),
     "a replay": (replayed(), "round: '1': must be 2"),
     "no JSON": (raising(ValueError("Expecting value: line 1 column 1")), "cannot be pulled: ValueError"),
@@ -117,6 +146,28 @@ def test_a_device_that_errs_is_silent_or_blocks_costs_the_deadline_and_no_more()
             "c02": "no reply within 1 s",
             "c03": "its device answers with an error: no rows",
         }
+
+
+def test_a_reply_after_its_round_or_by_another_node_is_not_taken():
+    train = honest("c01", None)
+
+    def late(message):
+        if message.metadata.message_type != "query":
+            time.sleep(1.3)
+        return train(message)
+
+    def forged(message):
+        made = Message(train_02(message), reply_to=message)
+        if message.metadata.message_type != "query":
+            made.metadata.__dict__["_src_node_id"] = 4
+        return made
+
+    train_02, nodes = honest("c02", None), all_honest(c01=late)
+    nodes[3] = forged
+    records, _, _ = over(nodes, timeout_s=1.0)
+    for found in records:
+        assert list(found.losses) == ["c00", "c03"]
+        assert found.quarantined == {"c01": "no reply within 1 s", "c02": "the reply comes from another node"}
 
 
 def test_too_few_replies_skip_the_round_and_say_so():
