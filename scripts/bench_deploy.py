@@ -5,11 +5,11 @@ rounds but the first, as clients' and server's logs have them:
 
 exchange    from the question to the last row
 training    from the first client's first step to the last one's last
-sending     the server hands its questions to its SuperLink
-way there   until the first client looks at its question: its node and it wait, and the node takes the bytes
+sending     the server hands its questions to its SuperLink, until the first client looks at its own
+way there   from there until the first client looks at its question, if that is later: its node and it wait
 receiving   that client takes its question from its node
 returning   the client that ended last hands its reply to its node
-way back    until the server begins to read that reply: the node takes the bytes there, and the server waits
+way back    until the server begins to read that reply: its node takes it there, and the server waits
 reading     the server reads it
 
 `over` is what an exchange takes over its training: the last six together. Transfer is what bytes take at both ends of
@@ -55,15 +55,17 @@ def parts(made: Deployment) -> dict[int, dict[str, float]]:
         first = min((i for i in range(len(logs)) if r in moved[i]), key=lambda i: trained[i][r][0])
         last = max((i for i in range(len(logs)) if r in moved[i]), key=lambda i: trained[i][r][1])
         start, end = trained[first][r][0], trained[last][r][1]
+        taken, handed = moved[first][r][0], moved[last][r][3]
+        sent, looked = min(sent, taken), max(looked, handed)  # the first is asked while questions to others are sent
         found[r] = {
             "exchange": read - begun,
             "training": end - start,
             "over": read - begun - (end - start),
             "sending": sent - begun,
-            "way there": moved[first][r][0] - sent,
-            "receiving": start - moved[first][r][0],
-            "returning": moved[last][r][3] - end,
-            "way back": looked - moved[last][r][3],
+            "way there": taken - sent,
+            "receiving": start - taken,
+            "returning": handed - end,
+            "way back": looked - handed,
             "reading": read - looked,
         }
     return found
