@@ -158,7 +158,9 @@ class Processes:
         """Which of them has ended, and what it said last."""
         for name in names or self.running:
             if (code := self.running[name].poll()) is not None:
-                return f"{name} ended with {code}: {self.said(name)} (all of it: {self.logs / name}.log)"
+                said = self.said(name)
+                how = f"{name}: {said[7:]}" if said.startswith("error: ") else f"{name} ended with {code}: {said}"
+                return f"{how} (all of it: {self.logs / name}.log)"
         return None
 
     def wait(self, done: Callable[[], bool], what: str, seconds: float, *watched: str) -> None:
