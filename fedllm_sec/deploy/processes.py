@@ -25,6 +25,8 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 WAYS_OUT = {
     "Hostname mismatch": "The certificate names other hosts: start the server with --name HOST.",
     "unable to get local issuer": "The certificate is of another root: copy tls/ca.pem from the server's folder.",
+    "Failed to activate SuperNode": "Its key is not registered there, or is online already: copy keys/ID.key of this "
+    "client, which no other device uses, from the server's folder.",
     "certificate has expired": "Remove server.pem from the server's tls folder and start it again.",
 }
 PACKAGE = Path(__file__).parents[2]  # what holds fedllm_sec, for processes that start elsewhere

@@ -288,6 +288,8 @@ def test_a_certificate_that_does_not_fit_is_named_with_the_way_out(tmp_path):
     why = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate"
     ended = f"ERROR: Exit Code: 305\nFailed to connect.\n{why}\nNo connection.\n\nINFO: Shutting down\nINFO: Finished\n"
     (tmp_path / "node-c00.log").write_text(ended)
+    (tmp_path / "node-c01.log").write_text("ERROR: Exit Code: 304\n[code: 2004] Failed to activate SuperNode.\n")
+    assert "copy keys/ID.key of this client" in Processes(tmp_path, tmp_path).said("node-c01")
     assert Processes(tmp_path, tmp_path).said("node-c00") == (
         f"Failed to connect. / {why} / No connection. The certificate is of another root: copy tls/ca.pem from the "
         "server's folder."
