@@ -19,6 +19,7 @@ from fedllm_sec.deploy.problems import FLOWER, deploy_problems
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.rounds.federation import run
 from tests.conftest import ROOT
+from tests.deploy.never import no_unpickling
 from tests.deploy.nodes import Blocks, Silent
 from tests.deploy.scripted import IDS, D, all_honest, federation, honest, over, raising, recipe
 
@@ -118,7 +119,8 @@ def test_devices_give_the_simulation_s_rounds_and_replies_are_pulled_in_threads_
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_reply_costs_its_sender_and_is_recorded_with_its_reason(kind):
+def test_a_hostile_reply_costs_its_sender_and_is_recorded_with_its_reason(kind, monkeypatch):
+    no_unpickling(monkeypatch)
     change, why = HOSTILE[kind]
     records, _, seconds = over(all_honest(c02=honest("c02", None, change)))
     last = records[-1]

@@ -21,6 +21,7 @@ from fedllm_sec.deploy.flower import RobustStrategy
 from fedllm_sec.records.history import read_history
 from fedllm_sec.report.runs import read_runs
 from tests.conftest import ROOT
+from tests.deploy.never import no_unpickling
 from tests.deploy.nodes import Blocks, Nodes, Silent
 
 TARGETS = (1.0, 1.1, 0.9, 1.05, 0.95)  # to which each client's training leads every parameter, half way in a round
@@ -146,7 +147,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_client_neither_ends_the_app_nor_moves_its_model(kind, tmp_path):
+def test_a_hostile_client_neither_ends_the_app_nor_moves_its_model(kind, tmp_path, monkeypatch):
+    no_unpickling(monkeypatch)
     strategy = RobustStrategy(FedAvg(), rule="multi_krum", f=1, log=tmp_path)
     result = played(strategy, all_but(HOSTILE[kind]), rounds=2)
     assert far(result.arrays.to_torch_state_dict()) < 0.5

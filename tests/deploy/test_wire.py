@@ -14,6 +14,7 @@ import torch
 from fedllm_sec.deploy.replies import Expected, read_reply
 from fedllm_sec.deploy.wire import KIND, Packed, Refused, bytes_of, decode, encode
 from fedllm_sec.matrix.quantise import dequantise, quantise
+from tests.deploy.never import no_unpickling
 
 X = torch.tensor([1.0, -2.5, 0.0, 3e-5, 1e20])
 WIRES = ("float32", "bfloat16", "int8")
@@ -203,14 +204,6 @@ def fuzzed(count: int, seed: int) -> tuple[int, int]:
             assert 0 < found.count <= 1e9
             assert type(found.steps) is int
     return taken, refused
-
-
-def no_unpickling(monkeypatch):
-    def never(*args, **settings):
-        raise SystemExit("unpickled")
-
-    for module, name in ((pickle, "loads"), (pickle, "load"), (pickle, "Unpickler"), (np, "load"), (torch, "load")):
-        monkeypatch.setattr(module, name, never)
 
 
 def test_400_mutated_replies_are_results_or_refusals_and_nothing_is_unpickled(monkeypatch):
