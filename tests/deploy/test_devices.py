@@ -119,7 +119,7 @@ def test_devices_give_the_simulation_s_rounds_and_replies_are_pulled_in_threads_
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_reply_costs_its_sender_and_is_recorded_with_its_reason(kind, monkeypatch):
+def test_a_hostile_reply_costs_its_sender_and_is_recorded_with_its_reason(kind, simulated, monkeypatch):
     no_unpickling(monkeypatch)
     change, why = HOSTILE[kind]
     records, _, seconds = over(all_honest(c02=honest("c02", None, change)))

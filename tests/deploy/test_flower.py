@@ -146,8 +146,14 @@ HOSTILE = {
 }
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    """The kernels of a round: numba keeps them on this machine's disk as pickles of its own."""
+    played(RobustStrategy(FedAvg(), rule="multi_krum", f=1), all_but(lambda content: content), rounds=1)
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_client_neither_ends_the_app_nor_moves_its_model(kind, tmp_path, monkeypatch):
+def test_a_hostile_client_neither_ends_the_app_nor_moves_its_model(kind, compiled, tmp_path, monkeypatch):
     no_unpickling(monkeypatch)
     strategy = RobustStrategy(FedAvg(), rule="multi_krum", f=1, log=tmp_path)
     result = played(strategy, all_but(HOSTILE[kind]), rounds=2)
