@@ -15,7 +15,7 @@ from fedllm_sec.defenses.alignment import alignins
 from fedllm_sec.defenses.before import arc, bucketing, nnm, norm_clipping, weak_dp_client
 from fedllm_sec.defenses.client_side import Soteria, WhiteBloodCells
 from fedllm_sec.defenses.cluster import flame, freqfed, signguard
-from fedllm_sec.defenses.columns import mean, median, robust_learning_rate, slsgd, trimmed_mean
+from fedllm_sec.defenses.columns import foundationfl, mean, median, robust_learning_rate, slsgd, trimmed_mean
 from fedllm_sec.defenses.compression import Int8, PruneGradient, SignCompress
 from fedllm_sec.defenses.deepsight import deepsight
 from fedllm_sec.defenses.dp_sgd import DpSgd
@@ -43,6 +43,7 @@ MENU: dict[str, Entry] = {
     "median": Entry(median, "Yin et al. 2018", "rule"),
     "trimmed_mean": Entry(trimmed_mean, "Yin et al. 2018", "rule"),
     "slsgd": Entry(slsgd, "Xie et al. 2020", "rule"),
+    "foundationfl": Entry(foundationfl, "Fang et al. 2025 (FoundationFL)", "rule"),
     "robust_learning_rate": Entry(robust_learning_rate, "Ozdayi et al. 2021", "rule"),
     "krum": Entry(krum, "Blanchard et al. 2017", "rule"),
     "multi_krum": Entry(multi_krum, "Blanchard et al. 2017", "rule"),
