@@ -108,19 +108,12 @@ def robust_learning_rate(updates: UpdateMatrix, ctx: RoundContext, *, theta: flo
 NEAR = 1e-6  # relative: scores that differ by less are equal but for rounding
 
 
-def foundationfl(
-    updates: UpdateMatrix,
-    ctx: RoundContext,
-    *,
-    base: Literal["median", "trimmed_mean"] = "median",
-    m: int | None = None,
-    f: int | None = None,
-) -> Decision:
-    """Median or trimmed mean of the rows and of `m` copies of the row that is farthest from both extremes.
+def foundationfl(updates: UpdateMatrix, ctx: RoundContext, *, m: int | None = None, f: int | None = None) -> Decision:
+    """Median (with `f` the trimmed mean) of the rows and of `m` copies of the row farthest from both extremes.
 
     Fang et al. 2025 (FoundationFL, NDSS). A row's score is the smaller of its distances to the coordinate-wise maximum
-    and to the coordinate-wise minimum of all rows; the row of the largest score is sent in m times more, and `base` is
-    taken of the n + m rows, with f dropped at each end by the trimmed mean.
+    and to the coordinate-wise minimum of all rows; the row of the largest score is added m times, and of the n + m rows
+    the coordinate-wise median is taken, or the trimmed mean without the f smallest and f largest values.
 
     Stated here: m is half of the rows, rounded up, unless set; scores within 1e-6 of the largest are equal, and the
     smallest client id of these is copied. Two rows on both extremes make a third between them, of mixed signs, the one
@@ -130,11 +123,8 @@ def foundationfl(
     n = updates.n
     copies = math.ceil(n / 2) if m is None else m
     need(copies >= 0, "foundationfl", "m >= 0 synthetic rows", "Raise m.", m=m)
-    if base == "median":
-        need(f is None, "foundationfl", "f only for base: trimmed_mean", "Leave f out, or set base.", f=f)
-    else:
-        need(f is not None, "foundationfl", "f, the number trimmed at each end, for trimmed_mean", "Set f.", f=f)
-        need_f("foundationfl", n, f or 0, n + copies > 2 * (f or 0), "n + m > 2f rows")
+    if f is not None:
+        need_f("foundationfl", n, f, n + copies > 2 * f, "n + m > 2f rows")
     extremes = torch.stack([kernels.kth_value(updates, n - 1), kernels.kth_value(updates, 0)])
     distances = kernels.sq_distances(updates, extra=extremes)[:n, n:].amin(dim=1).sqrt()
     farthest = distances.max()

@@ -22,7 +22,7 @@ def reference(x, m, f):
 @pytest.mark.parametrize(("n", "m", "f"), [(3, None, None), (8, None, 2), (11, 5, None), (11, 0, 3), (16, 1, 8)])
 def test_it_equals_its_reference(kind, n, m, f):
     updates, x = both(kind, n)
-    decision = foundationfl(updates, context(), base="median" if f is None else "trimmed_mean", m=m, f=f)
+    decision = foundationfl(updates, context(), m=m, f=f)
     assert_close(decision.update, reference(x, -(-n // 2) if m is None else m, f))
 
 
@@ -40,7 +40,7 @@ def test_of_equal_scores_the_smallest_id_is_copied():
     assert foundationfl(rows, context(1), m=3).update.tolist() == [3.0]
 
 
-@pytest.mark.parametrize("settings", [{}, {"base": "trimmed_mean", "f": 3}])
+@pytest.mark.parametrize("settings", [{}, {"f": 3}])
 def test_three_of_thirteen_rows_far_away_do_not_lead_it_astray(settings):
     updates, honest = attacked()
     assert_repaired(foundationfl(updates, context(), **settings).update, honest)
@@ -61,9 +61,8 @@ def test_two_rows_on_the_extremes_make_it_copy_a_third_of_theirs():
     ("settings", "message"),
     [
         ({"m": -1}, "foundationfl: needs m >= 0 synthetic rows, got m=-1"),
-        ({"f": 1}, "foundationfl: needs f only for base: trimmed_mean, got f=1"),
-        ({"base": "trimmed_mean"}, "foundationfl: needs f, the number trimmed at each end"),
-        ({"base": "trimmed_mean", "f": 3}, r"foundationfl: needs n \+ m > 2f rows, got n=4, f=3"),
+        ({"f": -1}, "foundationfl: needs f >= 0 assumed attackers"),
+        ({"f": 3}, r"foundationfl: needs n \+ m > 2f rows, got n=4, f=3"),
     ],
 )
 def test_it_says_what_it_needs(settings, message):
