@@ -4,12 +4,13 @@ A name's kind says where it stands in a recipe: `before` (rows to rows), `rule` 
 global vector to the one that is kept). `CLIENT_MENU` lists what clients run on themselves, `client` for
 any task, `client_rows` where each row has a loss of its own, `client_image` for classifiers of images.
 
-Methods: before, columns, krum, geometric, similarity, cluster, deepsight, rflbat, filters, alignment, spectral,
-history, prediction, residual, trust, latent, after, client_side, compression, dp_sgd, space, layers. Around them:
-screen (what is checked on a row), pipeline (the stages of a recipe), checks and claims (what rules ask of rows),
+Methods: before, columns, krum, geometric, similarity, cluster, deepsight, rflbat, filters, alignment, adapters,
+spectral, history, prediction, residual, trust, latent, after, client_side, compression, dp_sgd, space, layers. Around
+them: screen (what is checked on a row), pipeline (the stages of a recipe), checks and claims (what rules ask of rows),
 privacy and accountant (epsilon), conformance and subject (the kit behind `fedllm_sec.testing`).
 """
 
+from fedllm_sec.defenses.adapters import horus
 from fedllm_sec.defenses.after import crfl, weak_dp
 from fedllm_sec.defenses.alignment import alignins
 from fedllm_sec.defenses.before import arc, bucketing, nnm, norm_clipping, weak_dp_client
@@ -71,6 +72,7 @@ MENU: dict[str, Entry] = {
     "flare": Entry(flare, "Wang et al. 2022 (FLARE)", "rule"),
     "lasa": Entry(lasa, "Xu et al. 2025", "rule"),
     "alignins": Entry(alignins, "Xu et al. 2025 (AlignIns)", "rule"),
+    "horus": Entry(horus, "Zhang et al. 2025 (Horus)", "rule"),
     "crfl": Entry(crfl, "Xie et al. 2021", "after"),
     "weak_dp": Entry(weak_dp, "Sun et al. 2019", "after"),
 }
