@@ -10,7 +10,7 @@ them: screen (what is checked on a row), pipeline (the stages of a recipe), chec
 privacy and accountant (epsilon), conformance and subject (the kit behind `fedllm_sec.testing`).
 """
 
-from fedllm_sec.defenses.adapters import horus
+from fedllm_sec.defenses.adapters import clair, horus
 from fedllm_sec.defenses.after import crfl, weak_dp
 from fedllm_sec.defenses.alignment import alignins
 from fedllm_sec.defenses.before import arc, bucketing, nnm, norm_clipping, weak_dp_client
@@ -72,6 +72,7 @@ MENU: dict[str, Entry] = {
     "flare": Entry(flare, "Wang et al. 2022 (FLARE)", "rule"),
     "lasa": Entry(lasa, "Xu et al. 2025", "rule"),
     "alignins": Entry(alignins, "Xu et al. 2025 (AlignIns)", "rule"),
+    "clair": Entry(clair, "He et al. 2026 (CLAIR)", "rule"),
     "horus": Entry(horus, "Zhang et al. 2025 (Horus)", "rule"),
     "crfl": Entry(crfl, "Xie et al. 2021", "after"),
     "weak_dp": Entry(weak_dp, "Sun et al. 2019", "after"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedllm_sec.attacks.update.gauge import lora_gauge
-from fedllm_sec.defenses.adapters import a_features, deviations, horus
+from fedllm_sec.defenses.adapters import a_features, clair, deviations, horus, low_rank_and_rows
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.matrix.factors import Products, aligned
@@ -114,3 +114,60 @@ def test_horus_needs_adapters():
         horus(matrix([[1.0], [2.0]]), context(1))
     with pytest.raises(DefenseError, match="horus: needs bound > 0"):
         horus(cohort(), ctx(), bound=0.0)
+
+
+def outlier_pursuit(x, weight):
+    """The split of whole rows (n, d): both parts are shrunk in turn, and what is missing is handed on."""
+    rows, missing, step = np.zeros_like(x), np.zeros_like(x), np.linalg.norm(x, 2) / 4
+    for _ in range(500):
+        u, s, v = np.linalg.svd(x - rows + missing, full_matrices=False)
+        low = (u * np.maximum(s - step, 0)) @ v
+        left = x - low + missing
+        rows = left * np.maximum(1 - weight * step / np.linalg.norm(left, axis=1, keepdims=True), 0)
+        missing += x - low - rows
+    return low, rows
+
+
+def cost(low, rows, weight):
+    return np.linalg.svd(low, compute_uv=False).sum() + weight * np.linalg.norm(rows, axis=1).sum()
+
+
+def test_clair_equals_the_split_of_whole_rows_and_no_other_split_is_cheaper():
+    basis = torch.randn(2, 50, generator=generator_for(2, "basis"))
+    x = (3.0 + torch.randn(14, 2, generator=generator_for(2, "own"))) @ basis
+    x += 0.05 * torch.randn(14, 50, generator=generator_for(2, "noise"))
+    x[-2:] += 4 * torch.randn(2, 50, generator=generator_for(2, "bad"))
+    weight, whole = 3 / (7 * 1.4**0.5), x.double().numpy()
+    low, rows = outlier_pursuit(whole, weight)
+    np.testing.assert_allclose(low + rows, whole, atol=1e-9)
+    for seed in range(5):
+        moved = 1e-3 * torch.randn(14, 50, generator=generator_for(2, seed)).double().numpy()
+        assert cost(low, rows, weight) < cost(low + moved, rows - moved, weight)
+    decision = clair(matrix(x.tolist()), context(50))
+    np.testing.assert_allclose(decision.scores.numpy(), np.linalg.norm(rows, axis=1), rtol=1e-4, atol=1e-3)
+    assert decision.kept.tolist() == [True] * 12 + [False] * 2
+    np.testing.assert_allclose(decision.update.numpy(), whole[:12].mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_what_clients_share_is_low_rank_and_one_that_goes_elsewhere_is_not():
+    x = torch.tensor([[3.0, 0]] * 9 + [[0.0, 4]], dtype=torch.float64)
+    low, rows = low_rank_and_rows(x, 3 / 7)
+    torch.testing.assert_close(low, torch.tensor([[3.0, 0]] * 9 + [[0.0, 0]], dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows, x - low, atol=1e-5, rtol=0)
+
+
+def test_a_row_inside_the_shared_subspace_passes_whatever_its_sign_and_one_far_away_is_dropped():
+    rows = cohort().rows.clone()
+    rows[-1] = -rows[:-1].mean(0)
+    assert clair(UpdateMatrix.of(rows), context(LAYOUT.size)).kept.all()
+    rows[-2:] = 1e30 * torch.randn(2, LAYOUT.size, generator=generator_for(2, "far"))
+    assert clair(UpdateMatrix.of(rows), context(LAYOUT.size)).kept.tolist() == [True] * 10 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"share": 0.2}, "clair: needs 0 < share < 9/49, got share=0.2"), ({"k": 0.0}, "clair: needs k > 0, got k=0.0")],
+)
+def test_clair_says_what_it_needs(settings, message):
+    with pytest.raises(DefenseError, match=message):
+        clair(matrix([[1.0], [2.0]]), context(1), **settings)
