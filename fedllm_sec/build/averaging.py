@@ -109,6 +109,8 @@ def _personal_problems(recipe: Recipe, algorithm: Any) -> list[str]:
     attack = recipe.attack if recipe.enable_attack else None
     if attack is not None and any(method["name"] == "lora_gauge" for method in attack.update):
         found.append("attack.update: lora_gauge: B A stays the same only where both are sent. Choose another attack.")
+    if attack is not None and attack.observe is not None and attack.observe.what == "gradient":
+        found.append("attack.observe.what: gradient: is of B too, which never leaves a client. Set it to delta.")
     return found
 
 

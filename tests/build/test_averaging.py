@@ -79,6 +79,19 @@ def test_ranks_without_an_adapter_are_an_error():
             },
             "B A stays the same only where both are sent",
         ),
+        (
+            "share_a",
+            {},
+            None,
+            {
+                "enable_attack": True,
+                "attack": {
+                    "observe": {"rounds": [1], "clients": [0], "what": "gradient"},
+                    "privacy": [{"name": "membership"}],
+                },
+            },
+            "is of B too, which never leaves a client",
+        ),
         ("core", {"init_lora_weights": "pissa"}, None, {}, "would start from others. Set it to true"),
         ("core", {"use_dora": True}, None, {}, "use_dora trains lengths"),
         (
