@@ -180,51 +180,42 @@ def of_guarded(options: Any) -> Iterator[Line]:
         }  # fmt: skip
 
 
-CANARIES: dict[str, dict[str, Any]] = {  # what differs from r = 16, the mean of 10 clients, 2 rounds
-    "r = 16, mean": {"rounds": 5},
+CANARIES: dict[str, dict[str, Any]] = {  # what differs from r = 16 and the mean of 10 clients
+    "r = 16, mean": {},
+    "dp_sgd, epsilon 8": {"enable_defense": True, "defense": {"client": [{"name": "dp_sgd", "epsilon": 8.0}]}},
+    "median": {"enable_defense": True, "defense": {"rule": {"name": "median"}}},
     "r = 4": {"model": {"lora": {"r": 4, "alpha": 8}}},
     "r = 64": {"model": {"lora": {"r": 64, "alpha": 128}}},
-    "median": {"enable_defense": True, "defense": {"rule": {"name": "median"}}},
-    "dp_sgd, epsilon 8": {"enable_defense": True, "defense": {"client": [{"name": "dp_sgd", "epsilon": 8.0}]}},
 }
 
 
 def of_canary(options: Any) -> Iterator[Line]:
-    """Secrets in 1, 4 and 16 of 80 rows of one client of 10, two of each; Alpaca rows of at most 96 tokens.
-
-    "received" in round 3 is the global model after 2 rounds of a run of 5.
-    """
+    """Secrets in 1, 4 and 16 of 80 rows of one client of 10, two of each; Alpaca rows up to 96 tokens, 2 rounds."""
     data = {
         **ALPACA, "max_length": 96, "too_long": "drop",
         "canaries": {"client": 0, "repetitions": [1, 1, 4, 4, 16, 16]},
     }  # fmt: skip
+    models = ("client", "received", "global")
     for name, changed in CANARIES.items():
-        found: dict[tuple[str, int, int], list[tuple[float, bool]]] = {}
+        found: dict[tuple[str, int], list[tuple[float, bool]]] = {}
         tries = options.tries or 2
         for seed in range(tries):
             raw = recipe_of(options, seed, data, 3e-3)
             raw |= {key: {**raw[key], **value} if key == "model" else value for key, value in changed.items()}
-            last = raw["rounds"]
             raw["enable_attack"] = True
             raw["attack"] = {
-                "privacy": [{"name": "canary", "model": model} for model in ("client", "received", "global")],
-                "observe": {"rounds": [1, 2, 3, 5] if last == 5 else [1, 2], "clients": [0]},
+                "privacy": [{"name": "canary", "model": model} for model in models],
+                "observe": {"rounds": [raw["rounds"]], "clients": [0]},
             }
-            for made, model in zip(observed(raw), ("client", "received", "global"), strict=True):
-                for one in made["observations"]:
-                    after = {"client": one["round"], "received": one["round"] - 1, "global": last}[model]
-                    if after == 0 and name != "r = 16, mean":
-                        continue  # the same fresh model in all of them but for its rank
-                    for secret in one["secrets"]:
-                        place = ("global" if model == "received" else model, after, secret["repetitions"])
-                        found.setdefault(place, []).append((secret["exposure"], secret["extracted"]))
-                    if model == "global":
-                        break  # the same model whatever was observed
+            for made, model in zip(observed(raw), models, strict=True):
+                for secret in made["observations"][0]["secrets"]:
+                    place = (model, secret["repetitions"])
+                    found.setdefault(place, []).append((secret["exposure"], secret["extracted"]))
         print(f"  {name}: {found}", file=sys.stderr, flush=True)
-        for (model, after, times), pairs in sorted(found.items()):
+        for (model, times), pairs in found.items():
             bits, said = zip(*pairs, strict=True)
             yield {
-                "attack": "canary", "what": name, "model": model, "round": after, "repetitions": times,
+                "attack": "canary", "what": name, "model": model, "repetitions": times,
                 "bits_mean": statistics.fmean(bits), "bits_least": min(bits), "bits_most": max(bits),
                 "said": statistics.fmean(said), "secrets": len(bits), "tries": tries,
             }  # fmt: skip
@@ -423,7 +414,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "least to most": "{auc_least:.2f} to {auc_most:.2f}", "TPR at 1 % FPR": "{tpr_mean:.2f}", "tries": "{tries}",
     },
     "canary": {
-        "run": "{what}", "model": "{model}", "after round": "{round}", "rows with it": "{repetitions}",
+        "run": "{what}", "model": "{model}", "rows with it": "{repetitions}",
         "bits of 10": "{bits_mean:.1f}", "least to most": "{bits_least:.1f} to {bits_most:.1f}", "said": "{said:.2f}",
         "secrets": "{secrets}", "tries": "{tries}",
     },
