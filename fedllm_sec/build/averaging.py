@@ -46,6 +46,8 @@ def averaging_problems(recipe: Recipe, algorithm: Any, defense: Any) -> list[str
         found.append(
             f"{place}B starts at 0, and with it A learns nothing. Set init_lora_weights: pissa or olora, or freeze_a."
         )
+    if way == "share_a":
+        found += [f"{place}{problem}" for problem in _personal_problems(recipe, algorithm)]
     if way == "core":
         found += [f"{place}{problem}" for problem in _core_problems(recipe.model)]
     if way not in BY_PRODUCTS:
@@ -95,6 +97,24 @@ def _rank_problem(recipe: Recipe, way: str, algorithm: Any) -> str | None:
     return None
 
 
+def _personal_problems(recipe: Recipe, algorithm: Any) -> list[str]:
+    """What does not go with a B that stays with its client."""
+    found = []
+    if isinstance(algorithm, Algorithm) and algorithm.remember is not None:
+        found.append(
+            f"algorithm {recipe.algorithm['name']} has clients remember whole rows, of which B never arrives. Use "
+            "fedavg, fedprox or fedsgd."
+        )
+    if recipe.enable_defense and recipe.defense is not None and recipe.defense.after:
+        found.append("what defense.after changes in B reaches no client. Remove it.")
+    attack = recipe.attack if recipe.enable_attack else None
+    if attack is not None and any(method["name"] == "lora_gauge" for method in attack.update):
+        found.append("attack.update: lora_gauge: B A stays the same only where both are sent. Choose another attack.")
+    if attack is not None and attack.observe is not None and attack.observe.what == "gradient":
+        found.append("attack.observe.what: gradient: is of B too, which never leaves a client. Set it to delta.")
+    return found
+
+
 def ranks_of(recipe: Recipe) -> dict[str, int]:
     """The rank of each client that has not the whole: first those of the first rank given, then of the next."""
     dealt = [rank for rank, count in recipe.clients.ranks.items() for _ in range(count)]
@@ -134,7 +154,7 @@ def make_averaging(recipe: Recipe, task: Any) -> Averaging | None:
     way = way_of(recipe)
     if way == "core":
         return Averaging(way, (), (), (), task.initial)
-    if way not in (*BY_PRODUCTS, "alternate"):
+    if way not in (*BY_PRODUCTS, "alternate", "share_a"):
         return None
     products = Products.of(task.layout, task.initial, task.scales)
     if recipe.model.lora.moves_base:

@@ -55,6 +55,11 @@ def deploy_problems(recipe: Recipe) -> list[str]:
             f"model.lora.average: {way}: what the base gains at the server does not travel to the devices. Set it to "
             f"{TRAVEL}."
         )
+    if way == "share_a":
+        found.append(
+            "model.lora.average: share_a: devices send whole rows, B too, and keep none between rounds. Run it as a "
+            "simulation: fedllm-sec train."
+        )
     if way == "core":
         found.append(
             "model.lora.average: core: its fixed factors are singular vectors, which other machines find with other "

@@ -170,6 +170,10 @@ def test_adapters_whose_base_gains_cannot_be_deployed_and_the_ways_that_can_are_
         checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": {**lora, "average": "core"}}}))
     )
     assert "other machines find with other rounding" in problem
+    (kept,) = deploy_problems(
+        checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": {**lora, "average": "share_a"}}}))
+    )
+    assert kept.startswith("model.lora.average: share_a: devices send whole rows, B too")
     for other in ("factors", "freeze_a", "alternate", "svd", "pad"):
         assert other in problem
         fine = checked(raw(**{**TEXT, "model": {"name": "tiny", "lora": {**lora, "average": other}}}))
