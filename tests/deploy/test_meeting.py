@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,3 +123,20 @@ def test_words_of_a_client_reach_the_record_without_control_characters():
     assert len(records[0].quarantined) == 2
     assert any("hacked" in text for text in said)
     assert all(text.isprintable() and len(text) < 700 for text in texts)
+
+
+def test_a_device_that_differs_from_the_server_says_what_to_copy_or_install(monkeypatch, capsys):
+    from fedllm_sec.deploy import client
+
+    own = {"client": "c00", "recipe": "1", "layout": "2", "version": "0.1.0"}
+    monkeypatch.setattr(client, "device_of", lambda config: SimpleNamespace(introduction=lambda: own))
+    Nodes({})
+    theirs = ConfigRecord({"recipe": "9", "layout": "2", "version": "0.2.0"})
+    reply = client.introduce(Message(RecordDict({"hello": theirs}), 1, "query"), SimpleNamespace(node_config={}))
+    assert dict(reply.content["hello"]) == own
+    assert capsys.readouterr().out.splitlines() == [
+        "error: recipe: this device has 1, the server 9. It is turned away. Copy recipe.yaml and deployment.json from "
+        "the server's folder, and start it again.",
+        "error: version: this device has 0.1.0, the server 0.2.0. It is turned away. Install the server's version of "
+        "fedllm_sec.",
+    ]
