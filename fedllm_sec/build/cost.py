@@ -7,6 +7,7 @@ of images, the number of characters.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from fedllm_sec.errors import FedError
 from fedllm_sec.models.lora import add_adapter, place, source_of, told
 from fedllm_sec.models.text_classifier import lost_pooler, outputs, unweighted
 from fedllm_sec.recipe.classifier import Classifier
+from fedllm_sec.recipe.language_model import Lora
 from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Model, Recipe
 
@@ -38,6 +40,7 @@ class Weights:
     trained: int  # d
     frozen: int = 0
     frozen_bytes: int = 0
+    kept: int = 0  # of the trained ones, those that never leave their client
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def cost(plan: Plan) -> Cost:
         reasons.append(str(error))
     if weights is None:
         return Cost(n, None, None, None, steps, exact, sizes, reasons=tuple(reasons))
-    sent = float(FLOAT * weights.trained)
+    sent = float(FLOAT * (weights.trained - weights.kept))
     received = sent * (2 if method.control is not None else 1)
     return Cost(n, weights, received, sent, steps, exact, sizes, reasons=tuple(reasons))
 
@@ -173,7 +176,13 @@ def text_classifier(model: Classifier, classes: int) -> Weights:
         lora = model.lora and model.lora.model_copy(update={"init_lora_weights": True})
         adapted = add_adapter(base, model.model_copy(update={"lora": lora}), 0, output)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return Weights(trained) if model.lora is None else Weights(trained, count, held)
+    return Weights(trained) if model.lora is None else Weights(trained, count, held, kept_of(adapted, model.lora))
+
+
+def kept_of(adapted: torch.nn.Module, lora: Lora) -> int:
+    """How many trained numbers are B factors that their client keeps."""
+    named = adapted.named_parameters() if lora.average == "share_a" else ()
+    return sum(p.numel() for name, p in named if p.requires_grad and re.search(r"\.lora_(embedding_)?B\.", name))
 
 
 def language_model(model: Model) -> Weights:
@@ -204,4 +213,4 @@ def language_model(model: Model) -> Weights:
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     if model.lora is None:
         return Weights(trained)
-    return Weights(trained, frozen, round(bytes_held))
+    return Weights(trained, frozen, round(bytes_held), kept_of(adapted, model.lora))
