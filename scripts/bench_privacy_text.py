@@ -38,7 +38,8 @@ from fedllm_sec.attacks.privacy.membership import Membership
 from fedllm_sec.attacks.privacy.reading import loss_of, trained_on
 from fedllm_sec.attacks.privacy.seen import Observation, Row
 from fedllm_sec.attacks.privacy.sequences import dager
-from fedllm_sec.attacks.privacy.tokens import token_set
+from fedllm_sec.attacks.privacy.spans import spans_of
+from fedllm_sec.attacks.privacy.tokens import inputs_of_tokens, token_set, value_layers
 from fedllm_sec.build.members import lineup, rows_of
 from fedllm_sec.build.observing import observation, truth
 from fedllm_sec.build.recovered import Written
@@ -179,44 +180,44 @@ def of_guarded(options: Any) -> Iterator[Line]:
         }  # fmt: skip
 
 
-CANARIES: dict[str, dict[str, Any]] = {
-    "r = 16, 2 rounds, mean": {},
-    "r = 4": {"model": {"lora": {"r": 4, "alpha": 8}}},
-    "median": {"enable_defense": True, "defense": {"rule": {"name": "median"}}},
-    "5 rounds": {"rounds": 5},
-    "r = 64": {"model": {"lora": {"r": 64, "alpha": 128}}},
+CANARIES: dict[str, dict[str, Any]] = {  # what differs from r = 16 and the mean of 10 clients
+    "r = 16, mean": {},
     "dp_sgd, epsilon 8": {"enable_defense": True, "defense": {"client": [{"name": "dp_sgd", "epsilon": 8.0}]}},
+    "median": {"enable_defense": True, "defense": {"rule": {"name": "median"}}},
+    "r = 4": {"model": {"lora": {"r": 4, "alpha": 8}}},
+    "r = 64": {"model": {"lora": {"r": 64, "alpha": 128}}},
 }
 
 
 def of_canary(options: Any) -> Iterator[Line]:
-    """Secrets in 1, 4 and 16 of 80 rows of one client of 10; Alpaca rows of at most 96 tokens."""
+    """Secrets in 1, 4 and 16 of 80 rows of one client of 10, two of each; Alpaca rows up to 96 tokens, 2 rounds."""
     data = {
-        **ALPACA, "max_length": 96, "too_long": "drop", "canaries": {"client": 0, "repetitions": [1, 4, 16]},
+        **ALPACA, "max_length": 96, "too_long": "drop",
+        "canaries": {"client": 0, "repetitions": [1, 1, 4, 4, 16, 16]},
     }  # fmt: skip
+    models = ("client", "received", "global")
     for name, changed in CANARIES.items():
-        found: dict[tuple[str, int], list[tuple[float, float]]] = {}
-        for seed in range(options.tries or 2):
+        found: dict[tuple[str, int], list[tuple[float, bool]]] = {}
+        tries = options.tries or 2
+        for seed in range(tries):
             raw = recipe_of(options, seed, data, 3e-3)
-            last = changed.get("rounds", raw["rounds"])
             raw |= {key: {**raw[key], **value} if key == "model" else value for key, value in changed.items()}
             raw["enable_attack"] = True
             raw["attack"] = {
-                "privacy": [{"name": "canary"}, {"name": "canary", "model": "global"}],
-                "observe": {"rounds": [last], "clients": [0]},
+                "privacy": [{"name": "canary", "model": model} for model in models],
+                "observe": {"rounds": [raw["rounds"]], "clients": [0]},
             }
-            for made, model in zip(observed(raw), ("client", "global"), strict=True):
-                for one in made["repetitions"]:
-                    found.setdefault((model, one["repetitions"]), []).append(
-                        (one["exposure"]["value"], one["extracted"])
-                    )
+            for made, model in zip(observed(raw), models, strict=True):
+                for secret in made["observations"][0]["secrets"]:
+                    place = (model, secret["repetitions"])
+                    found.setdefault(place, []).append((secret["exposure"], secret["extracted"]))
         print(f"  {name}: {found}", file=sys.stderr, flush=True)
         for (model, times), pairs in found.items():
             bits, said = zip(*pairs, strict=True)
             yield {
                 "attack": "canary", "what": name, "model": model, "repetitions": times,
                 "bits_mean": statistics.fmean(bits), "bits_least": min(bits), "bits_most": max(bits),
-                "said": statistics.fmean(said), "tries": len(bits),
+                "said": statistics.fmean(said), "secrets": len(bits), "tries": tries,
             }  # fmt: skip
 
 
@@ -244,9 +245,11 @@ SST2 = {
 KINDS: dict[str, dict[str, Any]] = {"alpaca": ALPACA, "sst2": SST2}
 
 
-def delta_seen(task: Any, rows: list[Row], batch: int, optimizer: str, lr: float, number: int) -> Observation:
+def delta_seen(
+    task: Any, rows: list[Row], batch: int, optimizer: str, lr: float, number: int, clip: float | None = None
+) -> Observation:
     """The delta of one epoch over these rows."""
-    training = LocalTraining(batch, steps=len(rows) // batch, optimizer=optimizer, lr=lr, max_grad_norm=None)
+    training = LocalTraining(batch, steps=len(rows) // batch, optimizer=optimizer, lr=lr, max_grad_norm=clip)
     seen = Observation(
         task.initial * 0, "delta", task.initial, task.layout, task.model, rows=batch, steps=len(rows) // batch,
         size=len(rows), training=training,
@@ -315,7 +318,7 @@ def of_smollm2(options: Any) -> Iterator[Line]:
 def _dager(options: Any, what: str, rank: int | None, batch: int, name: str = SMALL) -> Line:
     """Means over all victims; where the span is full nothing is read, and that counts as 0."""
     task, rows = victim("models" if name != SMALL else options.models, options.data, "sst2", rank, name)
-    found: list[tuple[float, float, float]] = []
+    found: list[tuple[float, float, float, float, float]] = []
     refused, prefixes, begun = 0, [], time.process_time()
     for number in range(options.tries or 10):
         mine = [rows[i] for i in np.random.default_rng(number).permutation(len(rows))[:batch]]
@@ -328,16 +331,63 @@ def _dager(options: Any, what: str, rank: int | None, batch: int, name: str = SM
         try:
             read = Written(mine).judged(made := dager(seen))
             right = {row.ids[:-1] for row in mine} & set(made.rows or ())
-            found.append((tokens, read.exact or 0.0, len(right) / max(1, len(made.rows or ()))))
+            share = len(right) / max(1, len(made.rows or ()))
+            found.append((tokens, read.exact or 0.0, share, read.rouge_1 or 0.0, read.rouge_2 or 0.0))
         except AttackError:
             refused += 1
-            found.append((tokens, 0.0, 0.0))
-    recall, exact, right_rows = (statistics.fmean(values) for values in zip(*found, strict=True))
+            found.append((tokens, 0.0, 0.0, 0.0, 0.0))
+    recall, exact, right_rows, one, two = (statistics.fmean(values) for values in zip(*found, strict=True))
     print(f"  {what} r={rank} batch {batch}: {recall:.3f} {exact:.3f}", file=sys.stderr, flush=True)
     return {
         "attack": "dager", "model": name, "what": what, "r": rank or "whole model", "batch": batch,
         "prefixes_least": min(prefixes), "prefixes_most": max(prefixes), "recall": recall, "exact": exact,
-        "right": right_rows, "refused": refused, "tries": len(found),
+        "right": right_rows, "rouge_1": one, "rouge_2": two, "refused": refused, "tries": len(found),
+        "seconds": (time.process_time() - begun) / len(found),
+    }  # fmt: skip
+
+
+def of_adam(options: Any) -> Iterator[Line]:
+    """What the first step of AdamW on a fresh adapter still tells of the tokens, by what is made of it and by clipping.
+
+    Tokens are read by token_set, from the gradient behind the step (attacks.privacy.adam). signs: the delta as it is,
+    how its longest directions in the first layer's v_proj tell tokens that were fed from the rest of the vocabulary.
+    layers: the same, the shares that lie outside multiplied over v_proj, q_proj and k_proj.
+    """
+    for rank, batch, clip in ((64, 1, None), (64, 1, 1.0), (128, 1, 1.0), (128, 2, 1.0), (128, 4, 1.0), (16, 1, 1.0)):
+        yield _adam(options, rank, batch, clip)
+
+
+def _adam(options: Any, rank: int, batch: int, clip: float | None) -> Line:
+    task, rows = victim(options.models, options.data, "sst2", rank)
+    found, precision, areas, tokens, begun = [], [], {"signs": [], "layers": []}, [], time.process_time()
+    refused = 0
+    for number in range(options.tries or 5):
+        mine = [rows[i] for i in np.random.default_rng(number).permutation(len(rows))[:batch]]
+        seen = delta_seen(task, mine, batch, "adamw", 1e-3, 0, clip)
+        fed = {token for row in mine for token in row.ids[:-1]}
+        tokens.append(len(fed))
+        first = value_layers(seen, "adam")[0]
+        inputs = inputs_of_tokens(seen, first)
+        member = np.isin(np.arange(len(inputs)), list(fed))
+        shares = [
+            spans_of(seen, [first.replace("v_proj", name)])[0].residual(inputs).clamp_min(1e-12).log().numpy()
+            for name in ("v_proj", "q_proj", "k_proj")
+        ]
+        areas["signs"].append(auc(-shares[0][member], -shares[0][~member]))
+        areas["layers"].append(auc(-sum(shares)[member], -sum(shares)[~member]))
+        try:
+            read = Written(mine).judged(token_set(seen))
+            found.append(read.recall)
+            precision.append(read.precision or 0.0)
+        except AttackError:
+            refused += 1
+            found.append(0.0)
+    print(f"  r={rank} batch {batch} clip {clip}: {found} {precision} {areas}", file=sys.stderr, flush=True)
+    return {
+        "attack": "token_set, adamw undone", "r": rank, "batch": batch, "clip": clip or "none",
+        "tokens_least": min(tokens), "tokens_most": max(tokens), "recall": statistics.fmean(found),
+        "precision": statistics.fmean(precision) if precision else None, "refused": refused,
+        **{f"auc_{name}": statistics.fmean(values) for name, values in areas.items()}, "tries": len(found),
         "seconds": (time.process_time() - begun) / len(found),
     }  # fmt: skip
 
@@ -351,6 +401,7 @@ PARTS: dict[str, Callable[[Any], Iterator[Line]]] = {
     "residual": of_residual,
     "dager": of_dager,
     "smollm2": of_smollm2,
+    "adam": of_adam,
 }
 COLUMNS: dict[str, dict[str, str]] = {
     "membership": {
@@ -363,17 +414,24 @@ COLUMNS: dict[str, dict[str, str]] = {
         "least to most": "{auc_least:.2f} to {auc_most:.2f}", "TPR at 1 % FPR": "{tpr_mean:.2f}", "tries": "{tries}",
     },
     "canary": {
-        "run": "{what}", "model": "{model}", "rows with it": "{repetitions}", "bits of 10": "{bits_mean:.1f}",
-        "least to most": "{bits_least:.1f} to {bits_most:.1f}", "said": "{said:.2f}", "tries": "{tries}",
+        "run": "{what}", "model": "{model}", "rows with it": "{repetitions}",
+        "bits of 10": "{bits_mean:.1f}", "least to most": "{bits_least:.1f} to {bits_most:.1f}", "said": "{said:.2f}",
+        "secrets": "{secrets}", "tries": "{tries}",
     },
     "residual": {
         "r": "{r}", "optimizer": "{optimizer}", "steps": "{steps}", "prefixes": "{prefixes:.0f}",
         "AUC": "{auc_mean:.3f}", "least": "{auc_least:.2f}", "TPR at 1 % FPR": "{tpr_mean:.2f}", "tries": "{tries}",
         "s": "{seconds:.1f}",
     },
+    "adam": {
+        "r": "{r}", "batch": "{batch}", "clipped to": "{clip}", "tokens": "{tokens_least} to {tokens_most}",
+        "tokens read": "{recall:.2f}", "n/a": "{refused}", "AUC of signs": "{auc_signs:.2f}",
+        "over layers": "{auc_layers:.2f}", "tries": "{tries}", "s": "{seconds:.1f}",
+    },
     "dager": {
         "sent": "{what}", "r": "{r}", "batch": "{batch}", "prefixes": "{prefixes_least} to {prefixes_most}",
-        "tokens read": "{recall:.2f}", "rows exact": "{exact:.2f}", "of what is said, right": "{right:.2f}",
+        "tokens read": "{recall:.2f}", "rows exact": "{exact:.2f}", "ROUGE-1": "{rouge_1:.2f}",
+        "ROUGE-2": "{rouge_2:.2f}", "of what is said, right": "{right:.2f}",
         "n/a": "{refused}", "tries": "{tries}", "s": "{seconds:.1f}",
     },
 }  # fmt: skip
@@ -388,6 +446,7 @@ NAMED = (
     "optimizer",
     "steps",
     "batch",
+    "clip",
 )  # tells lines apart
 
 

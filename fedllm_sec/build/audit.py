@@ -18,7 +18,7 @@ RUN is the folder of a run whose recipe has attack.privacy and attack.observe. T
 kept when it ended, and this reads the scores; --again attacks anew, which takes as long as `train --explain` says.
 
 examples:
-  fedllm-sec train privacy/quickstart && fedllm-sec audit runs/quickstart
+  fedllm-sec train privacy/quickstart && fedllm-sec audit runs/privacy_quickstart
 """
 
 

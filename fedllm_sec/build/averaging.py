@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from fedllm_sec.algorithms.server import Sgd
+from fedllm_sec.build.threat import client_ids
 from fedllm_sec.defenses.geometric import CenteredClipping
 from fedllm_sec.defenses.privacy import settings_if
 from fedllm_sec.defenses.trust import fltrust, monna
@@ -19,6 +19,7 @@ from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.averaging import Averaging
 
 BY_PRODUCTS = ("exact", "stack", "svd", "pad")
+BASE_MOVES = ("exact", "stack")  # in which rounds add to base weights
 RANKED = ("pad", "svd")  # in which clients may have ranks of their own
 ADAPTER = "adapter_config.json"  # which folders of adapters have
 
@@ -114,10 +115,10 @@ def _personal_problems(recipe: Recipe, algorithm: Any) -> list[str]:
     return found
 
 
-def ranks_of(recipe: Recipe, ids: Sequence[str]) -> dict[str, int]:
+def ranks_of(recipe: Recipe) -> dict[str, int]:
     """The rank of each client that has not the whole: first those of the first rank given, then of the next."""
     dealt = [rank for rank, count in recipe.clients.ranks.items() for _ in range(count)]
-    return {id: rank for id, rank in zip(ids, dealt, strict=bool(dealt)) if rank < max(dealt)} if dealt else {}
+    return {id: rank for id, rank in zip(client_ids(recipe), dealt, strict=True) if rank < max(dealt)} if dealt else {}
 
 
 def _core_problems(model: Any) -> list[str]:
@@ -143,8 +144,8 @@ def _core_problems(model: Any) -> list[str]:
     return found
 
 
-def make_averaging(recipe: Recipe, task: Any, ids: Sequence[str]) -> Averaging | None:
-    """For a federation of this task and these clients; None where factors are averaged.
+def make_averaging(recipe: Recipe, task: Any) -> Averaging | None:
+    """For a federation of this task; None where factors are averaged.
 
     What an earlier run of this process has added to the base is taken off.
     """
@@ -166,4 +167,4 @@ def make_averaging(recipe: Recipe, task: Any, ids: Sequence[str]) -> Averaging |
     first = task.initial[None]
     sizes = tuple((pair.tall(first).shape[1], pair.wide(first).shape[2]) for pair in products.pairs)
     held = shifted if recipe.model.lora.moves_base else None
-    return Averaging(way, products.pairs, sizes, products.plain, task.initial, held, ranks_of(recipe, ids))
+    return Averaging(way, products.pairs, sizes, products.plain, task.initial, held, ranks_of(recipe))

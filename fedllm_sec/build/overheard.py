@@ -50,7 +50,7 @@ def heard(
     if kind == "canary" or (kind is None and recipe.data.canaries is not None):
         given["canary"] = secrets.planted_in(recipe, federation, client)
     if kind in (None, "tokens"):
-        given["tokens"] = recovered.written_by(recipe, client, trained)
+        given["tokens"] = recovered.written_by(recipe, client, trained, federation.task)
     shown = replace(seen, final=final)
     for one in given.values():
         shown = one.shown(shown)

@@ -27,7 +27,7 @@ from fedllm_sec.report.plots import (
     to_svg,
 )
 
-MOST_CURVES, MOST_SECRETS = 6, 12  # that are shown
+MOST_CURVES, MOST_SECRETS, MOST_PIECES = 6, 12, 200  # that are shown
 COLOURS = (VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY)
 DASHES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (4, 1, 1, 1)), (0, (2, 1)), (0, (1, 1)), (0, (8, 1, 1, 1)))
 LEAST_FPR = 0.003  # where the curves' axis begins: one of 300
@@ -101,10 +101,11 @@ def tables(attacks: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         }
     if found := of_kind(attacks, "tokens"):
         yield {
-            "titles": ("text", "round", "tokens read", "read rightly", "n/a", "rows exact"),
-            "rows": by_round(found, "recall", "precision", "exact"),
+            "titles": ("text", "round", "tokens read", "read rightly", "n/a", "rows exact", "ROUGE-1", "ROUGE-2"),
+            "rows": by_round(found, "recall", "precision", "exact", "rouge_1", "rouge_2"),
             "note": "The share of the distinct tokens of a client's rows that is read off what it sent, and the share "
-            "of what is read that is right; of what reads order, the share of whole rows that is exact. "
+            "of what is read that is right; of what reads order, the share of whole rows that is exact, and the share "
+            "of tokens (ROUGE-1) and pairs of tokens (ROUGE-2) that a row and what was read of it have in common. "
             "Means over clients, with 95 % bootstrap intervals.",
         }
 
@@ -144,6 +145,22 @@ def texts(attacks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     f"round {in_a_line(acted[-1].get('round'))}, client {in_a_line(acted[-1].get('client'))}.",
                     "true": " ".join(true),
                     "said": [(word, word == right) for word, right in zip_longest(said, true) if word is not None],
+                }
+            )
+    for attack in of_kind(attacks, "tokens"):
+        acted = [one for one in listed(attack.get("observations")) if listed(one.get("texts"))]
+        for text in listed(acted[-1]["texts"])[:MOST_SECRETS] if acted else ():
+            said = text.get("said")
+            pieces = [p for p in said if isinstance(p, list) and len(p) == 2] if isinstance(said, list) else []
+            shares = [number(text.get(key)) for key in ("rouge_1", "rouge_2")]
+            rouge = ", ".join("n/a" if value is None else f"{value:.2f}" for value in shares)
+            found.append(
+                {
+                    "title": f"{named(attack)}: {in_a_line(text.get('which'))}",
+                    "where": f"ROUGE-1 and ROUGE-2 {rouge}, round {in_a_line(acted[-1].get('round'))}, "
+                    f"client {in_a_line(acted[-1].get('client'))}.",
+                    "true": in_a_line(text.get("true", "")),
+                    "said": [(in_a_line(piece), right is True) for piece, right in pieces[:MOST_PIECES]],
                 }
             )
     return found

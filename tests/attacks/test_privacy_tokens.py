@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm_sec.attacks import PRIVACY_MENU
+from fedllm_sec.attacks.privacy.adam import undone
 from fedllm_sec.attacks.privacy.seen import Observation, Row
-from fedllm_sec.attacks.privacy.tokens import inputs_of_tokens, nearest
+from fedllm_sec.attacks.privacy.tokens import inputs_of_tokens, nearest, undecayed
 from fedllm_sec.build.recovered import Read, Written, summed
 from fedllm_sec.errors import AttackError
+from fedllm_sec.evaluation.overlap import partners, rouge
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import LocalTraining
 
@@ -115,6 +117,33 @@ def test_embeddings_that_move_are_the_tokens_even_after_steps_of_adam_and_never_
         token_set(replace(seen, sent=seen.sent + noise))
 
 
+def test_behind_the_first_step_of_adam_the_gradient_is_still_there_and_gives_the_tokens():
+    """Where clipping has made it small enough; signs alone and noise give nothing."""
+    attention = ("q_proj", "k_proj", "v_proj")
+    model = llama(16, targets=attention)
+    seen = observed(model, [SEVEN])
+    gradient = seen.sent / seen.sent.norm()
+    vector = torch.nn.Parameter(seen.start.clone())
+    vector.grad = gradient.clone()
+    torch.optim.AdamW([vector], lr=1e-3, weight_decay=0.01).step()
+    training = LocalTraining(1, 1, lr=1e-3, weight_decay=0.01)
+    stepped = replace(seen, sent=vector.detach() - seen.start, what="delta", training=training)
+
+    back, wrong = undone(undecayed(stepped))
+    at_zero = (seen.start == 0) & (gradient != 0)  # LoRA's B
+    assert float((back - gradient).abs()[at_zero].div(wrong[at_zero]).quantile(0.99)) < 8
+    assert float((wrong / back.abs())[at_zero].median()) < 0.05
+    assert list(token_set(stepped).tokens) == [3, 5, 8, 11, 17, 29]
+    for sent, words in (
+        (stepped.sent + 1e-3, "longer than a step of AdamW"),
+        (1e-3 * stepped.sent.sign(), "rounding hides what"),
+    ):
+        with pytest.raises(AttackError, match=words):
+            token_set(replace(stepped, sent=sent))
+    with pytest.raises(AttackError, match=r"layers.1.self_attn.v_proj fills all"):  # orders are not told so
+        dager(stepped)
+
+
 def by_steps(seen: Observation) -> set[tuple[int, ...]]:
     """Rows in plain lines: every prefix of every length by the second layer's rows of dB, one after the other."""
     base = seen.model.get_base_model()  # type: ignore[operator]
@@ -188,7 +217,20 @@ def test_recall_and_precision_are_those_of_distinct_tokens_that_were_fed():
     read = Written([Row((1, 2, 2, 3, 9), 2), Row((1, 4, 9), 1)]).judged(Recovered([1, 2, 3, 7]))
     assert read == Read(0.75, 0.75, None, 4, 2)
     rows = [Row((1, 2, 2, 3, 9), 2), Row((1, 4, 9), 1)]
-    assert Written(rows).judged(Recovered([1, 4], [(1, 4), (1, 2, 2)])) == Read(0.5, 1.0, 0.5, 4, 2)
+    # of (1, 2, 2, 3) three tokens in seven and two pairs in five, twice; (1, 4) is whole
+    told = Written(rows).judged(Recovered([1, 4], [(1, 4), (1, 2, 2)]))
+    assert told == Read(0.5, 1.0, 0.5, 4, 2, (6 / 7 + 1) / 2, (4 / 5 + 1) / 2)
+    texts = Written(rows, lambda ids: "".join(map(str, ids))).judged(Recovered([1], [(1, 2, 7, 3), (1, 4)])).texts
+    assert [(text["which"], text["true"]) for text in texts] == [("best", "14"), ("median", "1223"), ("worst", "1223")]
+    assert texts[2]["said"] == [["12", True], ["7", False], ["3", True]]
     assert Written([Row((1, 2), 1)]).judged(Recovered([])) == Read(0.0, None, None, 1, 1)
-    assert summed([])["scores"] == {"recall": None, "precision": None, "exact": None}
+    assert summed([])["scores"] == dict.fromkeys(("recall", "precision", "exact", "rouge_1", "rouge_2"))
     assert summed([(1, read), (2, Read(0.25, None, None, 4, 1))])["scores"]["recall"]["value"] == 0.5
+
+
+def test_rouge_counts_the_runs_of_tokens_that_both_rows_hold():
+    assert rouge((1, 2, 3, 4), (1, 2, 3, 4), 2) == 1.0
+    assert rouge((1, 2, 1), (1, 1, 1, 5), 1) == 4 / 7  # two 1 of both; 3 and 4 tokens
+    assert rouge((4, 3, 2, 1), (1, 2, 3, 4), 2) == 0.0
+    assert rouge((1,), (1,), 2) == rouge((), (1, 2), 1) == 0.0
+    assert partners([(9, 9), (1, 2)], [(1, 2, 3), (9,), (7,)]) == [(1, 2), (9, 9), ()]

@@ -35,7 +35,7 @@ def test_ranks_are_dealt_from_the_first_client_on_and_the_whole_one_is_not_cut()
         "model": {"lora": {"average": "pad"}},
     }
     recipe = checked(raw)
-    assert ranks_of(recipe, planned(recipe).ids) == {"c00": 2, "c03": 4}
+    assert ranks_of(recipe) == {"c00": 2, "c03": 4}
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_a_run_on_text_that_is_observed_has_the_same_bytes_and_tells_members_apa
     assert before is not None
     *apart, canary, tokens, dager = before["attacks"]
     assert tokens["not_applicable"] == 2  # steps of AdamW fill r = 4
-    assert tokens["scores"] == dager["scores"] == {"recall": None, "precision": None, "exact": None}
+    assert set(tokens["scores"].values()) == set(dager["scores"].values()) == {None}
     assert [one["repetitions"] for one in canary["repetitions"]] == [1, 3]
     assert [one["reason"] for one in canary["observations"] if one["client"] == "c00"] == [None]
     assert canary["not_applicable"] == 1

@@ -86,20 +86,25 @@ def spans_of(seen: Observation, layers: Sequence[str] | None = None) -> list[Spa
     for name, part in seen.model.named_modules():
         if layers is not None and name not in layers:
             continue
-        for parameter, factor in _parameters(name, part):
+        for parameter, factor in parameters_of(name, part):
             if parameter not in parts:
                 continue
             noise = _rounding(begun[parameter]) if seen.what == "delta" else 0.0
             basis, exact = directions(parts[parameter], noise)
             if len(basis):
-                through = None if factor is None else seen.model.get_parameter(factor).detach()
-                through = begun.get(factor or "", through)
-                through = None if through is None else through.double().cpu()
-                found.append(Span(name, basis, through, exact, min(parts[parameter].shape)))
+                found.append(Span(name, basis, factor_of(seen, factor), exact, min(parts[parameter].shape)))
     return found
 
 
-def _parameters(name: str, part: nn.Module) -> Iterator[tuple[str, str | None]]:
+def factor_of(seen: Observation, name: str | None) -> Tensor | None:
+    """The received values of LoRA's A of this name, float64; None where inputs are seen as they are."""
+    if name is None:
+        return None
+    begun = seen.layout.split(seen.start)
+    return (begun[name] if name in begun else seen.model.get_parameter(name).detach()).double().cpu()
+
+
+def parameters_of(name: str, part: nn.Module) -> Iterator[tuple[str, str | None]]:
     """A linear layer's parameters that give away its input, each with that through which it is seen."""
     if hasattr(part, "lora_B") and "default" in getattr(part, "lora_B", {}):
         a, b = (f"{name}.lora_{factor}.default.weight" for factor in "AB")

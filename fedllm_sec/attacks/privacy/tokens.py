@@ -10,12 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedllm_sec.attacks.privacy.adam import is_first_step, widest_span
 from fedllm_sec.attacks.privacy.reading import MOST_TOKENS
 from fedllm_sec.attacks.privacy.seen import Observation, Recovered, need_finite
 from fedllm_sec.attacks.privacy.spans import Span, fed_to, spans_of
 from fedllm_sec.errors import AttackError
 
 OUTSIDE = 1e-8  # share of the squared length: a ten-thousandth of the length
+NOISY = 1e-2  # the same, of a span that is known up to rounding
 
 
 def token_set(seen: Observation, *, outside: Annotated[float, Field(gt=0, lt=1)] = OUTSIDE) -> Recovered:
@@ -36,8 +38,21 @@ def token_set(seen: Observation, *, outside: Annotated[float, Field(gt=0, lt=1)]
     if moved is not None:
         return Recovered(moved)
     layer = value_layers(seen, "token_set")[0]
+    if is_first_step(seen):
+        return _behind_adam(seen, layer)
     spans = roomy(seen, layer, "token_set")
     return Recovered(nearest(share_outside(spans, inputs_of_tokens(seen, layer)), outside, directions_of(spans)))
+
+
+def _behind_adam(seen: Observation, layer: str) -> Recovered:
+    """The tokens by the gradient behind AdamW's first step: as many as it shows directions, the closest."""
+    span = widest_span(seen, [layer.removesuffix("v_proj") + name for name in ("v_proj", "q_proj", "k_proj")])
+    if span is None:
+        raise AttackError(
+            f"token_set: behind AdamW's step, rounding hides what {layer} was fed, or tokens fill all its dimensions. "
+            "Observe what: gradient, smaller batches, larger r."
+        )
+    return Recovered(nearest(span.residual(inputs_of_tokens(seen, layer)), NOISY, len(span.basis)))
 
 
 def need_embeddings(seen: Observation, method: str) -> None:
