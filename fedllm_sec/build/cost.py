@@ -7,6 +7,7 @@ of images, the number of characters.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from fedllm_sec.matrix.factors import A_FACTOR, B_FACTOR
 from fedllm_sec.models.lora import add_adapter, place, source_of, told
 from fedllm_sec.models.text_classifier import lost_pooler, outputs, unweighted
 from fedllm_sec.recipe.classifier import Classifier
+from fedllm_sec.recipe.language_model import Lora
 from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Model, Recipe
 
@@ -41,6 +43,7 @@ class Weights:
     frozen: int = 0
     frozen_bytes: int = 0
     by_rank: Mapping[int, int] = field(default_factory=dict)  # what a client trains whose adapter has this rank
+    kept: int = 0  # of the trained ones, those that never leave their client
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def cost(plan: Plan) -> Cost:
         return Cost(n, None, None, None, steps, exact, sizes, reasons=tuple(reasons))
     ranks = clients.ranks or {0: clients.total}
     trained = sum(weights.by_rank.get(rank, weights.trained) * count for rank, count in ranks.items())
-    sent = FLOAT * trained / clients.total
+    sent = FLOAT * (trained / clients.total - weights.kept)
     received = sent * (2 if method.control is not None else 1)
     return Cost(n, weights, received, sent, steps, exact, sizes, reasons=tuple(reasons))
 
@@ -194,7 +197,15 @@ def text_classifier(model: Classifier, classes: int, ranks: Iterable[int] = ()) 
         adapted = add_adapter(base, model.model_copy(update={"lora": lora}), 0, output)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         by_rank = {rank: at_rank(adapted, rank) for rank in ranks}
-    return Weights(trained) if model.lora is None else Weights(trained, count, held, by_rank)
+    if model.lora is None:
+        return Weights(trained)
+    return Weights(trained, count, held, by_rank, kept_of(adapted, model.lora))
+
+
+def kept_of(adapted: torch.nn.Module, lora: Lora) -> int:
+    """How many trained numbers are B factors that their client keeps."""
+    named = adapted.named_parameters() if lora.average == "share_a" else ()
+    return sum(p.numel() for name, p in named if p.requires_grad and re.search(r"\.lora_(embedding_)?B\.", name))
 
 
 def language_model(model: Model, ranks: Iterable[int] = ()) -> Weights:
@@ -226,4 +237,4 @@ def language_model(model: Model, ranks: Iterable[int] = ()) -> Weights:
         by_rank = {rank: at_rank(adapted, rank) for rank in ranks}
     if model.lora is None:
         return Weights(trained)
-    return Weights(trained, frozen, round(bytes_held), by_rank)
+    return Weights(trained, frozen, round(bytes_held), by_rank, kept_of(adapted, model.lora))

@@ -3,6 +3,7 @@
 import pytest
 
 from fedllm_sec.build.averaging import ranks_of
+from fedllm_sec.build.cost import cost
 from fedllm_sec.build.kept import save_problems
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
@@ -21,6 +22,11 @@ def test_rules_of_whole_rows_go_with_every_way_of_averaging():
         plan_of(average, rule={"name": "multi_krum", "f": 1})
     plan_of("exact", rule={"name": "flame", "noise": 0.0})
     plan_of("freeze_b", {"init_lora_weights": "olora"})
+
+
+def test_of_share_a_a_client_sends_a_and_keeps_what_freeze_a_would_send():
+    sent = {way: cost(plan_of(way)).sent for way in ("factors", "freeze_a", "share_a")}
+    assert sent["share_a"] + sent["freeze_a"] == sent["factors"] > sent["share_a"] > 0
 
 
 def test_ranks_are_dealt_from_the_first_client_on_and_the_whole_one_is_not_cut():
