@@ -1,8 +1,19 @@
 """What a deployment costs over the training itself: `python scripts/bench_deploy.py RECIPE [key=value ...]`.
 
-Runs the recipe by `fedllm-sec deploy up` in a folder of its own and prints, over the rounds but the first: seconds of a
-round's exchange (from the question to the last row), of training (from the first client's first step to the last one's
-last, as the clients' logs have it), and what is left: sending, waiting, reading. Bytes are those of the wire.
+Runs the recipe by `fedllm-sec deploy up` in a folder of its own, then as a simulation, and prints seconds over the
+rounds but the first, as clients' and server's logs have them:
+
+exchange    from the question to the last row
+training    from the first client's first step to the last one's last
+sending     the server hands its questions to its SuperLink, until the first client looks at its own
+way there   from there until the first client looks at its question, if that is later: its node and it wait
+receiving   that client takes its question from its node
+returning   the client that ended last hands its reply to its node
+way back    until the server begins to read that reply: its node takes it there, and the server waits
+reading     the server reads it
+
+`over` is what an exchange takes over its training: the last six together. Transfer is what bytes take at both ends of
+a way (sending, receiving, returning, reading), waiting the two ways.
 """
 
 from __future__ import annotations
@@ -11,6 +22,7 @@ import json
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +33,49 @@ from fedllm_sec.deploy.folder import Deployment
 from fedllm_sec.deploy.wire import bytes_of
 from fedllm_sec.records.history import read_history
 
-TRAINED = re.compile(r"^round (\d+): trained from ([\d.]+) to ([\d.]+)$", re.MULTILINE)
+NUMBER = r"(\d+\.\d+)"
+TRAINED = re.compile(rf"^round (\d+): trained from {NUMBER} to {NUMBER}$", re.MULTILINE)
+MOVED = re.compile(rf"^train (\d+): received {NUMBER} {NUMBER} sent {NUMBER} {NUMBER}$", re.MULTILINE)
+ASKED = re.compile(rf"^round (\d+): asked {NUMBER} {NUMBER} read {NUMBER} {NUMBER}$", re.MULTILINE)
+TRANSFER, WAITING = ("sending", "receiving", "returning", "reading"), ("way there", "way back")
+
+
+def times(pattern: re.Pattern[str], text: str) -> dict[int, list[float]]:
+    """The numbers of each round's line."""
+    return {int(number): list(map(float, found)) for number, *found in pattern.findall(text)}
+
+
+def parts(made: Deployment) -> dict[int, dict[str, float]]:
+    """Seconds of each part of each round."""
+    asked = times(ASKED, (made.logs / "exchange.log").read_text())
+    logs = [log.read_text() for log in made.logs.glob("client-*.log")]
+    trained, moved = [times(TRAINED, log) for log in logs], [times(MOVED, log) for log in logs]
+    found = {}
+    for r, (begun, sent, looked, read) in asked.items():
+        first = min((i for i in range(len(logs)) if r in moved[i]), key=lambda i: trained[i][r][0])
+        last = max((i for i in range(len(logs)) if r in moved[i]), key=lambda i: trained[i][r][1])
+        start, end = trained[first][r][0], trained[last][r][1]
+        taken, handed = moved[first][r][0], moved[last][r][3]
+        sent, looked = min(sent, taken), max(looked, handed)  # the first is asked while questions to others are sent
+        found[r] = {
+            "exchange": read - begun,
+            "training": end - start,
+            "over": read - begun - (end - start),
+            "sending": sent - begun,
+            "way there": taken - sent,
+            "receiving": start - taken,
+            "returning": handed - end,
+            "way back": looked - handed,
+            "reading": read - looked,
+        }
+    return found
+
+
+def simulated(path: str, overrides: list[str], folder: Path) -> list[float]:
+    """Seconds of training of each round of the same recipe in one process."""
+    words = [sys.executable, "-m", "fedllm_sec", "train", path, *overrides, f"output.folder={folder}"]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return [json.loads(line)["train"] for line in (folder / "timings.jsonl").read_text().splitlines()]
 
 
 def main() -> None:
@@ -30,27 +84,26 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-deploy-"))
     recipe = one_recipe(Path(path), [*overrides, f"output.folder={folder}/sim"])
     made = Deployment.init(folder / "d", recipe, "scripts/bench_deploy.py")
-    began = time.monotonic()
+    began = time.time()
     bring_up(made)
-    whole = time.monotonic() - began
-    spans: dict[int, list[tuple[float, float]]] = {}
-    for log in made.logs.glob("client-*.log"):
-        for number, start, end in TRAINED.findall(log.read_text()):
-            spans.setdefault(int(number), []).append((float(start), float(end)))
-    exchanged = {
-        row["round"]: row["train"] for row in map(json.loads, (made.run / "timings.jsonl").read_text().splitlines())
-    }
-    rounds = [r for r in sorted(exchanged) if r > 1]
-    training = {r: max(end for _, end in spans[r]) - min(start for start, _ in spans[r]) for r in rounds}
-    over = [exchanged[r] - training[r] for r in rounds]
-    took = [exchanged[r] for r in rounds]
-    records = read_history(made.run)
-    print(f"\nfolder {made.folder}, {recipe.clients.total} clients, wire {recipe.deploy.wire}, {len(rounds)} rounds")
-    for name, values in (("exchange", took), ("training", list(training.values())), ("over", over)):
+    whole = time.time() - began
+    rounds = parts(made)
+    later = [rounds[r] for r in sorted(rounds) if r > 1]
+    training = simulated(path, overrides, folder / "simulated")
+    print(f"\nfolder {made.folder}, {recipe.clients.total} clients, wire {recipe.deploy.wire}, {len(later)} rounds")
+    for name in later[0]:
+        values = [one[name] for one in later]
         print(f"{name:9} median {statistics.median(values):.2f} s, least {min(values):.2f}, most {max(values):.2f}")
-    quality = (records[-1].quality or {}).get("accuracy")
-    print(f"whole command {whole:.1f} s; accuracy after the last round {quality}")
-    print(f"wire: {bytes_of(recipe.deploy.wire, 10**6) / 1e6:.3f} bytes a number")
+    for what, names in (("transfer", TRANSFER), ("waiting", WAITING)):
+        print(f"{what:9} median {statistics.median(sum(one[name] for name in names) for one in later):.2f} s")
+    alone, over = statistics.median(training[1:]), statistics.median(one["over"] for one in later)
+    print(f"simulation's training of a round: median {alone:.2f} s; over is {over / alone:.2f} of it")
+    start = float(ASKED.findall((made.logs / "exchange.log").read_text())[0][1]) - began
+    print(f"start of processes, until round 1 is asked: {start:.1f} s; whole command {whole:.1f} s")
+    quality = (read_history(made.run)[-1].quality or {}).get("accuracy")
+    print(
+        f"accuracy after the last round {quality}; wire: {bytes_of(recipe.deploy.wire, 10**6) / 1e6:.3f} bytes a number"
+    )
 
 
 if __name__ == "__main__":

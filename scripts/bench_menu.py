@@ -71,6 +71,8 @@ class Rounds:
         wanted = inspect.signature(make).parameters
         given = NEEDS | {"f": max(1, min(updates.n // 5, (updates.n - 3) // 4))}
         settings = {key: value for key, value in given.items() if key in wanted}
+        if name == "foundationfl":  # by default the median, with f the trimmed mean
+            del settings["f"]
         self.call: Callable[..., Any] = make(**settings) if inspect.isclass(make) else make
         self.settings = {} if inspect.isclass(make) else settings
         self.updates, self.round = updates, 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from fedllm_sec.algorithms.server import Sgd
+from fedllm_sec.build.threat import client_ids
 from fedllm_sec.defenses.geometric import CenteredClipping
 from fedllm_sec.defenses.privacy import settings_if
 from fedllm_sec.defenses.trust import fltrust, monna
@@ -19,6 +19,7 @@ from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.averaging import Averaging
 
 BY_PRODUCTS = ("exact", "stack", "svd", "pad")
+BASE_MOVES = ("exact", "stack")  # in which rounds add to base weights
 RANKED = ("pad", "svd")  # in which clients may have ranks of their own
 ADAPTER = "adapter_config.json"  # which folders of adapters have
 
@@ -45,6 +46,8 @@ def averaging_problems(recipe: Recipe, algorithm: Any, defense: Any) -> list[str
         found.append(
             f"{place}B starts at 0, and with it A learns nothing. Set init_lora_weights: pissa or olora, or freeze_a."
         )
+    if way == "share_a":
+        found += [f"{place}{problem}" for problem in _personal_problems(recipe, algorithm)]
     if way == "core":
         found += [f"{place}{problem}" for problem in _core_problems(recipe.model)]
     if way not in BY_PRODUCTS:
@@ -94,10 +97,28 @@ def _rank_problem(recipe: Recipe, way: str, algorithm: Any) -> str | None:
     return None
 
 
-def ranks_of(recipe: Recipe, ids: Sequence[str]) -> dict[str, int]:
+def _personal_problems(recipe: Recipe, algorithm: Any) -> list[str]:
+    """What does not go with a B that stays with its client."""
+    found = []
+    if isinstance(algorithm, Algorithm) and algorithm.remember is not None:
+        found.append(
+            f"algorithm {recipe.algorithm['name']} has clients remember whole rows, of which B never arrives. Use "
+            "fedavg, fedprox or fedsgd."
+        )
+    if recipe.enable_defense and recipe.defense is not None and recipe.defense.after:
+        found.append("what defense.after changes in B reaches no client. Remove it.")
+    attack = recipe.attack if recipe.enable_attack else None
+    if attack is not None and any(method["name"] == "lora_gauge" for method in attack.update):
+        found.append("attack.update: lora_gauge: B A stays the same only where both are sent. Choose another attack.")
+    if attack is not None and attack.observe is not None and attack.observe.what == "gradient":
+        found.append("attack.observe.what: gradient: is of B too, which never leaves a client. Set it to delta.")
+    return found
+
+
+def ranks_of(recipe: Recipe) -> dict[str, int]:
     """The rank of each client that has not the whole: first those of the first rank given, then of the next."""
     dealt = [rank for rank, count in recipe.clients.ranks.items() for _ in range(count)]
-    return {id: rank for id, rank in zip(ids, dealt, strict=bool(dealt)) if rank < max(dealt)} if dealt else {}
+    return {id: rank for id, rank in zip(client_ids(recipe), dealt, strict=True) if rank < max(dealt)} if dealt else {}
 
 
 def _core_problems(model: Any) -> list[str]:
@@ -123,8 +144,8 @@ def _core_problems(model: Any) -> list[str]:
     return found
 
 
-def make_averaging(recipe: Recipe, task: Any, ids: Sequence[str]) -> Averaging | None:
-    """For a federation of this task and these clients; None where factors are averaged.
+def make_averaging(recipe: Recipe, task: Any) -> Averaging | None:
+    """For a federation of this task; None where factors are averaged.
 
     What an earlier run of this process has added to the base is taken off.
     """
@@ -133,7 +154,7 @@ def make_averaging(recipe: Recipe, task: Any, ids: Sequence[str]) -> Averaging |
     way = way_of(recipe)
     if way == "core":
         return Averaging(way, (), (), (), task.initial)
-    if way not in (*BY_PRODUCTS, "alternate"):
+    if way not in (*BY_PRODUCTS, "alternate", "share_a"):
         return None
     products = Products.of(task.layout, task.initial, task.scales)
     if recipe.model.lora.moves_base:
@@ -146,4 +167,4 @@ def make_averaging(recipe: Recipe, task: Any, ids: Sequence[str]) -> Averaging |
     first = task.initial[None]
     sizes = tuple((pair.tall(first).shape[1], pair.wide(first).shape[2]) for pair in products.pairs)
     held = shifted if recipe.model.lora.moves_base else None
-    return Averaging(way, products.pairs, sizes, products.plain, task.initial, held, ranks_of(recipe, ids))
+    return Averaging(way, products.pairs, sizes, products.plain, task.initial, held, ranks_of(recipe))

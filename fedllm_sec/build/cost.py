@@ -7,7 +7,8 @@ of images, the number of characters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +20,7 @@ from fedllm_sec.build.parts import deal, make_model
 from fedllm_sec.build.plan import Plan
 from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.errors import FedError
+from fedllm_sec.matrix.factors import A_FACTOR, B_FACTOR
 from fedllm_sec.models.lora import add_adapter, place, source_of, told
 from fedllm_sec.models.text_classifier import lost_pooler, outputs, unweighted
 from fedllm_sec.recipe.classifier import Classifier
@@ -38,6 +40,7 @@ class Weights:
     trained: int  # d
     frozen: int = 0
     frozen_bytes: int = 0
+    by_rank: Mapping[int, int] = field(default_factory=dict)  # what a client trains whose adapter has this rank
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Cost:
-    """None where it cannot be counted here; `reasons` says why. Bytes are for one client and one round."""
+    """None where it cannot be counted here; `reasons` says why. Bytes are for one client and one round.
+
+    Where clients have ranks of their own they are the mean over all clients, each with what its rank needs.
+    """
 
     cohort: int  # n, clients of a round
     weights: Weights | None
@@ -101,7 +107,9 @@ def cost(plan: Plan) -> Cost:
         reasons.append(str(error))
     if weights is None:
         return Cost(n, None, None, None, steps, exact, sizes, reasons=tuple(reasons))
-    sent = float(FLOAT * weights.trained)
+    ranks = clients.ranks or {0: clients.total}
+    trained = sum(weights.by_rank.get(rank, weights.trained) * count for rank, count in ranks.items())
+    sent = FLOAT * trained / clients.total
     received = sent * (2 if method.control is not None else 1)
     return Cost(n, weights, received, sent, steps, exact, sizes, reasons=tuple(reasons))
 
@@ -152,9 +160,11 @@ def rows_of(plan: Plan) -> Rows:
 def weights_of(recipe: Recipe, rows: Rows | None) -> Weights | None:
     """The parameters of the recipe's model; None where the data say its size and cannot be read."""
     if recipe.task == "causal_lm":
-        return language_model(recipe.model)
+        return language_model(recipe.model, recipe.clients.ranks)
     if recipe.task == "classify_text":
-        return text_classifier(recipe.model, rows.classes) if rows is not None and rows.classes is not None else None
+        if rows is None or rows.classes is None:
+            return None
+        return text_classifier(recipe.model, rows.classes, recipe.clients.ranks)
     if rows is None or rows.shape is None or rows.classes is None:
         return None
     with torch.device("meta"):
@@ -162,7 +172,17 @@ def weights_of(recipe: Recipe, rows: Rows | None) -> Weights | None:
     return Weights(sum(p.numel() for p in made.parameters()))
 
 
-def text_classifier(model: Classifier, classes: int) -> Weights:
+def at_rank(adapted: torch.nn.Module, rank: int) -> int:
+    """How many parameters a client trains whose factors have no more than this rank: rows of each A, columns of B."""
+    count = 0
+    for name, p in adapted.named_parameters():
+        if p.requires_grad:
+            own = p.shape[0] if A_FACTOR.search(name) else p.shape[1] if B_FACTOR.search(name) else 1
+            count += p.numel() // own * min(own, rank)
+    return count
+
+
+def text_classifier(model: Classifier, classes: int, ranks: Iterable[int] = ()) -> Weights:
     """The base model, its output layer and its adapter, from the configuration alone."""
     with torch.device("meta"):
         base = unweighted(model, classes)
@@ -173,10 +193,11 @@ def text_classifier(model: Classifier, classes: int) -> Weights:
         lora = model.lora and model.lora.model_copy(update={"init_lora_weights": True})
         adapted = add_adapter(base, model.model_copy(update={"lora": lora}), 0, output)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return Weights(trained) if model.lora is None else Weights(trained, count, held)
+        by_rank = {rank: at_rank(adapted, rank) for rank in ranks}
+    return Weights(trained) if model.lora is None else Weights(trained, count, held, by_rank)
 
 
-def language_model(model: Model) -> Weights:
+def language_model(model: Model, ranks: Iterable[int] = ()) -> Weights:
     """The base model and its adapter, from the configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -202,6 +223,7 @@ def language_model(model: Model) -> Weights:
         plain = dict.fromkeys(("load_in_4bit", "load_in_8bit", "gradient_checkpointing"), False)
         adapted = add_adapter(base, model.model_copy(update={**plain, "lora": lora}), 0)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        by_rank = {rank: at_rank(adapted, rank) for rank in ranks}
     if model.lora is None:
         return Weights(trained)
-    return Weights(trained, frozen, round(bytes_held))
+    return Weights(trained, frozen, round(bytes_held), by_rank)

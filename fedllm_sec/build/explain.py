@@ -253,7 +253,12 @@ def bill(recipe: Recipe, counted: Cost) -> list[str]:
         )
     if counted.sent is not None and counted.received is not None:
         both = counted.sent + counted.received
-        rows.append(("a client, a round", f"receives {size(counted.received)}, sends {size(counted.sent)}"))
+        ranked = dict(weights.by_rank) if weights is not None else {}
+        mean = ", on average" if ranked else ""
+        rows.append(("a client, a round", f"receives {size(counted.received)}, sends {size(counted.sent)}{mean}"))
+        for rank, trained in sorted(ranked.items()):
+            said = f"trains {trained:,} parameters, sends {size(FLOAT * trained)}"
+            rows.append((f"  of rank {rank}", f"{recipe.clients.ranks[rank]} clients: each {said}"))
         rows.append(("all clients, a round", f"{n} x {size(both)} = {size(n * both)}"))
         rows.append(("all clients, the run", f"{rounds} rounds: {size(rounds * n * both)}"))
     if not counted.deltas:

@@ -85,7 +85,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])
     if methods.defense.enter is not None:
         methods.defense.enter.scales = getattr(parts.task, "scales", None)
-    averaging = make_averaging(recipe, parts.task, plan.ids)
+    averaging = make_averaging(recipe, parts.task)
     vector, buffers = begin(recipe, parts.task)
     if settings_if(methods.defense.rule, flare) is not None and isinstance(parts.root, Labelled):
         need_views(parts.task.function(buffers), vector, parts.root.x[:2])

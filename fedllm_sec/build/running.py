@@ -78,8 +78,6 @@ def _run_held(
     plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None, beside: Path,
     source: Source | None,
 ) -> None:  # fmt: skip
-    import torch
-
     from fedllm_sec.build.federation import assemble, run, save
     from fedllm_sec.build.measuring import harnessed, known_from, settings_of
     from fedllm_sec.build.observing import audited, leakage
@@ -88,6 +86,7 @@ def _run_held(
     from fedllm_sec.build.triggers import NAME, shown
     from fedllm_sec.records.observed import FOUND
     from fedllm_sec.rounds.federation import Federation
+    from fedllm_sec.rounds.personal import hold, measured
 
     recipe, on_terminal = plan.recipe, say is None
     tell: Callable[[str], None] = say or functools.partial(print, flush=True)
@@ -144,10 +143,10 @@ def _run_held(
         machine.accelerator.init_trackers(folder.path.name, config={"recipe": text})
 
     def keep_model(name: str) -> None:
-        with torch.no_grad():
-            task.parameters.copy_(federation.vector)
-        if isinstance(federation, Federation) and federation.buffers is not None:
-            task.buffers.write(federation.buffers)
+        if isinstance(federation, Federation):
+            hold(federation)
+        else:
+            task.parameters.data.copy_(federation.vector)
         records = [record for record in read_history(folder.path) if record.round <= federation.round]
         save(recipe, task, folder.path / name, records, begun_from)
 
@@ -168,7 +167,8 @@ def _run_held(
             keep_round(record.round)
         if recipe.output.tracker is not None:
             machine.accelerator.log(scalars(record), step=record.round)
-    public = harness(vector=federation.vector, when="after")
+    last = measured(federation) if isinstance(federation, Federation) else federation.vector
+    public = harness(vector=last, when="after")
     if machine.main:
         keep_model(kind)
         if looked_at := shown(federation.evaluation, task):

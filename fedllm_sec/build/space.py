@@ -28,6 +28,11 @@ def space_problems(recipe: Recipe) -> list[str]:
             f"defense.{what}: needs both factors of an adapter, and {lora.frozen} is frozen here: then "
             "there is no other gauge, and averages of factors are those of products. Remove it."
         ]
+    if lora.average == "share_a":
+        return [
+            f"defense.{what}: needs both factors of an adapter, and with model.lora.average: share_a every client "
+            "keeps its B to itself. Remove it."
+        ]
     if lora.average == "core":
         return [
             f"defense.{what}: needs two trained factors, and model.lora.average: core trains one matrix between fixed "

@@ -4,18 +4,19 @@ A name's kind says where it stands in a recipe: `before` (rows to rows), `rule` 
 global vector to the one that is kept). `CLIENT_MENU` lists what clients run on themselves, `client` for
 any task, `client_rows` where each row has a loss of its own, `client_image` for classifiers of images.
 
-Methods: before, columns, krum, geometric, similarity, cluster, deepsight, rflbat, filters, alignment, spectral,
-history, prediction, residual, trust, latent, after, client_side, compression, dp_sgd, space, layers. Around them:
-screen (what is checked on a row), pipeline (the stages of a recipe), checks and claims (what rules ask of rows),
+Methods: before, columns, krum, geometric, similarity, cluster, deepsight, rflbat, filters, alignment, adapters,
+spectral, history, prediction, residual, trust, latent, after, client_side, compression, dp_sgd, space, layers. Around
+them: screen (what is checked on a row), pipeline (the stages of a recipe), checks and claims (what rules ask of rows),
 privacy and accountant (epsilon), conformance and subject (the kit behind `fedllm_sec.testing`).
 """
 
+from fedllm_sec.defenses.adapters import clair, horus
 from fedllm_sec.defenses.after import crfl, weak_dp
 from fedllm_sec.defenses.alignment import alignins
 from fedllm_sec.defenses.before import arc, bucketing, nnm, norm_clipping, weak_dp_client
 from fedllm_sec.defenses.client_side import Soteria, WhiteBloodCells
 from fedllm_sec.defenses.cluster import flame, freqfed, signguard
-from fedllm_sec.defenses.columns import mean, median, robust_learning_rate, slsgd, trimmed_mean
+from fedllm_sec.defenses.columns import foundationfl, mean, median, robust_learning_rate, slsgd, trimmed_mean
 from fedllm_sec.defenses.compression import Int8, PruneGradient, SignCompress
 from fedllm_sec.defenses.deepsight import deepsight
 from fedllm_sec.defenses.dp_sgd import DpSgd
@@ -43,6 +44,7 @@ MENU: dict[str, Entry] = {
     "median": Entry(median, "Yin et al. 2018", "rule"),
     "trimmed_mean": Entry(trimmed_mean, "Yin et al. 2018", "rule"),
     "slsgd": Entry(slsgd, "Xie et al. 2020", "rule"),
+    "foundationfl": Entry(foundationfl, "Fang et al. 2025 (FoundationFL)", "rule"),
     "robust_learning_rate": Entry(robust_learning_rate, "Ozdayi et al. 2021", "rule"),
     "krum": Entry(krum, "Blanchard et al. 2017", "rule"),
     "multi_krum": Entry(multi_krum, "Blanchard et al. 2017", "rule"),
@@ -70,6 +72,8 @@ MENU: dict[str, Entry] = {
     "flare": Entry(flare, "Wang et al. 2022 (FLARE)", "rule"),
     "lasa": Entry(lasa, "Xu et al. 2025", "rule"),
     "alignins": Entry(alignins, "Xu et al. 2025 (AlignIns)", "rule"),
+    "clair": Entry(clair, "He et al. 2026 (CLAIR)", "rule"),
+    "horus": Entry(horus, "Zhang et al. 2025 (Horus)", "rule"),
     "crfl": Entry(crfl, "Xie et al. 2021", "after"),
     "weak_dp": Entry(weak_dp, "Sun et al. 2019", "after"),
 }

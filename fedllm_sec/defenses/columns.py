@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from fedllm_sec import kernels
-from fedllm_sec.defenses.checks import need, need_f
+from fedllm_sec.defenses.checks import lowest, need, need_f
 from fedllm_sec.defenses.claims import capped_count, row_weights
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
@@ -103,3 +103,33 @@ def robust_learning_rate(updates: UpdateMatrix, ctx: RoundContext, *, theta: flo
     average = kernels.combine(updates, uniform)
     update = torch.where(agreed, average, -average)
     return Decision(update, notes={"flipped_share": 1.0 - float(agreed.double().mean())})
+
+
+NEAR = 1e-6  # relative: scores that differ by less are equal but for rounding
+
+
+def foundationfl(updates: UpdateMatrix, ctx: RoundContext, *, m: int | None = None, f: int | None = None) -> Decision:
+    """Median (with `f` the trimmed mean) of the rows and of `m` copies of the row farthest from both extremes.
+
+    Fang et al. 2025 (FoundationFL, NDSS). A row's score is the smaller of its distances to the coordinate-wise maximum
+    and to the coordinate-wise minimum of all rows; the row of the largest score is added m times, and of the n + m rows
+    the coordinate-wise median is taken, or the trimmed mean without the f smallest and f largest values.
+
+    Stated here: m is half of the rows, rounded up, unless set; scores within 1e-6 of the largest are equal, and the
+    smallest client id of these is copied. Two rows on both extremes make a third between them, of mixed signs, the one
+    that is copied: attackers then count for m rows more (docs/defenses_more.md). Scores are the largest minus
+    the row's. Four reads: both extremes, distances to them, and the statistic.
+    """
+    n = updates.n
+    copies = math.ceil(n / 2) if m is None else m
+    need(copies >= 0, "foundationfl", "m >= 0 synthetic rows", "Raise m.", m=m)
+    if f is not None:
+        need_f("foundationfl", n, f, n + copies > 2 * f, "n + m > 2f rows")
+    extremes = torch.stack([kernels.kth_value(updates, n - 1), kernels.kth_value(updates, 0)])
+    distances = kernels.sq_distances(updates, extra=extremes)[:n, n:].amin(dim=1).sqrt()
+    farthest = distances.max()
+    beaten = (distances < (1 - NEAR) * farthest).double()
+    copied = lowest(beaten, 1, updates.ids)[0]
+    more = updates.select([*range(n), *[copied] * copies])
+    update = kernels.median(more) if f is None else kernels.trimmed_mean(more, f)
+    return Decision(update, scores=farthest - distances)

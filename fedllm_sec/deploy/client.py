@@ -17,6 +17,11 @@ from fedllm_sec.deploy.records import read_ask, reply_records
 from fedllm_sec.errors import printable
 
 app = ClientApp()
+MEND = {  # what to do where this device has another than the server
+    "recipe": "Copy recipe.yaml and deployment.json from the server's folder, and start it again.",
+    "layout": "Its model has other parameters: give it the server's model files, and its transformers and peft.",
+    "version": "Install the server's version of fedllm_sec.",
+}
 OWN: list[str] = []  # the device of a resident process, as JSON
 
 
@@ -42,11 +47,8 @@ def introduce(message: Message, context: Context) -> Message:
     answer = device_of(context.node_config).introduction()
     for key, theirs in message.content.config_records["hello"].items():
         if answer.get(key) != theirs:
-            print(
-                f"error: {key}: this device has {answer.get(key)}, the server {printable(str(theirs))[:80]}. "
-                "It will be turned away.",
-                flush=True,
-            )
+            has, way_out = f"{answer.get(key)}, the server {printable(str(theirs))[:80]}", MEND.get(key, "")
+            print(f"error: {key}: this device has {has}. It is turned away. {way_out}", flush=True)
     return Message(RecordDict({"hello": ConfigRecord(dict(answer))}), reply_to=message)
 
 

@@ -17,11 +17,12 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from fedllm_sec.deploy.exchange import LONGEST, Questions, in_short, replies
+from fedllm_sec.deploy.exchange import LONGEST, Questions, Span, in_short, replies
 from fedllm_sec.deploy.memory import limited
 from fedllm_sec.deploy.problems import layout_hash, recipe_hash
 from fedllm_sec.deploy.records import ask_records
 from fedllm_sec.deploy.replies import Expected, read_reply
+from fedllm_sec.deploy.sooner import Idle
 from fedllm_sec.deploy.wire import Refused, bytes_of
 from fedllm_sec.errors import printable
 from fedllm_sec.protocols import Client, LocalResult
@@ -31,8 +32,10 @@ from fedllm_sec.rounds.federation import Federation
 from fedllm_sec.rounds.remembering import OWN_BUFFERS
 from fedllm_sec.rounds.source import Asked, Came
 
-FIRST = 180.0  # seconds, at least, for which the first round waits for its cohort: devices that start with the server
+FIRST = 180.0  # seconds, at least, for which the first round waits for its cohort, once enough of it are there
 AGAIN = 30.0  # seconds after which a node that was turned away is asked again: it may have been mended
+LOOK = 0.2  # seconds between two looks for who is online
+QUIET = 10.0  # seconds for which it is not said that clients are waited for
 NEW = 5.0  # seconds for which a round waits for a node to say who it is, where it could begin without
 
 
@@ -57,6 +60,7 @@ class Devices:
     strangers: dict[int, Stranger] = field(default_factory=dict)
     greetings: list[tuple[list[int], Questions]] = field(default_factory=list)  # whose answers are waited for
     begun: bool = False
+    note: Callable[[str], None] = lambda line: None  # when a round was asked and its last reply read (time.time())
 
     @property
     def settings(self) -> Deploy:
@@ -64,10 +68,11 @@ class Devices:
 
     def __call__(self, federation: Federation, cohort: Sequence[Client], asked: Asked) -> Came:
         """The rows that come before the round closes, and why the others did not."""
-        if not self.begun:
+        if first := not self.begun:
             self.begun = True
             self._limit(federation, len(cohort))
-        self._meet(federation, cohort)
+            self._gather(federation)
+        self._meet(federation, cohort, first)
         deadline = time.monotonic() + self.settings.timeout_s
         known = {c.id: self.nodes[c.id] for c in cohort if c.id in self.nodes}
         absent = {c.id: self._away(c.id) for c in cohort if c.id not in known}
@@ -131,12 +136,25 @@ class Devices:
 
     # ------------------------------------------------------------ who is there
 
-    def _meet(self, federation: Federation, cohort: Sequence[Client]) -> None:
+    def _gather(self, federation: Federation) -> None:
+        """Before anything is trained, wait for as many clients as a round needs: rounds are not for waiting."""
+        enough, wait = min(self.settings.min_replies, len(federation.clients)), Idle(LOOK)
+        begun, told = time.monotonic(), False
+        while True:
+            self._look(federation)
+            if len(self.nodes) >= enough:
+                return
+            if not told and time.monotonic() - begun > QUIET:
+                told = True
+                self.say(f"waiting for {enough} of {len(federation.clients)} clients to connect (deploy.min_replies)")
+            time.sleep(wait.pause())
+
+    def _meet(self, federation: Federation, cohort: Sequence[Client], first: bool) -> None:
         """Ask new nodes who they are; wait for the cohort at first, and later where too few of it are there.
 
         A node that does not answer is waited for beside the rounds: it holds up none of them.
         """
-        first, enough = not self.nodes, self.settings.min_replies
+        first, enough, wait = first or not self.nodes, self.settings.min_replies, Idle(LOOK)
         deadline = time.monotonic() + max(self.settings.timeout_s, FIRST if first else 0.0)
         while True:
             self._look(federation)
@@ -144,7 +162,7 @@ class Devices:
             new = any(not one.why and now - one.asked < NEW for one in self.strangers.values())
             if here == len(cohort) or now >= deadline or not (first or new or here < enough):
                 return
-            time.sleep(min(0.2, deadline - now))
+            time.sleep(min(wait.pause(), deadline - now))
 
     def _look(self, federation: Federation) -> None:
         """Who is online, who answers, and who is still to be asked."""
@@ -224,7 +242,12 @@ class Devices:
         messages = [Message(contents[key], nodes[key], "train", group_id=group) for key in keys]
         missing = dict.fromkeys(keys, f"no reply within {self.settings.timeout_s:g} s")
         taken, waited = 0, set(keys)
-        came = replies(self.grid, messages, deadline)
+
+        def said(spans: list[Span]) -> None:
+            (began, ended), last = spans[0], spans[-1]
+            self.note(f"round {group}: asked {began:.3f} {ended:.3f} read {last[0]:.3f} {last[1]:.3f}")
+
+        came = replies(self.grid, messages, deadline, said)
         for place, reply, why in came:
             key = keys[place]
             waited.discard(key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from queue import Empty, Queue
 from typing import Any
 
@@ -19,7 +19,9 @@ from flwr.serverapp import Grid
 from fedllm_sec.errors import printable
 
 POLL = 0.05  # seconds between two looks for a reply at first; up to ten times that while clients train
+Span = tuple[float, float]  # time.time() at which something began and ended
 Answers = Generator[tuple[int, Message | None, str], None, None]
+Say = Callable[[list[Span]], None]
 LONGEST = 200  # characters of what a client says that go into a record
 
 
@@ -32,8 +34,9 @@ class Questions:
     """Messages that are sent, each with a thread that pulls its reply until it comes or `close` is called."""
 
     def __init__(self, grid: Grid, messages: Sequence[Message]) -> None:
-        self.messages = messages
+        began, self.messages = time.time(), messages
         self.sent = list(grid.push_messages(messages)) if messages else []
+        self.spans: list[Span] = [(began, time.time())]  # of sending the questions, and of reading each reply
         self.came: Queue[tuple[int, Message | None, str]] = Queue()
         self.stop = threading.Event()
         self.left = len(messages)  # which have neither a reply nor a reason yet
@@ -41,7 +44,7 @@ class Questions:
             if place >= len(self.sent) or self.sent[place] is None:
                 self.came.put((place, None, "its question could not be sent"))
                 continue
-            given = (grid, place, self.sent[place], self.came, self.stop)
+            given = (grid, place, self.sent[place], self.came, self.stop, self.spans)
             try:
                 threading.Thread(target=_pull, args=given, daemon=True).start()
             except RuntimeError as error:  # no room for one more
@@ -65,10 +68,11 @@ class Questions:
         self.stop.set()
 
 
-def replies(grid: Grid, messages: Sequence[Message], deadline: float) -> Answers:
+def replies(grid: Grid, messages: Sequence[Message], deadline: float, said: Say = lambda spans: None) -> Answers:
     """The number of a message with its reply, or why there is none, as they come until the deadline (monotonic).
 
-    Who has not answered by the deadline is not given. Closing the iterator ends the looking.
+    Who has not answered by the deadline is not given. Closing the iterator ends the looking; `said` is then told when
+    the questions were sent and each reply was read.
     """
     asked = Questions(grid, messages)
     try:
@@ -76,17 +80,20 @@ def replies(grid: Grid, messages: Sequence[Message], deadline: float) -> Answers
             yield found
     finally:
         asked.close()
+        said(asked.spans)
 
 
-def _pull(grid: Grid, place: int, id: str, came: Queue[Any], stop: threading.Event) -> None:
+def _pull(grid: Grid, place: int, id: str, came: Queue[Any], stop: threading.Event, spans: list[Span]) -> None:
     began = time.monotonic()
     while not stop.is_set():
+        looked = time.time()
         try:
             found = list(grid.pull_messages([id]))
         except BaseException as error:  # of a hostile reply: not JSON, out of memory, anything
             came.put((place, None, in_short(f"its reply cannot be pulled: {type(error).__name__}: {error}")))
             return
         if found:
+            spans.append((looked, time.time()))
             came.put((place, found[0], "" if len(found) == 1 else f"{len(found)} replies came to one question"))
             return
         stop.wait(min(10 * POLL, POLL + (time.monotonic() - began) / 50))

@@ -6,7 +6,7 @@ deployment.json             where it was made, and by which command
 tls/                        a root of our own, the SuperLink's certificate
 keys/                       one key for each client, on this machine's clients alone
 run/                        the run folder, as `fedllm-sec train` writes it
-logs/                       what the processes say; rounds.log has a line for each round
+logs/                       what the processes say; rounds.log has a line for each round, exchange.log its times
 """
 
 from __future__ import annotations

@@ -12,22 +12,23 @@ from typing import Any
 
 from fedllm_sec.deploy import keys
 from fedllm_sec.deploy.folder import Deployment
-from fedllm_sec.deploy.processes import BIN, Forked, Processes, free_port, refuse_taken
+from fedllm_sec.deploy.processes import BIN, Forked, Processes, beside, free_port, listens, refuse_taken
 from fedllm_sec.errors import FedError
 
 LINK = "superlink"
 RESIDENTS = "residents"
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # every address of a machine -> one at which the machine itself finds it
 AGAIN = 3  # times that a run whose server app died is begun again without a new round
 
 
 def start_link(processes: Processes, made: Deployment, host: str, port: int, names: Sequence[str] = ()) -> None:
     """A SuperLink over TLS that lets nodes in by their key; ready when it answers, not when it listens."""
     refuse_taken(host, port)
-    tls = made.folder / "tls"
-    keys.make_certificates(tls, [*names, *([host] if host not in ("0.0.0.0", "::") else [])])
+    tls, here = made.folder / "tls", ANY.get(host, host)
+    keys.make_certificates(tls, [*names, here])
     made.home.mkdir(parents=True, exist_ok=True)
     (made.home / "config.toml").write_text(
-        f'[superlink]\ndefault = "ours"\n\n[superlink.ours]\naddress = "127.0.0.1:{port}"\n'
+        f'[superlink]\ndefault = "ours"\n\n[superlink.ours]\naddress = "{beside(here, port)}"\n'
         f'root-certificates = "{tls / "ca.pem"}"\n',
         encoding="utf-8",
     )
@@ -38,7 +39,11 @@ def start_link(processes: Processes, made: Deployment, host: str, port: int, nam
         "--disable-runtime-dependency-installation",
         env={"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"},
     )  # fmt: skip
-    processes.wait(lambda: bool(processes.flwr("ls", "ours").get("success")), "the SuperLink", 90, LINK)
+
+    def answers() -> bool:
+        return listens(here, port) and bool(processes.flwr("ls", "ours").get("success"))
+
+    processes.wait(answers, "the SuperLink", 90, LINK)
 
 
 def register(processes: Processes, made: Deployment, clients: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from fedllm_sec.build.averaging import BY_PRODUCTS, way_of
+from fedllm_sec.build.averaging import BASE_MOVES, way_of
 from fedllm_sec.build.threat import learning
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import Layout
@@ -19,13 +19,20 @@ OWN_DATA = {
     *("rename", "train_rows", "test_rows"),
 }
 
+FLOWER = "1.42"  # the version whose private parts resident, node and sooner speak
+INSTALL = f'pip install "flwr~={FLOWER}.0" (the extra `edge`).'
+TRAVEL = "factors, freeze_a, freeze_b, alternate, svd or pad"  # ways to average whose model is its factors alone
+
 
 def need_flower() -> None:
-    """An error in a line where Flower is not installed."""
+    """An error in a line where Flower is not installed, or in a version whose private parts are not known here."""
+    from importlib.metadata import version
     from importlib.util import find_spec
 
     if find_spec("flwr") is None:
-        raise RecipeError("deploy: needs Flower, which is not installed. pip install flwr (the extra `edge`).")
+        raise RecipeError(f"deploy: needs Flower, which is not installed. {INSTALL}")
+    if not (found := version("flwr")).startswith(f"{FLOWER}."):
+        raise RecipeError(f"deploy: needs Flower {FLOWER}, and {found} is installed. {INSTALL}")
 
 
 def deploy_problems(recipe: Recipe) -> list[str]:
@@ -43,15 +50,21 @@ def deploy_problems(recipe: Recipe) -> list[str]:
             "attack.privacy: what an observer learnt is judged by the clients' rows, which do not leave their devices. "
             "Run it as a simulation: fedllm-sec train."
         )
-    if (way := way_of(recipe)) in BY_PRODUCTS:
+    if (way := way_of(recipe)) in BASE_MOVES:
         found.append(
             f"model.lora.average: {way}: what the base gains at the server does not travel to the devices. Set it to "
-            "factors, freeze_a, freeze_b or alternate."
+            f"{TRAVEL}."
+        )
+    if way == "share_a":
+        found.append(
+            "model.lora.average: share_a: devices send whole rows, B too, and keep none between rounds. Run it as a "
+            "simulation: fedllm-sec train."
         )
     if way == "core":
         found.append(
             "model.lora.average: core: its fixed factors are singular vectors, which other machines find with other "
-            "rounding. Set it to factors, freeze_a, freeze_b or alternate."
+            "rounding. "
+            f"Set it to {TRAVEL}."
         )
     if recipe.enable_defense and any(block["name"] == "dp_sgd" for block in recipe.defense.client):
         found.append(

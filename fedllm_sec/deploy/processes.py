@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -24,6 +25,8 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 WAYS_OUT = {
     "Hostname mismatch": "The certificate names other hosts: start the server with --name HOST.",
     "unable to get local issuer": "The certificate is of another root: copy tls/ca.pem from the server's folder.",
+    "Failed to activate SuperNode": "Its key is not registered there, or is online already: copy keys/ID.key of this "
+    "client, which no other device uses, from the server's folder.",
     "certificate has expired": "Remove server.pem from the server's tls folder and start it again.",
 }
 PACKAGE = Path(__file__).parents[2]  # what holds fedllm_sec, for processes that start elsewhere
@@ -36,14 +39,32 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def listens(host: str, port: int) -> bool:
+    """Whether somebody takes connections there: asked before anything that costs more."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+        return True
+    except OSError:
+        return False
+
+
 def refuse_taken(host: str, port: int) -> None:
-    """An error where somebody listens there already: Flower's own would come late and long."""
-    with socket.socket() as tried:
+    """An error where nobody can listen there, or somebody does: Flower's own would come late and long."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             tried.bind((host, port))
-        except OSError as error:
-            raise FedError(f"--port: {host}:{port}: {error.strerror}. Give another, or end what uses it.") from error
+        except (OSError, OverflowError) as error:
+            at, why = beside(host, port), getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                raise FedError(f"--port: {at}: {why}. Give another, or end what uses it.") from error
+            way_out = "Give an address of this machine (0.0.0.0: all of them) and a port from 1024 on."
+            raise FedError(f"--host, --port: {at}: {why}. {way_out}") from error
+
+
+def beside(host: str, port: int) -> str:
+    """HOST:PORT; in brackets where the host has colons itself."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +160,9 @@ class Processes:
         """Which of them has ended, and what it said last."""
         for name in names or self.running:
             if (code := self.running[name].poll()) is not None:
-                return f"{name} ended with {code}: {self.said(name)} (all of it: {self.logs / name}.log)"
+                said = self.said(name)
+                how = f"{name}: {said[7:]}" if said.startswith("error: ") else f"{name} ended with {code}: {said}"
+                return f"{how} (all of it: {self.logs / name}.log)"
         return None
 
     def wait(self, done: Callable[[], bool], what: str, seconds: float, *watched: str) -> None:

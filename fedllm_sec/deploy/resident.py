@@ -29,7 +29,7 @@ def serve(address: str, poll: float) -> None:
     from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
     from fedllm_sec.deploy.client import app
-    from fedllm_sec.deploy.sooner import look_sooner
+    from fedllm_sec.deploy.sooner import Idle, look_sooner
 
     look_sooner(run_clientapp)
 
@@ -51,7 +51,9 @@ def serve(address: str, poll: float) -> None:
         message = context = None
         status, details = SubStatus.COMPLETED, ""
         try:
+            looked = time.time()
             message, context, _, _ = pull_task_input(client)
+            pulled = time.time()
             try:
                 with training:
                     reply = app(message=message, context=context)
@@ -59,7 +61,10 @@ def serve(address: str, poll: float) -> None:
                 traceback.print_exc()
                 status, details = SubStatus.FAILED, f"{type(error).__name__}: {error}"
                 reply = Message(Error(code=2, reason=details), reply_to=message)
+            made = time.time()
             push_message(client, reply, context)
+            spans = f"received {looked:.3f} {pulled:.3f} sent {made:.3f} {time.time():.3f}"
+            print(f"{message.metadata.message_type} {message.metadata.group_id}: {spans}", flush=True)
         except Exception as error:
             traceback.print_exc()
             status, details = SubStatus.FAILED, f"{type(error).__name__}: {error}"
@@ -70,17 +75,19 @@ def serve(address: str, poll: float) -> None:
         beats.stop()
         client.close()
 
-    tasks = connected("SuperExec")
+    tasks, idle = connected("SuperExec"), Idle(poll)
     while True:
         if training.locked():  # its node has one question at a time, and the processor is needed
             time.sleep(poll)
+            idle = Idle(poll)
             continue
         task = tasks.AcquireTask(AcquireTaskRequest(supported_task_types=["flwr-clientapp"], agentapp_fab_hashes=[]))
         if task.HasField("task") and task.token:
             # a thread each: a question whose server died while it sent it is waited for by Flower for minutes
             threading.Thread(target=work, args=(task.token,), daemon=True).start()
+            idle = Idle(poll)
         else:
-            time.sleep(poll)
+            time.sleep(idle.pause())
 
 
 def watch(parent: int) -> None:

@@ -64,5 +64,7 @@ def serve(made: Deployment, grid: Any, say: Callable[[str], None]) -> Path:
     refuse_undeployable(recipe)
     plan = planned(recipe)
     machine = make_machine(recipe, Path(recipe.output.folder))
-    run_one(AtServer(**vars(plan)), machine, made.command, Loaded(), say, source=Devices(grid, recipe, say))
+    with (made.logs / "exchange.log").open("a", encoding="utf-8") as times:
+        source = Devices(grid, recipe, say, note=lambda line: print(line, file=times, flush=True))
+        run_one(AtServer(**vars(plan)), machine, made.command, Loaded(), say, source=source)
     return Path(recipe.output.folder)

@@ -7,8 +7,10 @@ round waited. It is replaced in private modules of Flower, hence the narrow rang
 from __future__ import annotations
 
 import functools
+import time
 from types import ModuleType
 
+SHARE, LATEST = 1 / 40, 3.0  # by what share of a wait its end may be seen too late, and by how many seconds
 FIRST, MOST = 0.05, 0.5  # seconds until parts are looked for again: at first, and as it doubles
 
 
@@ -19,3 +21,13 @@ def look_sooner(module: ModuleType) -> None:
             pull = getattr(module, name)
             waits = {"initial_backoff": FIRST, "backoff_cap": MOST, "max_tries_per_object": None}
             setattr(module, name, functools.partial(pull, **waits))
+
+
+class Idle:
+    """One wait: how long to pause between two looks, `least` seconds and more the longer nothing has come."""
+
+    def __init__(self, least: float) -> None:
+        self.least, self.began = least, time.monotonic()
+
+    def pause(self) -> float:
+        return min(LATEST, max(self.least, SHARE * (time.monotonic() - self.began)))

@@ -19,6 +19,7 @@ from fedllm_sec.matrix.layout import Layout
 from fedllm_sec.matrix.storage import new_rows
 
 A_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.|$)")
+B_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?B(\.|$)")
 # peft adapts the fused experts of a mixture by one pair of stacked factors: one product for each expert
 FUSED = re.compile(r"\.experts\.(base_layer\.)*lora_A")
 

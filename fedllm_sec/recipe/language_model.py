@@ -42,7 +42,7 @@ def expression(value: str) -> str:
     return value
 
 
-Average = Literal["factors", "freeze_a", "freeze_b", "alternate", "stack", "exact", "svd", "pad", "core"]
+Average = Literal["factors", "freeze_a", "freeze_b", "alternate", "stack", "exact", "svd", "pad", "core", "share_a"]
 Pattern = Annotated[str, AfterValidator(expression)]
 
 

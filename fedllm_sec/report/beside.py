@@ -113,7 +113,7 @@ def _ways(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def each_client(runs: Sequence[Run]) -> Table | None:
-    """What the last model is with each client's own running statistics (model.buffers: local)."""
+    """The last model with what each client keeps: running statistics (model.buffers: local), B (average: share_a)."""
     blocks = []
     for run in runs:
         quality = next((record.quality for record in reversed(run.records) if record.quality is not None), None)
@@ -122,16 +122,18 @@ def each_client(runs: Sequence[Run]) -> Table | None:
     if not blocks:
         return None
     wanted = (
-        ("accuracy", "rate", "accuracy"), ("attack success", "percent", "asr"),
+        ("accuracy", "rate", "accuracy"), ("exact match", "rate", "exact_match"), ("attack success", "percent", "asr"),
         ("false triggers", "percent", "false_trigger"),
     )  # fmt: skip
     columns = [
-        (Column(key, title, unit), [_rate(own.get(key), unit) for *_, own in blocks]) for title, unit, key in wanted
+        (Column(key, title, unit), [_rate(own.get(key), unit) for *_, own in blocks])
+        for title, unit, key in wanted
+        if key != "exact_match" or any(key in own for *_, own in blocks)
     ]
     rows = [[Cell(run.name), Cell(id)] for run, id, _ in blocks]
     note = (
-        "After the last round, on the same held-out rows: the global model with the running statistics that the client "
-        "keeps as its own. A malicious client keeps some too."
+        "After the last round, on the same held-out rows: the global model with the running statistics or B factors "
+        "that the client keeps as its own. A malicious client keeps some too."
     )
     return _table([HEAD[0], Column("client", "client", "text")], rows, columns, note)
 

@@ -47,7 +47,8 @@ QUALITY = (
     Kind("exact_match", "exact match", "rate", True, "share of answers that are the right text exactly"),
     Kind("token_overlap", "token overlap", "rate", True, "how many tokens an answer shares with the right one"),
     Kind("smoothed_accuracy", "smoothed accuracy", "rate", True, "accuracy of what most noisy copies of it name"),
-    Kind("client_accuracy", "accuracy of clients", "rate", True, "mean over clients with their own statistics"),
+    Kind("client_accuracy", "accuracy of clients", "rate", True, "mean over clients with what they keep as their own"),
+    Kind("client_exact_match", "exact match of clients", "rate", True, "the same mean of exact match"),
     Kind("loss", "held-out loss", "number", False, "", 0.0),
     Kind("perplexity", "perplexity", "number", False, "exp of the held-out loss", 0.0),
 )
@@ -59,7 +60,7 @@ ATTACK = (
     ),
     Kind("smoothed_asr", "smoothed attack success", "percent", False, "attack success of most noisy copies of it"),
     Kind("smoothed_false_trigger", "smoothed false triggers", "percent", False, "the same answer on clean rows"),
-    Kind("client_asr", "attack success at clients", "percent", False, "mean over clients with their own statistics"),
+    Kind("client_asr", "attack success at clients", "percent", False, "mean over clients with what they keep"),
     Kind("client_false_trigger", "false triggers at clients", "percent", False, "the same answer on clean rows"),
 )  # fmt: skip
 # What is written under "loss", by task: its name, and what it is a mean of.

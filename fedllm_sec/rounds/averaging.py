@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,14 +15,16 @@ from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.factors import Pair, Products
 from fedllm_sec.matrix.storage import taken
 from fedllm_sec.models.shifted import Shifted
-from fedllm_sec.protocols import Decision, LocalRule
+from fedllm_sec.protocols import Client, Decision, LocalRule
+
+OWN_B = "own_b"  # in a client's memory: the B factors that never leave it, one after another
 
 
 @dataclass(frozen=True)
 class Averaging:
     """How the adapters of one federation are averaged, where that is not factor by factor."""
 
-    mode: Mode | Literal["alternate", "core"]
+    mode: Mode | Literal["alternate", "core", "share_a"]
     pairs: tuple[Pair, ...]
     sizes: tuple[tuple[int, int], ...]  # (out, in) of each
     plain: tuple[slice, ...]
@@ -35,12 +37,43 @@ class Averaging:
         """What every client does in its training."""
         return (Alternate(self.pairs),) if self.mode == "alternate" else ()
 
-    def start_of(self, client: str, vector: Tensor) -> Tensor:
-        """What a client begins with: the global vector (d,), cut to the rank that it can train."""
-        return cut(self.pairs, vector, self.ranks[client]) if client in self.ranks else vector
+    @property
+    def personal(self) -> bool:
+        """Whether each client keeps its own B, and A alone is averaged (FedSA-LoRA, Guo et al. 2025)."""
+        return self.mode == "share_a"
+
+    def start_of(self, client: Client, vector: Tensor) -> Tensor:
+        """What a client begins with: the global vector (d,), with its own B or cut to the rank that it can train."""
+        if OWN_B in client.memory:
+            return self._with_b(vector, client.memory[OWN_B])
+        return cut(self.pairs, vector, self.ranks[client.id]) if client.id in self.ranks else vector
+
+    def keep(self, trained: Iterable[tuple[Client, Tensor]], start: Tensor) -> None:
+        """Each client keeps the B that its own training gave, if it is finite, and it leaves its row (d,), in place."""
+        for client, row in trained if self.personal else ():
+            own = torch.cat([(start[pair.b].to(row) + row[pair.b]).float() for pair in self.pairs]).cpu()
+            if bool(own.isfinite().all()):
+                client.memory[OWN_B] = own
+            for pair in self.pairs:
+                row[pair.b] = 0
+
+    def shown(self, clients: Sequence[Client], vector: Tensor) -> Tensor:
+        """The model that is measured and saved: the global vector, with the mean of all B that clients keep."""
+        kept = [client.memory[OWN_B].cpu() for client in clients if OWN_B in client.memory]
+        return self._with_b(vector, torch.stack(kept).double().mean(0)) if kept else vector
+
+    def _with_b(self, vector: Tensor, own: Tensor) -> Tensor:
+        made, at = vector.clone(), 0
+        for pair in self.pairs:
+            width = pair.b.stop - pair.b.start
+            made[pair.b] = own[at : at + width].to(made)
+            at += width
+        return made
 
     def frozen(self, round: int) -> list[slice]:
         """What the server does not take of any row in this round."""
+        if self.personal:
+            return [pair.b for pair in self.pairs]
         return Alternate(self.pairs).frozen(round) if self.mode == "alternate" else []
 
     def take(
@@ -50,7 +83,7 @@ class Averaging:
 
         `vector` (d,) is what the server has stepped to, `start` where it came from.
         """
-        if self.mode == "alternate":
+        if self.mode in ("alternate", "share_a"):
             return None
         if self.mode == "core":  # a mean of cores between fixed factors is the mean of their products
             return Averaged(vector, None, 0.0)

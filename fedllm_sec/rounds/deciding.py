@@ -158,8 +158,8 @@ def decide(
     _note_decision(record, decision, clean)
     record["notes"] |= federation.defense.noted
     weights = decision.weights if decision.weights is not None else torch.full((clean.n,), 1.0 / clean.n)
-    if record["lora_gap"] is not None:
-        pass  # known from the averages themselves
+    if record["lora_gap"] is not None or (averaging is not None and averaging.personal):
+        pass  # known from the averages themselves, or there is no one product
     elif gap_flops(clean.layout, clean.n) <= MOST_FLOPS:
         record["lora_gap"] = product_gap(clean, weights, start, getattr(federation.task, "scales", None))
     else:

@@ -25,7 +25,8 @@ from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.rounds.deciding import Decided, decide, refuse_diverged, undecided
 from fedllm_sec.rounds.observing import NOBODY, Observer
-from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember, with_own
+from fedllm_sec.rounds.personal import hold, kept_by_clients, measured, with_own
+from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember
 from fedllm_sec.rounds.source import Asked, Source, trained_here
 from fedllm_sec.rounds.tuning import show, tune
 from fedllm_sec.seeds import generator_for
@@ -177,12 +178,15 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         return train_client(federation, client, start, optimizer, guards, control, r, rounds)
 
     local = getattr(task, "kept", None) == "local"
-    everywhere = algorithm.remember is not None or local
+    everywhere = algorithm.remember is not None or kept_by_clients(federation)
     width = len(federation.buffers) if federation.buffers is not None else 0
     asked = Asked(r, rounds, start, federation.last_update, control, train, everywhere, width)
     came = federation.source(federation, cohort, asked)
     cohort, collected = came.cohort, came.collected
     root = train(federation.root, ()) if federation.root is not None else None
+    if averaging is not None and collected is not None:
+        mine = [] if federation.root is None or root is None else [(federation.root, root.delta)]
+        averaging.keep([*zip(cohort, collected[0], strict=True), *mine], start)
     seconds["train"] = clock.lap()
 
     private = private_of(federation.guards)
@@ -265,7 +269,7 @@ def train_client(
     attacks: Sequence[LocalRule] = ()
     if federation.threat is not None and client.id in federation.threat.attackers(r):
         attacks, guards = federation.threat.rules(client, r), ()  # nobody defends a federation against himself
-    own = federation.averaging.start_of(client.id, start) if federation.averaging is not None else start
+    own = federation.averaging.start_of(client, start) if federation.averaging is not None else start
     with only_shown("attack.local", AttackError, **tensors_of(client.shard)):  # later runs have the shard too
         trained = train_locally(
             federation.task,
@@ -290,25 +294,21 @@ def train_client(
 def evaluate(federation: Federation, last: bool = False) -> tuple[dict[str, Any], dict[str, Any] | None, list[Any]]:
     """Quality and attack success of the global vector, and what is kept of its answers: of a run's `last`, all.
 
-    That one is also smoothed, if it is to be, and measured with each client's own statistics, if clients keep them.
+    That one is also smoothed, if it is to be, and measured with what each client keeps as its own.
     """
     assert federation.evaluation is not None
     task, machine, known = federation.task, federation.machine, federation.evaluation
-    with torch.no_grad():
-        task.parameters.copy_(federation.vector)
-    if federation.buffers is not None:
-        task.buffers.write(federation.buffers)
+    hold(federation)
     task.model.eval()
     with machine.autocast():
         read = known.transcribed(task, machine.spread, last) if hasattr(known, "transcribed") else None
         quality, attack, answers = read or (known.quality(task, machine.spread), known.attack(task, machine.spread), [])
         if last and federation.smoothing is not None:
             rng = generator_for(federation.seed, federation.before + federation.round, "smoothing")
-            more = smoothed(known, task, federation.vector, machine.spread, federation.smoothing, rng)
+            more = smoothed(known, task, measured(federation), machine.spread, federation.smoothing, rng)
             quality |= more[0]
             attack = {**attack, **more[1]} if attack is not None else None
-        if last and getattr(task, "kept", None) == "local":
-            own = with_own(known, task, federation.clients, machine.spread)
+        if last and kept_by_clients(federation):
+            own = with_own(federation)
             quality, attack = {**quality, **own[0]}, {**attack, **own[1]} if attack is not None else None
-            task.buffers.write(federation.buffers)
     return quality, attack, answers

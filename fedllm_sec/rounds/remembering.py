@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,31 +73,3 @@ def keep_own(
             client.memory[OWN_BUFFERS] = own.clone()
     held = [client.memory[OWN_BUFFERS].to(buffers) for client in clients if OWN_BUFFERS in client.memory]
     return combined(torch.stack(held), floats, torch.ones(len(held), dtype=torch.float64)) if held else present
-
-
-RATES = ("accuracy", "asr", "false_trigger")  # that are also measured with each client's own statistics
-
-
-def with_own(
-    known: Any, task: Any, clients: Sequence[Client], spread: Callable[..., Tensor]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The vector in memory with each client's own buffers, on the same held-out rows: quality and attack.
-
-    Each holds `per_client`, rates by the id of every client that has taken part, and their means over these clients
-    (client_accuracy, client_asr, client_false_trigger). The buffers in memory are the last client's afterwards.
-    """
-    found: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-    for client in clients:
-        if OWN_BUFFERS in client.memory:
-            task.buffers.write(client.memory[OWN_BUFFERS])
-            for of, measured in zip(found, (known.quality(task, spread), known.attack(task, spread)), strict=True):
-                of[client.id] = {name: measured[name] for name in RATES if (measured or {}).get(name) is not None}
-    means = tuple(
-        {
-            f"client_{name}": math.fsum(rates) / len(rates)
-            for name in RATES
-            if (rates := [own[name]["value"] for own in of.values() if name in own])
-        }
-        for of in found
-    )
-    return {"per_client": found[0], **means[0]}, {"per_client": found[1], **means[1]}

@@ -17,7 +17,7 @@ def plan_of(average, lora=None, rule=None, **more):
 
 
 def test_rules_of_whole_rows_go_with_every_way_of_averaging():
-    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd", "pad", "core"):
+    for average in ("factors", "freeze_a", "alternate", "stack", "exact", "svd", "pad", "core", "share_a"):
         plan_of(average, rule={"name": "multi_krum", "f": 1})
     plan_of("exact", rule={"name": "flame", "noise": 0.0})
     plan_of("freeze_b", {"init_lora_weights": "olora"})
@@ -29,7 +29,7 @@ def test_ranks_are_dealt_from_the_first_client_on_and_the_whole_one_is_not_cut()
         "model": {"lora": {"average": "pad"}},
     }
     recipe = checked(raw)
-    assert ranks_of(recipe, planned(recipe).ids) == {"c00": 2, "c03": 4}
+    assert ranks_of(recipe) == {"c00": 2, "c03": 4}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,33 @@ def test_ranks_without_an_adapter_are_an_error():
         ("exact", {}, None, {"algorithm": {"name": "fedopt"}}, "needs a server that adds the mean"),
         ("exact", {}, {"name": "mean"}, {"defense": {"after": [{"name": "weak_dp"}]}}, "would be taken back"),
         ("svd", {}, {"name": "mean"}, {"defense": {"scope": "layer"}}, "gives a row no one weight"),
+        ("share_a", {"train": "B"}, None, {}, "train: B freezes A"),
+        ("share_a", {}, None, {"algorithm": {"name": "scaffold"}}, "remember whole rows, of which B never arrives"),
+        ("share_a", {}, {"name": "mean"}, {"defense": {"after": [{"name": "weak_dp"}]}}, "in B reaches no client"),
+        ("share_a", {}, {"name": "krum", "f": 1}, {"defense": {"space": "product"}}, "keeps its B to itself"),
+        (
+            "share_a",
+            {},
+            None,
+            {
+                "enable_attack": True,
+                "attack": {"malicious": {"count": 1}, "update": [{"name": "lora_gauge"}]},
+            },
+            "B A stays the same only where both are sent",
+        ),
+        (
+            "share_a",
+            {},
+            None,
+            {
+                "enable_attack": True,
+                "attack": {
+                    "observe": {"rounds": [1], "clients": [0], "what": "gradient"},
+                    "privacy": [{"name": "membership"}],
+                },
+            },
+            "is of B too, which never leaves a client",
+        ),
         ("core", {"init_lora_weights": "pissa"}, None, {}, "would start from others. Set it to true"),
         ("core", {"use_dora": True}, None, {}, "use_dora trains lengths"),
         (

@@ -60,6 +60,20 @@ def test_the_adapter_is_counted_without_loading_a_weight_as_it_is_when_loaded():
     assert counted.frozen_bytes == 4 * frozen
 
 
+def test_a_client_of_lower_rank_is_counted_at_what_it_trains_and_sends():
+    lora = {"r": 4, "average": "svd", "target_modules": ["q_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 1}}
+    ranked = {"model": {"lora": lora}, "clients": {"total": 4, "local_steps": 3, "ranks": {2: 3, 4: 1}}}
+    plan = plan_of(ranked)
+    counted, q = cost(plan), 2 * 128  # q_proj is (128, 128): each component has a row of A and a column of B
+    layers = load_base(Model(), torch.device("cpu"))[0].config.num_hidden_layers
+    whole, half = q * (1 + 4 * (layers - 1)), q * (1 + 2 * (layers - 1))
+    assert counted.weights.trained == whole
+    assert counted.weights.by_rank == {2: half, 4: whole}
+    assert counted.sent == counted.received == 4 * (3 * half + whole) / 4
+    text = " ".join("\n".join(bill(plan.recipe, counted)).split())
+    assert f"of rank 2 3 clients: each trains {half:,} parameters, sends {size(4 * half)}" in text
+
+
 def test_four_bits_shrink_the_linear_layers_alone():
     whole, packed = (language_model(Model(dtype="bfloat16", load_in_4bit=four)) for four in (False, True))
     base, _ = load_base(Model(), torch.device("cpu"))

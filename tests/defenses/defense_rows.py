@@ -7,6 +7,7 @@ from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.seeds import generator_for
 
+ON_ADAPTERS = {"horus"}  # rules that need factors of adapters in the layout
 KINDS = ("random", "heavy_tailed", "tiny", "huge")
 
 

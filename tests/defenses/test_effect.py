@@ -58,6 +58,8 @@ def test_the_mean_is_led_astray(attack):
         ([], "median", {}),
         ([], "trimmed_mean", {"f": 3}),
         ([], "slsgd", {"f": 3}),
+        ([], "foundationfl", {"m": 2}),
+        ([], "clair", {}),
         ([], "krum", {"f": 3}),
         ([], "multi_krum", {"f": 3}),
         ([], "bulyan", {"f": 3}),
@@ -72,6 +74,12 @@ def test_the_mean_is_led_astray(attack):
 def test_a_defense_arrives_all_the_same(attack, before, rule, settings):
     stages = [stage(name, **given) for name, given in before]
     assert run(attack, stages, stage(rule, **settings)) < 0.35
+
+
+def test_eight_copies_of_one_row_of_sixteen_are_too_many_for_foundationfl_under_a_flip():
+    led = run(flip, [], stage("foundationfl"))
+    assert led > 2 * run(flip, [], stage("foundationfl", m=2))
+    assert run(flip, [], stage("foundationfl", f=3)) > 1.0  # an attacker's row is copied more often than 3 are trimmed
 
 
 def test_clipping_bounds_what_a_shout_can_do_and_not_what_a_flip_can():

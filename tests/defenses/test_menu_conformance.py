@@ -25,12 +25,12 @@ SETTINGS = {
 }
 # update(rows + t) = update(rows) + t
 MOVES_ALONG = {
-    "mean", "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median", "rfa", "nnm",
+    "mean", "median", "trimmed_mean", "foundationfl", "krum", "multi_krum", "bulyan", "geometric_median", "rfa", "nnm",
     "bucketing", "residual_reweighting", "meamed", "mda", "caf", "smea",
 }  # fmt: skip
 # two hostile rows of any size among sixteen leave the update among the honest rows
 RESISTS = {
-    "median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median",
+    "median", "trimmed_mean", "foundationfl", "krum", "multi_krum", "bulyan", "geometric_median",
     "residual_reweighting", "meamed", "mda", "caf", "smea", "rflbat",
 }  # fmt: skip
 ABSOLUTE = {"crfl"}  # works in the units of the global vector

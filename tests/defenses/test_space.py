@@ -19,8 +19,9 @@ from tests.defenses.test_menu_conformance import settings_for
 
 SCALES = {"layers.0.q.lora_A": 2.0, "layers.1.q.lora_A": 0.5}
 READ_COLUMNS = {
-    "median", "trimmed_mean", "slsgd", "robust_learning_rate", "bulyan", "residual_reweighting", "meamed", "lasa",
-    "alignins", "deepsight", "fldetector", "signguard", "freqfed", "cross_round", "weak_dp_client",
+    "median", "trimmed_mean", "foundationfl", "slsgd", "robust_learning_rate", "bulyan", "residual_reweighting",
+    "meamed", "lasa", "alignins", "deepsight", "fldetector", "signguard", "freqfed", "cross_round", "weak_dp_client",
+    "horus",
 }  # fmt: skip
 LOOK_AT_NOTHING = {"mean", "bucketing"}  # their weights do not depend on what the rows hold
 JUDGE_MODELS = {"flare"}  # what an adapter makes of images is the same in any gauge; the kit's model is no adapter's

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ pytest.importorskip("flwr", reason="needs flwr, the extra `edge`")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedllm_sec.build.names import checked
-from fedllm_sec.deploy.problems import deploy_problems
+from fedllm_sec.deploy.problems import FLOWER, deploy_problems
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.rounds.federation import run
 from tests.conftest import ROOT
@@ -53,10 +56,34 @@ def number_of_examples(value):
     return record("claims", MetricRecord({"num-examples": value, "steps": 2, "loss": 0.5}))
 
 
+def numpys(shape, dtype="<f4"):
+    """numpy's format, with a header that says more than there is."""
+    file = BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": dtype})
+    return arrays(stype="numpy.ndarray", shape=shape, data=file.getvalue() + bytes(4 * D))
+
+
+def one_more(content):
+    content["delta"] = ArrayRecord({"flat": content["delta"]["flat"], "more": Array(torch.ones(1))})
+    return content
+
+
 HOSTILE = {
     "nan values": (arrays(data=torch.full((D,), float("nan")).numpy().tobytes()), "not finite"),
+    "infinite values": (arrays(data=torch.full((D,), float("inf")).numpy().tobytes()), "not finite"),
     "another shape": (arrays(shape=(D + 1,)), "shape"),
+    "a shape (1,)": (arrays(shape=(1,), data=bytes(4)), "shape (1,), must be (4,)"),
     "float64": (arrays(dtype="float64"), "type 'float64'"),
+    "int8": (arrays(dtype="int8", data=bytes(D)), "type 'int8'"),
+    "strings": (arrays(dtype="<U1"), "type '<U1'"),
+    "complex": (arrays(dtype="complex64"), "type 'complex64'"),
+    "objects": (arrays(dtype="object"), "type 'object'"),
+    "big-endian": (arrays(dtype=">f4"), "type '>f4'"),
+    "an unknown kind": (arrays(stype="cloudpickle"), "of kind 'cloudpickle'"),
+    "373 GiB announced": (numpys((10**11,)), "of kind 'numpy.ndarray'"),
+    "empty bytes": (arrays(data=b""), "holds 0 bytes, must be 16"),
+    "garbage bytes": (arrays(data=b"\xff\x00garbage" * 3), "holds 27 bytes, must be 16"),
+    "one array more": (one_more, "arrays"),
     "a pickle": (arrays(data=b"\x80\x04K\x01."), "5 bytes"),
     "10 GB announced": (arrays(shape=(2_500_000_000,)), "shape"),
     "numpy's format": (record("delta", ArrayRecord({"flat": Array(torch.ones(D))})), "of kind"),
@@ -67,6 +94,8 @@ HOSTILE = {
     "-1 examples": (number_of_examples(-1.0), "not between"),
     "NaN examples": (number_of_examples(float("nan")), "not finite"),
     "a list of examples": (number_of_examples([1.0]), "is a list"),
+    "0 examples": (number_of_examples(0), "claims 0 examples"),
+    "no number of examples": (record("claims", MetricRecord({"steps": 2, "loss": 0.5})), "must be"),
     "no claims": (record("claims", ConfigRecord({})), "metric records"),
     "a replay": (replayed(), "round: '1': must be 2"),
     "no JSON": (raising(ValueError("Expecting value: line 1 column 1")), "cannot be pulled: ValueError"),
@@ -119,6 +148,28 @@ def test_a_device_that_errs_is_silent_or_blocks_costs_the_deadline_and_no_more()
         }
 
 
+def test_a_reply_after_its_round_or_by_another_node_is_not_taken():
+    train = honest("c01", None)
+
+    def late(message):
+        if message.metadata.message_type != "query":
+            time.sleep(1.3)
+        return train(message)
+
+    def forged(message):
+        made = Message(train_02(message), reply_to=message)
+        if message.metadata.message_type != "query":
+            made.metadata.__dict__["_src_node_id"] = 4
+        return made
+
+    train_02, nodes = honest("c02", None), all_honest(c01=late)
+    nodes[3] = forged
+    records, _, _ = over(nodes, timeout_s=1.0)
+    for found in records:
+        assert list(found.losses) == ["c00", "c03"]
+        assert found.quarantined == {"c01": "no reply within 1 s", "c02": "the reply comes from another node"}
+
+
 def test_too_few_replies_skip_the_round_and_say_so():
     nodes = all_honest(
         c01=honest("c01", None, lambda c: RecordDict({})), c02=honest("c02", None, raising(ValueError()))
@@ -161,9 +212,14 @@ def test_without_flower_the_command_says_what_to_install(monkeypatch, capsys):
 
     from fedllm_sec.deploy.command import main
 
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.43.1")
+    assert main(["up", "quickstart"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('error: deploy: needs Flower 1.42, and 1.43.1 is installed. pip install "flwr~=1.42.0"')
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["up", "quickstart"]) == 2
-    assert "pip install flwr" in capsys.readouterr().err
+    assert 'which is not installed. pip install "flwr~=1.42.0" (the extra `edge`)' in capsys.readouterr().err
+    assert f'edge = ["flwr>={FLOWER},<1.43"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_memory_limit_is_said_and_follows_from_the_layout(monkeypatch):
@@ -194,6 +250,10 @@ def test_a_taken_port_is_said_at_once():
         busy.listen()
         with pytest.raises(FedError, match="Give another"):
             refuse_taken("127.0.0.1", busy.getsockname()[1])
+    with pytest.raises(FedError, match=r"--host, --port: 203.0.113.9:0: .* Give an address of this machine"):
+        refuse_taken("203.0.113.9", 0)
+    with pytest.raises(FedError, match=r"--host, --port: 127.0.0.1:99999: .* a port from 1024 on"):
+        refuse_taken("127.0.0.1", 99999)
 
 
 def test_a_folder_that_is_no_deployment_is_an_error_in_words(tmp_path):
@@ -228,6 +288,8 @@ def test_a_certificate_that_does_not_fit_is_named_with_the_way_out(tmp_path):
     why = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: unable to get local issuer certificate"
     ended = f"ERROR: Exit Code: 305\nFailed to connect.\n{why}\nNo connection.\n\nINFO: Shutting down\nINFO: Finished\n"
     (tmp_path / "node-c00.log").write_text(ended)
+    (tmp_path / "node-c01.log").write_text("ERROR: Exit Code: 304\n[code: 2004] Failed to activate SuperNode.\n")
+    assert "copy keys/ID.key of this client" in Processes(tmp_path, tmp_path).said("node-c01")
     assert Processes(tmp_path, tmp_path).said("node-c00") == (
         f"Failed to connect. / {why} / No connection. The certificate is of another root: copy tls/ca.pem from the "
         "server's folder."

@@ -14,14 +14,14 @@ import torch
 
 pytest.importorskip("flwr", reason="needs flwr, the extra `edge`")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from fedllm_sec.deploy.flower import RobustStrategy
 from fedllm_sec.records.history import read_history
 from fedllm_sec.report.runs import read_runs
 from tests.conftest import ROOT
-from tests.deploy.nodes import Blocks, Nodes
+from tests.deploy.nodes import Blocks, Nodes, Silent
 
 TARGETS = (1.0, 1.1, 0.9, 1.05, 0.95)  # to which each client's training leads every parameter, half way in a round
 
@@ -110,10 +110,12 @@ def set_to(value):
 
 HOSTILE = {
     "NaN": arrays_of(set_to(np.nan)),
+    "infinite values": arrays_of(set_to(np.inf)),
     "1e30": arrays_of(set_to(1e30)),
     "other keys": arrays_of(lambda a: {"x" + k: v for k, v in a.items()}),
     "one array fewer": arrays_of(lambda a: dict(list(a.items())[1:])),
     "one array more": arrays_of(lambda a: {**a, "more": Array(np.ones(1))}),
+    "2000 arrays": arrays_of(lambda a: {str(i): Array(np.ones(1, np.float32)) for i in range(2000)}),
     "a shape (1,)": arrays_of(lambda a: {k: Array(np.ones(1, np.float32)) for k in a}),
     "float64": arrays_of(lambda a: {k: Array(v.numpy().astype(np.float64)) for k, v in a.items()}),
     "int8": arrays_of(lambda a: {k: Array(v.numpy().astype(np.int8)) for k, v in a.items()}),
@@ -124,11 +126,16 @@ HOSTILE = {
     "373 GiB announced": arrays_of(with_header((10**11,))),
     "an unknown kind": arrays_of(with_header((2,), kind="cloudpickle")),
     "empty bytes": arrays_of(lambda a: {**a, "0.bias": Array("float32", (2,), "numpy.ndarray", b"")}),
+    "garbage bytes": arrays_of(
+        lambda a: {**a, "0.bias": Array("float32", (2,), "numpy.ndarray", b"\xff\x00garbage" * 8)}
+    ),
     "a pickle": arrays_of(lambda a: {**a, "0.bias": Array("float32", (2,), "numpy.ndarray", b"\x80\x04K\x01." * 30)}),
     "2^62 examples": metric(num_examples=2**62),
     "1e308 examples": metric(num_examples=1e308),
     "-1 examples": metric(num_examples=-1),
     "NaN examples": metric(num_examples=float("nan")),
+    "0 examples": metric(num_examples=0),
+    "no number of examples": lambda c: RecordDict({**c, "metrics": MetricRecord({"train_loss": 1.0, "loss": 1.0})}),
     "a list of examples": metric(num_examples=[1, 2]),
     "a NaN metric": metric(train_loss=float("nan")),
     "no claims": lambda c: RecordDict({"arrays": c["arrays"]} if "arrays" in c else {}),
@@ -166,8 +173,6 @@ class _Plain(Nodes):
         super().__init__({i + 1: node for i, node in enumerate(nodes)})
 
     def send_and_receive(self, messages, *, timeout=None):
-        from flwr.app import Message
-
         asked = list(messages)
         self.push_messages(asked)
         return [Message(self.nodes[m.metadata.dst_node_id](m), reply_to=m) for m in asked]
@@ -208,11 +213,20 @@ def test_fedadam_steps_with_the_defended_update_and_clients_may_send_deltas():
         torch.testing.assert_close(found[name], same[name], check_dtype=False)
 
 
-def test_a_reply_that_blocks_costs_the_timeout_and_the_round_goes_on(tmp_path):
+def test_replies_that_block_never_come_err_or_are_another_node_s_cost_the_timeout_and_the_round_goes_on(tmp_path):
     strategy = RobustStrategy(FedAvg(fraction_evaluate=0.0), rule="median", log=tmp_path)
-    played(strategy, all_but(raises(Blocks())), rounds=1)
+
+    def forged(message):
+        made = Message(trained(1.0)(message), reply_to=message)
+        made.metadata.__dict__["_src_node_id"] = 1
+        return made
+
+    others = [trained(1.0, raises(Silent())), lambda m: Message(Error(2, "no rows"), reply_to=m), forged]
+    played(strategy, [*all_but(raises(Blocks())), *others], rounds=1)
     (record,) = read_history(tmp_path)
-    assert record.quarantined == {"6": "no reply in time"}
+    late = "no reply in time"
+    erred, foreign = "its device answers with an error: no rows", "the reply comes from another node"
+    assert record.quarantined == {"6": late, "7": late, "8": erred, "9": foreign}
     assert record.skipped is None
 
 

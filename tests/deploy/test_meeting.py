@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from functools import partial
 
@@ -59,6 +60,15 @@ def test_a_node_that_never_says_who_it_is_holds_up_no_round():
     for found in records:
         assert list(found.losses) == ["c00", "c02", "c03"]
         assert found.quarantined == {"c01": "its device has not said who it is"}
+
+
+def test_no_round_is_spent_on_waiting_for_clients_that_have_never_been_there(monkeypatch):
+    monkeypatch.setattr("fedllm_sec.deploy.devices.QUIET", 0.1)
+    nodes: dict[int, object] = {}
+    threading.Timer(1.0, lambda: nodes.update(all_honest())).start()
+    records, said, _ = over(nodes, timeout_s=0.2, min_replies=3)
+    assert [record.skipped for record in records] == [None, None]
+    assert said.count("waiting for 3 of 4 clients to connect (deploy.min_replies)") == 1
 
 
 def test_who_is_away_in_the_first_round_costs_the_others_nothing():

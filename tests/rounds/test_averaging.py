@@ -136,6 +136,70 @@ def test_a_client_of_lower_rank_trains_its_rank_alone_and_its_row_says_what_it_h
         torch.testing.assert_close(product(fed, vectors[-1]), (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-5)
 
 
+class Heard:
+    """Whoever measures: which model it was shown."""
+
+    def __init__(self, fed):
+        self.fed, self.layers = fed, []
+
+    def quality(self, task, spread):
+        self.layers.append(task.whole())
+        return {"loss": 1.0, "accuracy": {"value": float(len(self.layers)), "low": 0.0, "high": 9.0, "n": 1}}
+
+    def attack(self, task, spread):
+        return None
+
+
+def test_share_a_averages_a_alone_and_each_client_goes_on_with_its_own_b_also_after_a_restart():
+    seen = []
+    fed = federation("share_a", seen)
+    fed.evaluation = heard = Heard(fed)
+    (pair,) = fed.averaging.pairs
+    base = fed.task.whole()
+    begun, trained, kept, records = fed.vector, {}, None, []
+    for record in run(fed, 2):
+        start, rows, _ = seen[-1]
+        assert not rows[:, pair.b].any()  # no B arrives, nor is shown to a rule
+        torch.testing.assert_close(fed.vector[pair.a], start[pair.a] + rows[:, pair.a].mean(0))
+        assert torch.equal(fed.vector[pair.b], begun[pair.b])
+        last, trained = trained, {client.id: client.memory["own_b"].clone() for client in fed.clients}
+        assert all(trained[id].any() and not torch.equal(trained[id], last.get(id)) for id in trained if last)
+        records.append(record)
+        if record.round == 1:
+            kept = {
+                **fed.state_dict(),
+                "vector": fed.vector.clone(),
+                "memory": {i: {"own_b": b} for i, b in trained.items()},
+            }
+    assert [record.lora_gap for record in records] == [None, None]
+    assert list(records[-1].quality["per_client"]) == ["0", "1", "2"]
+    assert records[-1].quality["client_accuracy"] == 4.0  # of the measures 3, 4 and 5, after one in each round
+    a = fed.vector[pair.a].view(2, 6).double()
+    own = [base + 2.0 * trained[id].view(5, 2).double() @ a for id in "012"]
+    for found, wanted in zip(heard.layers[1:], [sum(own) / 3, *own], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    again = federation("share_a", [])
+    again.load_state_dict(kept)
+    assert [record.round for record in run(again, 2)] == [2]
+    assert torch.equal(again.vector, fed.vector)
+    assert all(torch.equal(client.memory["own_b"], trained[client.id]) for client in again.clients)
+
+
+def test_a_b_that_is_not_finite_is_forgotten_and_the_servers_own_b_stays_with_the_server():
+    fed = federation("share_a", [])
+    (pair,) = fed.averaging.pairs
+    row = torch.full((fed.vector.numel(),), 2.0)
+    row[pair.b.start] = torch.nan
+    client, server = fed.clients[0], Client("server", fed.clients[1].shard)
+    fed.averaging.keep([(client, row)], fed.vector)
+    assert client.memory == {}
+    assert not row[pair.b].any()
+    fed.root = server
+    list(run(fed, 1))
+    assert server.memory["own_b"].any()
+    assert fed.averaging.start_of(server, fed.vector)[pair.b].any()
+
+
 def test_a_factor_that_is_frozen_in_a_round_is_not_taken_from_a_row_that_holds_one():
     rows = UpdateMatrix.of(torch.arange(6.0).view(2, 3) + 1)
     assert without(rows, [slice(1, 3)]).rows.tolist() == [[1, 0, 0], [4, 0, 0]]

@@ -18,7 +18,7 @@ from fedllm_sec.rounds import federation
 from tests.models.test_families import LLAMA, saved_base
 from tests.records.smallest import contents, start, write
 
-WAYS = ("exact", "stack", "svd", "pad", "core", "alternate")
+WAYS = ("exact", "stack", "svd", "pad", "core", "alternate", "share_a")
 TEXT: dict[str, Any] = {
     "task": "causal_lm",
     "rounds": 3,

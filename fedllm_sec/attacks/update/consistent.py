@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from fedllm_sec.attacks.update.sight import repeat
@@ -71,6 +70,8 @@ class PoisonedFL:
         """Lower the factor where the model has not moved with the signs since the last look, and begin anew."""
         assert self.signs is not None
         assert self.seen is not None
+        from scipy.stats import binom  # a second and a half of processor time, which other runs need not spend
+
         now = vector.detach().float().cpu()
         along = int(((now - self.seen).sign() == self.signs).sum())
         if along < int(binom.ppf(CONFIDENCE, len(now), 0.5)) and 0.7 * self.factor >= LEAST:
