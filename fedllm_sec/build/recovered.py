@@ -62,8 +62,13 @@ def beside(made: Tokens, true: Tokens, decode: Callable[[Sequence[int]], str]) -
 
 def written_by(recipe: Recipe, client: Client, trained: Sequence[int], task: Any) -> Written:
     """The rows that a client trained on in a round."""
+
+    def decode(ids: Sequence[int]) -> str:
+        """All of them: `task.decode` ends with the first stop token, which a conversation has in its midst."""
+        return str(task.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     mine = rows_of(client.shard, recipe.data.loss_on)
-    return Written(list(dict.fromkeys(mine[i] for i in trained)), task.decode)
+    return Written(list(dict.fromkeys(mine[i] for i in trained)), decode)
 
 
 @dataclass(frozen=True)
