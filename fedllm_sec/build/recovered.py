@@ -39,7 +39,7 @@ class Written:
         pairs = list(zip(partners(list(made.rows), fed), fed, strict=True))
         one, two = ([rouge(*pair, n) for pair in pairs] for n in (1, 2))
         chosen = best_median_worst([a + b for a, b in zip(one, two, strict=True)])
-        texts = () if self.decode is None else tuple(
+        texts: tuple[dict[str, Any], ...] = () if self.decode is None else tuple(
             {"which": which, "rouge_1": one[i], "rouge_2": two[i], **beside(*pairs[i], self.decode)}
             for which, i in chosen.items()
         )  # fmt: skip
@@ -52,7 +52,8 @@ def beside(made: Tokens, true: Tokens, decode: Callable[[Sequence[int]], str]) -
     Right is what a longest common run and, on both sides of it, the next one holds (Ratcliff and Metzener 1988).
     """
     blocks = SequenceMatcher(None, made, true, autojunk=False).get_matching_blocks()
-    pieces, at = [], 0
+    pieces: list[tuple[Tokens, bool]] = []
+    at = 0
     for block in blocks:
         pieces += [(made[at : block.a], False), (made[block.a : block.a + block.size], True)]
         at = block.a + block.size
@@ -61,8 +62,13 @@ def beside(made: Tokens, true: Tokens, decode: Callable[[Sequence[int]], str]) -
 
 def written_by(recipe: Recipe, client: Client, trained: Sequence[int], task: Any) -> Written:
     """The rows that a client trained on in a round."""
+
+    def decode(ids: Sequence[int]) -> str:
+        """All of them: `task.decode` ends with the first stop token, which a conversation has in its midst."""
+        return str(task.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     mine = rows_of(client.shard, recipe.data.loss_on)
-    return Written(list(dict.fromkeys(mine[i] for i in trained)), task.decode)
+    return Written(list(dict.fromkeys(mine[i] for i in trained)), decode)
 
 
 @dataclass(frozen=True)

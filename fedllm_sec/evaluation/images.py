@@ -85,11 +85,14 @@ def matched(made: Tensor, true: Tensor) -> Matched:
 
 
 def counts_accuracy(found: Tensor, true: Tensor) -> float:
-    """The share of a batch's labels that the counts (classes,) name rightly: sum_c min(found_c, true_c) / n."""
-    total = float(true.sum())
-    if total <= 0:
+    """The share of a batch's labels that the counts (classes,) name rightly: sum_c min(found_c, true_c) / n.
+
+    n is the larger of both sums: who names four labels of a batch that had one (sizes are drawn under dp_sgd) has not
+    named all of them rightly.
+    """
+    if float(true.sum()) <= 0:
         raise DataError("counts_accuracy: there are no true labels. Give the counts of a batch.")
-    return float(torch.minimum(found.to(true), true).sum()) / total
+    return float(torch.minimum(found.to(true), true).sum()) / max(float(true.sum()), float(found.sum()))
 
 
 def best_median_worst(scores: list[float]) -> dict[str, int]:

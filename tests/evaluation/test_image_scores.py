@@ -41,6 +41,7 @@ def test_a_batch_is_matched_whatever_its_order():
 
 def test_counts_are_right_as_far_as_they_overlap():
     assert counts_accuracy(torch.tensor([3, 1, 0]), torch.tensor([2, 1, 1])) == 0.75
+    assert counts_accuracy(torch.tensor([2, 1, 1]), torch.tensor([1, 0, 0])) == 0.25
 
 
 def test_best_median_and_worst_are_chosen_by_rank_alone():
