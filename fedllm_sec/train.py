@@ -73,13 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--explain: the recipe names code, which would be run to explain it: {', '.join(code)}. If you trust "
                 "it, add --allow-code; --check does without."
             )
-        plans = planned_all(raws, allow_code=not code)
+        noted: list[str] = []
+        gone = [problem for raw in raws.values() for problem in places.lost(raw, noted)] if options.check else []
+        plans = planned_all(raws, not code, gone)
         among = list(plans)
         if options.only is not None:
             plans = chosen(plans, options.only)
         if options.check:
             print(f"{options.recipe}: fine ({len(plans)} run{'s' if len(plans) > 1 else ''}).")
-            for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes()):
+            for note in dict.fromkeys([*noted, *(note for plan in plans.values() for note in plan.notes())]):
                 print(f"note: {note}")
             if code:
                 print(
@@ -217,13 +219,15 @@ def outside_code(raws: Mapping[str, dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(f"{where} {name}" for raw in raws.values() for where, name in outside(raw)))
 
 
-def planned_all(raws: Mapping[str, dict[str, Any]], allow_code: bool = True) -> dict[str, Plan]:
-    """The plan of each variant; all mistakes at once. Without `allow_code` code from outside has no part in it."""
+def planned_all(
+    raws: Mapping[str, dict[str, Any]], allow_code: bool = True, also: Iterable[str] = ()
+) -> dict[str, Plan]:
+    """The plan of each variant; all mistakes at once, `also` those. Without `allow_code` no outside code is in it."""
     from fedllm_sec.build.names import checked, without_code
     from fedllm_sec.build.plan import planned
 
     found: dict[str, Plan] = {}
-    problems: dict[str, None] = {}
+    problems = dict[str, None].fromkeys(also)
     for name, raw in raws.items():
         try:
             recipe = checked(raw, allow_code)
@@ -270,7 +274,7 @@ def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = (), fre
     old = [plan for plan in plans.values() if fresh and Path(plan.recipe.output.folder).exists()]
     machine.accelerator.wait_for_everyone()  # all have looked before one writes
     if machine.main:
-        need_folder(folder)
+        places.need_folder(folder)
         remove_leftovers(folder, OLD)
     for plan in old:
         assemble(plan, machine, loaded)  # what data or model forbid is an error before a folder gets another name
@@ -292,18 +296,6 @@ def run_all(plans: dict[str, Plan], command: str, among: Sequence[str] = (), fre
         print(f"\nreport: {write_report(folder)}")
     machine.accelerator.end_training()
     return folder
-
-
-def need_folder(folder: Path) -> None:
-    """An error where the folder of the runs is not there and cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise  # the disk, which may recover
-        raise RecipeError(
-            f"output.folder: {folder}: cannot be made ({error.strerror or error}). Choose another."
-        ) from error
 
 
 def quiet() -> None:

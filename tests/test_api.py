@@ -9,7 +9,7 @@ import torch
 
 import fedllm_sec
 from fedllm_sec.defenses import FoolsGold
-from fedllm_sec.errors import DefenseError
+from fedllm_sec.errors import DefenseError, FedError
 
 ROWS = [[0.0, 0.0], [1.0, 1.0], [3.0, 3.0], [10.0, 10.0], [30.0, 30.0]]
 
@@ -238,3 +238,33 @@ def test_what_is_no_stage_and_no_count_is_told(settings, told):
 def test_sparse_rows_are_told_in_a_line():
     with pytest.raises(DefenseError, match=r"rows is not dense \(torch.sparse_coo\)"):
         fedllm_sec.aggregate(torch.eye(3).to_sparse(), "mean")
+
+
+@pytest.mark.parametrize(
+    "rows", [np.array(ROWS)[::-1], np.array(ROWS, dtype=">f4"), np.array(ROWS, dtype=np.longdouble)]
+)
+def test_numpy_rows_lie_in_memory_as_they_like(rows):
+    assert fedllm_sec.aggregate(rows, "median").update.tolist() == [3.0, 3.0]
+    assert fedllm_sec.forge(rows, "byzantine_zero", m=1).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: fedllm_sec.aggregate(None, "mean"), "rows is a NoneType, needs a matrix"),
+        (lambda: fedllm_sec.aggregate({"a": torch.ones(2)}, "mean"), r"list\(rows.values\(\)\)"),
+        (lambda: fedllm_sec.aggregate(torch.empty(3, 2, device="meta"), "mean"), "hold no numbers"),
+        (lambda: fedllm_sec.aggregate(torch.tensor(ROWS), "mean", counts=["a"] * 5), "counts: could not convert"),
+        (lambda: fedllm_sec.aggregate(torch.tensor(ROWS), "mean", ids=5), "ids has no entries for 5 rows"),
+        (lambda: fedllm_sec.aggregate(torch.tensor(ROWS), "mean", round="1"), "round='1': must be a whole number"),
+        (lambda: fedllm_sec.aggregate(torch.tensor(ROWS), "mean", chunk_mb="1"), "chunk_mb=1: a block needs"),
+        (lambda: fedllm_sec.forge(torch.tensor(ROWS), "alie", m=1.5), "m=1.5: needs a whole number"),
+        (lambda: fedllm_sec.forge(torch.tensor(ROWS), None, m=1), "forge: None: must be a name"),
+        (lambda: fedllm_sec.aggregate_state_dicts({"w": torch.ones(1)}, [], "mean"), "dict and list: must be a list"),
+        (lambda: fedllm_sec.reveal_labels(None, torch.nn.Linear(4, 3), 1), "gradient is a NoneType"),
+        (lambda: fedllm_sec.reveal_labels({}, torch.nn.ReLU(), 1), "no trained parameters"),
+    ],
+)
+def test_an_argument_of_another_kind_is_told_in_a_line(call, told):
+    with pytest.raises(FedError, match=told):
+        call()

@@ -51,6 +51,8 @@ def aggregate(
     set aside with a warning; their weight is 0 and their score inf. Numbers are computed from float32 values. The
     caller's arrays are never changed.
     """
+    if not isinstance(round, (int, np.integer)):
+        raise DefenseError(f"aggregate: round={round!r}: must be a whole number, 1 for the first round.")
     matrix, back = read_rows(rows, ids, counts, chunk_mb)
     all_ids = matrix.ids
     clean, reasons = screen(matrix)
@@ -166,7 +168,7 @@ def read_rows(
         matrix = matrix.detach()
         matrix = matrix.float() if matrix.dtype == torch.float64 else matrix
     else:
-        listed = list(rows)
+        listed = _each_row(rows)
         if not listed:
             raise DefenseError("aggregate: the list of rows is empty. Give at least one row.")
         like = listed[0]
@@ -178,22 +180,33 @@ def read_rows(
         matrix = torch.stack([v.detach().to(torch.float32) for v in vectors])
     n = len(matrix)
     for label, given in (("ids", ids), ("counts", counts)):
-        if given is not None and len(given) != n:
-            raise DefenseError(f"aggregate: {label} has {len(given)} entries for {n} rows. Give one for each row.")
-    if counts is not None and not np.isfinite(sum(map(float, counts))):
-        raise DefenseError(
-            "aggregate: the counts do not add up to a finite number. Give the rows' numbers of examples."
-        )
+        if given is not None and (size := len(given) if hasattr(given, "__len__") else "no") != n:
+            raise DefenseError(f"aggregate: {label} has {size} entries for {n} rows. Give one for each row.")
     names = None if ids is None else [str(id) for id in ids]
     if names is not None and len(set(names)) != n:
         raise DefenseError("aggregate: ids has the same id twice. Give distinct ids.")
     updates = UpdateMatrix.of(matrix, ids=names, counts=counts, layout=layout, chunk_mb=chunk_mb)
+    if not np.isfinite(sum(updates.counts)):
+        raise DefenseError(
+            "aggregate: the counts do not add up to a finite number. Give the rows' numbers of examples."
+        )
 
     def back(update: Tensor, usable: Sequence[int]) -> Any:
         integers = {key: middle([whole[i][key] for i in usable]) for key in (whole[0] if whole else {})}
         return like_row(update, like, layout, integers)
 
     return updates, back
+
+
+def _each_row(rows: Any) -> list[Any]:
+    """The rows of whatever gives one after another."""
+    try:
+        return list(rows if not isinstance(rows, Mapping) else None)  # type: ignore[call-overload]
+    except (TypeError, NotImplementedError):
+        raise DefenseError(
+            f"aggregate: rows is a {type(rows).__name__}, needs a matrix (n, d) or a list of n rows; of clients by "
+            "name, list(rows.values()) and ids=list(rows)."
+        ) from None
 
 
 def entries(row: Any, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -246,10 +259,13 @@ def as_tensor(value: Any, place: str) -> Tensor:
             raise DefenseError(f"aggregate: {place} has dtype {value.dtype}, needs a floating type. Convert it first.")
         if value.dtype not in (np.float16, np.float32, np.float64):
             value = value.astype(np.float64)
+        value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))  # torch knows no other order, nor backwards
         return torch.from_numpy(value if value.flags.writeable else value.copy())
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise DefenseError(f"aggregate: {place} is a {kind}, needs a torch tensor or numpy array. Convert it first.")
+    if value.is_meta:
+        raise DefenseError(f"aggregate: {place} is on the meta device, where tensors hold no numbers. Load them first.")
     if value.layout is not torch.strided:
         raise DefenseError(f"aggregate: {place} is not dense ({value.layout}). Give its to_dense().")
     if value.dtype not in FLOATS:

@@ -60,6 +60,12 @@ def aggregate_state_dicts(
     - Changes are computed in float32, added in float64 and come back in the dtype of `global_state`. Nobody's tensors
       are changed.
     """
+    if not isinstance(global_state, Mapping) or not isinstance(states, Sequence) or isinstance(states, str):
+        kinds = f"{type(states).__name__} and {type(global_state).__name__}"
+        raise DefenseError(
+            f"aggregate_state_dicts: states and global_state are {kinds}: must be a list of state dicts, and one state "
+            "dict, in this order."
+        )
     clients = [str(i) for i in (ids if ids is not None else range(len(states)))]
     if len(clients) != len(states) or len(set(clients)) != len(clients) or not states:
         raise DefenseError(f"aggregate_state_dicts: {len(states)} states and the ids {clients}: give each its own id.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks import MENU
 from fedllm_sec.attacks.threat import stand_in
-from fedllm_sec.errors import AttackError, RecipeError
+from fedllm_sec.errors import AttackError, RecipeError, reason
 from fedllm_sec.kernels.usable import usable
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.matrix.shown import only_shown
@@ -55,8 +55,8 @@ def forge(
     """
     rows = _matrix(honest, "honest")
     h, d = rows.shape
-    if m < 1:
-        raise AttackError(f"forge: m={m}: needs at least 1 attacker.")
+    if isinstance(m, bool) or not isinstance(m, (int, np.integer)) or m < 1:
+        raise AttackError(f"forge: m={m!r}: needs a whole number of attackers, at least 1.")
     names, claims = _each(ids, "ids", h, map(str, range(h))), _each(counts, "counts", h, [1.0] * h)
     sound = usable(UpdateMatrix.of(rows, counts=claims))
     if not all(sound):
@@ -103,6 +103,8 @@ def _resolved(name: str | Callable[..., Any], settings: dict[str, Any]) -> Calla
         if settings:
             raise AttackError(f"forge: settings {sorted(settings)} are for menu names; bind them to the callable.")
         return name
+    if not isinstance(name, str):
+        raise AttackError(f"forge: {name!r}: must be a name of the menu, package.module:name, or a callable.")
     if name in MENU and MENU[name].kind != "update":
         raise AttackError(f"forge: {name} is of kind {MENU[name].kind!r}; only update attacks forge rows.")
     menu = {key: entry for key, entry in MENU.items() if entry.kind == "update"}
@@ -115,6 +117,8 @@ def _resolved(name: str | Callable[..., Any], settings: dict[str, Any]) -> Calla
 
 def _each(given: Iterable[Any] | None, place: str, n: int, otherwise: Iterable[Any]) -> tuple[Any, ...]:
     """One for each row."""
+    if given is not None and not isinstance(given, Iterable):
+        raise AttackError(f"forge: {place}: {given!r}: must be a list, with one for each of {n} rows.")
     listed = tuple(otherwise if given is None else given)
     if len(listed) != n:
         raise AttackError(f"forge: {place} has {len(listed)} entries for {n} rows. Give one for each row.")
@@ -124,8 +128,16 @@ def _each(given: Iterable[Any] | None, place: str, n: int, otherwise: Iterable[A
 def _matrix(given: Any, place: str) -> Tensor:
     """Floating rows (n, d) over the caller's memory where that is possible."""
     if isinstance(given, Sequence):
-        given = torch.stack([torch.as_tensor(row) for row in given]) if len(given) else torch.empty(0, 0)
-    rows = torch.from_numpy(np.ascontiguousarray(given)) if isinstance(given, np.ndarray) else given
+        try:
+            given = torch.stack([torch.as_tensor(row) for row in given]) if len(given) else torch.empty(0, 0)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise AttackError(
+                f"forge: {place}: cannot be a matrix ({reason(error)}). Give rows of one length."
+            ) from None
+    if isinstance(given, np.ndarray) and given.dtype.kind == "f":
+        kind = given.dtype if given.dtype.itemsize <= 8 else np.dtype(np.float64)
+        given = np.ascontiguousarray(given, kind.newbyteorder("="))
+    rows = torch.from_numpy(given) if isinstance(given, np.ndarray) and given.dtype.kind in "fiub" else given
     if not isinstance(rows, Tensor):
         raise AttackError(f"forge: {place} is a {type(given).__name__}, needs a torch or numpy matrix.")
     if rows.ndim != 2 or 0 in rows.shape:

@@ -70,8 +70,14 @@ class Plan:
             raise RecipeError(problems)
 
 
-def planned(recipe: Recipe) -> Plan:
-    """The plan of a checked recipe, or one RecipeError with all that could not work."""
+UNREAD = {"seed", "output", "model", "data", "evaluate", "compute"}  # what a rehearsal does not read of a recipe
+
+
+def planned(recipe: Recipe, rehearsed: dict[str, list[str]] | None = None) -> Plan:
+    """The plan of a checked recipe, or one RecipeError with all that could not work.
+
+    `rehearsed` remembers what rehearsals found: their rows are random, so recipes whose seed differs share one.
+    """
     problems = algorithm_problems(recipe) + attack_problems(recipe) + evaluation_problems(recipe)
     problems += learning_problems(recipe) + start_problems(recipe) + space_problems(recipe) + save_problems(recipe)
     if recipe.output.folder:  # a cell of a grid has none before all are known
@@ -89,8 +95,12 @@ def planned(recipe: Recipe) -> Plan:
     problems += averaging_problems(recipe, _if_known(recipe), defense)
     if defense is not None:  # tried even where something else is wrong, so that all is told at once
         tried = make_threat(recipe) if not problems else None
-        found = _rehearsal(recipe, UNNAMED).problems(make_defense(recipe), tried)
-        problems += found or drawn_problems(recipe, defense, lambda id: _tried_without(recipe, id))
+        known, rehearsal = {} if rehearsed is None else rehearsed, _rehearsal(recipe, UNNAMED)
+        if (
+            key := f"{tried is None} {replace(rehearsal, seed=0)} {recipe.model_dump_json(exclude=UNREAD)}"
+        ) not in known:
+            known[key] = rehearsal.problems(make_defense(recipe), tried)
+        problems += known[key] or drawn_problems(recipe, defense, lambda id: _tried_without(recipe, id))
     if problems or defense is None:
         raise RecipeError(problems)
     methods = Methods(make_algorithm(recipe), defense, guards, threat)

@@ -159,8 +159,9 @@ def generation_problems(task: CausalLM, evaluation: TextEvaluation) -> list[str]
 
 def left_to_the_run(recipe: Recipe) -> str | None:
     """Why the model is not loaded only to be explained; None where it is."""
-    size = sum(file.stat().st_size for file in Path(source_of(recipe.model.name)).glob("*.safetensors"))
-    if 0 < size <= SMALL and not recipe.model.quantized:
+    folder = Path(source_of(recipe.model.name))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
+    if folder.is_dir() and size <= SMALL and not recipe.model.quantized:  # loading says what is wrong with a folder
         return None
     return (
         "tried on two short rows when a run loads it, not here: it is packed in 4 or 8 bits, larger than "

@@ -22,8 +22,10 @@ def file_of(name: str, split: str) -> Path | None:
     path = Path(name).expanduser()
     if os.path.isdir(path):  # unlike Path's, also False for what no path can be
         return _in_folder(path, split)
-    if os.path.exists(path):
+    if os.path.isfile(path):
         return path
+    if os.path.exists(path):  # reading a pipe would wait for ever
+        raise DataError(f"data.name: {name}: is a pipe or a device. Save what comes out of it as a file.")
     if places.is_local(name) or ending(path) is not None:
         raise DataError(f"data.name: {name}: no such folder or file in {places.here()}. Give one that exists.")
     return None

@@ -177,6 +177,7 @@ def _cells(
     """A cell for each combination and its twin; combinations that come to the same recipe are one cell."""
     problems: dict[str, list[str]] = {}  # problem -> where
     recipe_of: dict[tuple[str, ...], Recipe] = {}
+    rehearsed: dict[str, list[str]] = {}
 
     def settled(labels: Mapping[str, str]) -> Recipe | None:
         key = tuple(labels.values())
@@ -192,7 +193,7 @@ def _cells(
                     unread = "code, which is not run to list a grid. Add --allow-code."
                     raise RecipeError([f"{where}: {name} is {unread}" for where, name in code])
                 recipe = settle(checked(raw))
-                planned(recipe)  # whether it can work; the process that runs the cell plans it again
+                planned(recipe, rehearsed)  # whether it can work; the process that runs the cell plans it again
                 recipe_of[key] = recipe
             except RecipeError as error:
                 for problem in error.problems:

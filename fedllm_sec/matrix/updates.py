@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedllm_sec.errors import DefenseError
+from fedllm_sec.errors import DefenseError, reason
 from fedllm_sec.matrix.factors import NoColumns, Products
 from fedllm_sec.matrix.fetching import ahead, free_mb, gathered, uploaded
 from fedllm_sec.matrix.layout import Layout
@@ -143,12 +143,16 @@ class UpdateMatrix:
                 raise DefenseError(f"updates: {len(given)} {what} for {n} rows. Give one for each row.")
         if layout is not None and layout.size != d:
             raise DefenseError(f"updates: the layout has {layout.size} parameters, a row has {d}. They must agree.")
-        if chunk_mb is not None and not chunk_mb > 0:
+        try:
+            claimed = tuple(float(c) for c in counts) if counts is not None else (1.0,) * n
+        except (TypeError, ValueError) as error:
+            raise DefenseError(f"updates: counts: {reason(error)}. Give the rows' numbers of examples.") from None
+        if chunk_mb is not None and not (isinstance(chunk_mb, (int, float)) and chunk_mb > 0):
             raise DefenseError(f"updates: chunk_mb={chunk_mb}: a block needs some memory. Give a number above 0.")
         return cls(
             rows=rows.detach(),
             ids=tuple(str(id) for id in (ids if ids is not None else range(n))),  # numbers too, as Flower and Ray have
-            counts=tuple(float(c) for c in counts) if counts is not None else (1.0,) * n,
+            counts=claimed,
             layout=layout if layout is not None else Layout.single(d),
             chunk_mb=chunk_mb,
             device=torch.device(device) if device is not None else None,

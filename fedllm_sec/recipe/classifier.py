@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from fedllm_sec.recipe.language_model import Attention, Lora, whole_in_float32
 from fedllm_sec.recipe.section import Count, Place, Section, Word
@@ -49,6 +49,12 @@ class LabelColumns(Section):
     text: Word = "text"  # what the model reads
     context: Word | None = None  # a second text that it reads with it, as of two that are compared
     label: Word = "label"  # its class
+
+    @model_validator(mode="after")
+    def _label_unread(self) -> LabelColumns:
+        if self.label in (self.text, self.context):
+            raise ValueError(f'label: "{self.label}" is what the model reads as well: it would read its answer')
+        return self
 
     system: ClassVar[None] = None
     history: ClassVar[None] = None

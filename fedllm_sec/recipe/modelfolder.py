@@ -74,6 +74,9 @@ def wrong_weights(folder: str) -> str | None:
 
 
 def _wrong_weights(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        yield f"its {path.name} is no file, or a link that leads nowhere. {AGAIN}."
+        return
     with path.open("rb") as file:
         begin = file.read(max(8, len(POINTER)))
     if begin.startswith(POINTER):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.recipe.modelfolder import lost_code
+from fedllm_sec.recipe.modelfolder import lost_code, wrong
 from fedllm_sec.recipe.resolve import did_you_mean
 
 TEXT_TASKS = ("causal_lm", "classify_text")  # whose rows are texts, and whose models are those of transformers
@@ -68,6 +70,18 @@ def folder_problem(path: str) -> str | None:
     if any(os.path.commonpath([made, told]) == told for told in TOLD_BY_THE_SYSTEM):
         return f"{place}{made} holds what the system tells, no files. Choose another."
     return None
+
+
+def need_folder(folder: Path) -> None:
+    """An error where the folder of the runs is not there and cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # the disk, which may recover
+        raise RecipeError(
+            f"output.folder: {folder}: cannot be made ({error.strerror or error}). Choose another."
+        ) from error
 
 
 def here() -> str:
@@ -132,14 +146,15 @@ def lost_family(name: str) -> str | None:
     return f'data.name: {name}: there is no built-in family "{family}".{did_you_mean(family, FAMILIES)}'
 
 
-def lost(raw: Mapping[str, Any]) -> list[str]:
+def lost(raw: Mapping[str, Any], notes: list[str] | None = None) -> list[str]:
     """The names of model and data in a raw recipe that lead nowhere from here, said before anything heavy is imported.
 
     Only what is certain: a hub name passes where the hub answers, or where something of that name was downloaded.
+    With a list of `notes` the hub is not asked, and names that only it can know are told there.
     """
     task, told = raw.get("task", "causal_lm"), []
     model, data = (_name(raw.get(section)) for section in ("model", "data"))
-    if task in TEXT_TASKS and model is not None and model != "tiny" and (problem := lost_model(model)) is not None:
+    if task in TEXT_TASKS and model is not None and model != "tiny" and (problem := lost_model(model, notes)):
         told.append(problem)
     if data is None or (task not in TEXT_TASKS and data == "digits"):
         return told
@@ -149,13 +164,23 @@ def lost(raw: Mapping[str, Any]) -> list[str]:
     if task == "next_char" or is_local(data) or data.lower().endswith(FILES):
         return told if there or not data else [*told, f"data.name: {data}: no such file or folder in {here()}."]
     name = IMAGE_SETS[data][0] if data in IMAGE_SETS else data
-    if not there and (problem := hub_problem()) is not None and not _downloaded_set(name):
+    if not there and (problem := _hub("data.name", data, notes, _downloaded_set(name))) is not None:
         known = ", ".join(("digits", *IMAGE_SETS) if task not in TEXT_TASKS else ("builtin:topic",))
         told.append(
             f'data.name: "{data}": no such file or folder in {here()}, not downloaded before, and {problem}. Give an '
             f"existing file, or one of {known}."
         )
     return told
+
+
+def _hub(place: str, name: str, notes: list[str] | None, downloaded: bool) -> str | None:
+    """Why a name that nothing here has cannot be had from the hub; None where it can, or is only noted."""
+    if notes is None:
+        problem = hub_problem()  # asked in any case: the libraries, too, then know that there is no hub
+        return None if downloaded else problem
+    if not downloaded:
+        notes.append(f'{place}: "{name}": nothing of this name in {here()}, nor downloaded before: a run asks the hub.')
+    return None
 
 
 FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".npz", ".txt", ".gz")
@@ -166,17 +191,17 @@ def _name(section: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def lost_model(name: str) -> str | None:
+def lost_model(name: str, notes: list[str] | None = None) -> str | None:
     """Why there can be no language model of this name; None where there may be one."""
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        lost = lost_code(folder)
+        lost = wrong(folder) or lost_code(folder)
         return None if lost is None else f"model.name: {name}: {lost}"
     if name.lower().endswith(".gguf") and os.path.isfile(folder):
         return None
     if is_local(name) or os.path.exists(folder):
         return f"model.name: {name}: no such folder or GGUF file in {here()}. Give an existing one, a hub name or tiny."
-    if (problem := hub_problem()) is not None and not _downloaded_model(name):
+    if (problem := _hub("model.name", name, notes, _downloaded_model(name))) is not None:
         return (
             f'model.name: "{name}": no such folder in {here()}, not downloaded before, and {problem}. Give an existing '
             "folder or tiny."

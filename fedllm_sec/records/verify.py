@@ -52,7 +52,7 @@ def look(folder: Path) -> Found:
     for path in (run.history, run.checkpoint):
         if path.exists() and not path.is_file():
             return Found(0, False, {path.name: "is no file"})
-    if run.checkpoint.exists() or run.history.exists():
+    if run.checkpoint.exists() or (run.history.exists() and run.history.stat().st_size):  # else: stopped in round 1
         try:
             state = checkpoint.marks(run.checkpoint.read_bytes())
             run.agreeing(state)

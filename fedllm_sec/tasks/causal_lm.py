@@ -18,7 +18,7 @@ from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.models.lora import base_of, scales
 from fedllm_sec.tasks.chat import Chat, writer_of
-from fedllm_sec.tasks.encoding import Encoded, by_length
+from fedllm_sec.tasks.encoding import Encoded, by_length, end_token
 from fedllm_sec.tasks.fitting import Fitted, fitted
 from fedllm_sec.tasks.flat import flatten
 
@@ -60,16 +60,13 @@ class CausalLM:
         self.parameters = flatten([p for _, p in trainable])
         self.initial = self.parameters.detach().clone()  # (d,) the fresh adapter, or the whole model
         self.scales = scales(model)  # how often the product of each A factor counts
-        if tokenizer.eos_token_id is None:
-            raise DataError(
-                f"model: the tokenizer of {tokenizer.name_or_path} has no end-of-text token. Set one in its folder."
-            )
+        end = end_token(tokenizer)
         configured = getattr(self._base.generation_config, "eos_token_id", None)
         stops = configured if isinstance(configured, list) else [configured] * (configured is not None)
         if not all(isinstance(stop, int) for stop in stops):
             raise DataError(f"model: eos_token_id of its generation_config.json: {stops}: must be token numbers.")
         self.writer = writer_of(tokenizer, data)
-        self.stop_tokens = {"tokenizer": [int(tokenizer.eos_token_id)], "generation_config": sorted(stops)}
+        self.stop_tokens = {"tokenizer": [end], "generation_config": sorted(stops)}
         if isinstance(self.writer, Chat):
             self.stop_tokens["template"] = [self.writer.end]
 

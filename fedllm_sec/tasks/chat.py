@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import turns_before
-from fedllm_sec.tasks.encoding import Encoded, Plain
+from fedllm_sec.tasks.encoding import Encoded, Plain, end_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,7 +115,7 @@ class Chat:
             behind = ids[_alike(ids, self._ids(text[:until])) :]
             if marks := [token for token in behind if token in self._marks]:
                 return marks[0]
-        return int(self.tokenizer.eos_token_id)
+        return end_token(self.tokenizer)
 
     @cached_property
     def _marks(self) -> set[int]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fedllm_sec.errors import DataError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -78,7 +80,7 @@ class Plain:
     @property
     def end(self) -> int:
         """The token that ends an answer."""
-        return int(self.tokenizer.eos_token_id)
+        return end_token(self.tokenizer)
 
     def prompt(self, row: Mapping[str, str]) -> str:
         """The text the model is given for a row."""
@@ -122,6 +124,15 @@ class Plain:
                 a, b = (self.tokenizer.convert_ids_to_tokens(ids[at : at + 4]) for ids in (apart, whole))
                 found.append(f"row {number} has {a} where the joined text has {b}")
         return found
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's end-of-text token; an error where it has none."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"model: the tokenizer of {tokenizer.name_or_path} has no end-of-text token. Set one in its folder."
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

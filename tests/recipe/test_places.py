@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from fedllm_sec.errors import DataError, RecipeError
 from fedllm_sec.models.lora import source_of
 from fedllm_sec.recipe import places
 from fedllm_sec.recipe.sections import ArrayData, CharData, Data, Model, Output
+
+TINY = str(Path(places.__file__).parents[1] / "models" / "tiny")  # a model's folder that is whole
 
 
 def test_the_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
@@ -104,7 +107,7 @@ def test_lost_names_are_those_that_are_certainly_nowhere(tmp_path: Path):
     fine = [
         {},
         {"model": {"name": "tiny"}, "data": {"name": "builtin:edit"}},
-        {"model": {"name": str(tmp_path)}, "data": {"name": str(tmp_path / "rows.csv")}},
+        {"model": {"name": TINY}, "data": {"name": str(tmp_path / "rows.csv")}},
         {"task": "classify", "model": {"name": "lenet"}, "data": {"name": "digits"}},
         {"model": 3, "data": {"name": ["x"]}},  # what is no name is told by the check of types
     ]
@@ -142,3 +145,23 @@ def test_a_folder_that_cannot_be_made_is_said_by_check(tmp_path):
     ):
         assert words in (places.folder_problem(str(folder)) or "")
     assert places.folder_problem(str(tmp_path / "new" / "run")) is None
+
+
+def test_check_finds_the_names_that_lead_nowhere_and_asks_no_hub(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(places, "hub_problem", lambda: pytest.fail("the hub is asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    Path("r.yaml").write_text("clients: {total: 2, local_steps: 1}\n")
+    assert train.main(["r.yaml", "--check", "data.name=rows.csv", "model.name=empty", "rounds=0"]) == 2
+    said = capsys.readouterr().err
+    assert "3 mistakes" in said
+    assert "data.name: rows.csv: no such file or folder" in said
+    assert "model.name: empty: has no config.json" in said
+    assert train.main(["r.yaml", "--check", "model.name=tiiny"]) == 0
+    assert 'note: model.name: "tiiny": nothing of this name in' in capsys.readouterr().out
+
+
+def test_a_pipe_is_no_table_and_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "rows.csv")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        load_table(str(tmp_path / "rows.csv"), None, "train", 0)

@@ -38,8 +38,11 @@ def reconstruct(
     """
     known = {name: entry.make for name, entry in PRIVACY_MENU.items() if entry.kind == "images"}
     if method not in known:
-        raise AttackError(f'reconstruct: there is no method "{method}".{did_you_mean(method, known)}')
-    shape = tuple(int(side) for side in shape)
+        raise AttackError(f'reconstruct: there is no method "{method}".{did_you_mean(str(method), known)}')
+    try:
+        shape = tuple(int(side) for side in shape)
+    except (TypeError, ValueError):
+        shape = ()
     if len(shape) < 2 or min(shape) < 1:
         raise AttackError(f"reconstruct: shape {shape}: needs (n, *input), such as (1, 3, 32, 32).")
     takes = inspect.signature(known[method]).parameters
@@ -62,8 +65,12 @@ def reveal_labels(gradient: Any, model: nn.Module, n: int, shape: Sequence[int] 
     `gradient` and `model` as in `reconstruct`: iDLG for n = 1, iLRG with the model's own statistics above. `shape` is
     that of one input; it is needed for models whose first layer does not tell it (None: tried out).
     """
-    if n < 1:
-        raise AttackError(f"reveal_labels: n={n}: a batch has at least 1 row.")
+    if type(n) is not int or n < 1:
+        raise AttackError(f"reveal_labels: n={n!r}: a batch has a whole number of rows, at least 1.")
+    if not isinstance(model, nn.Module):
+        raise AttackError(
+            f"reveal_labels: model is a {type(model).__name__}, needs a torch module. Give gradient first."
+        )
     one = tuple(shape) if shape is not None else _input_shape(model)
     return reveal(_observed(gradient, model, (n, *one), "reveal_labels"), n)
 
@@ -84,6 +91,9 @@ def _observed(gradient: Any, model: nn.Module, shape: tuple[int, ...], place: st
                 raise AttackError(f"{place}: gradient of {name} has shape {tuple(parts[name].shape)}, needs {wanted}.")
         sent = layout.join(parts)
     else:
+        if not isinstance(gradient, (Tensor, np.ndarray)):
+            kind = type(gradient).__name__
+            raise AttackError(f"{place}: gradient is a {kind}, needs {{name: array}} or one vector ({layout.size},).")
         sent = torch.as_tensor(gradient).detach()
         if tuple(sent.shape) != (layout.size,):
             raise AttackError(f"{place}: gradient has shape {tuple(sent.shape)}, the model needs ({layout.size},).")
@@ -101,7 +111,9 @@ def _input_shape(model: nn.Module) -> tuple[int, ...]:
     layers = [part for part in model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
     if layers and isinstance(layers[0], nn.Linear):
         return (layers[0].in_features,)
-    probe = next(model.parameters())
+    probe = next(model.parameters(), None)
+    if probe is None:
+        raise AttackError("reveal_labels: the model has no trained parameters, so there is no gradient.")
     for shape in SHAPES:
         try:
             with torch.no_grad():
