@@ -263,6 +263,20 @@ def test_numpy_rows_lie_in_memory_as_they_like(rows):
         (lambda: fedllm_sec.aggregate_state_dicts({"w": torch.ones(1)}, [], "mean"), "dict and list: must be a list"),
         (lambda: fedllm_sec.reveal_labels(None, torch.nn.Linear(4, 3), 1), "gradient is a NoneType"),
         (lambda: fedllm_sec.reveal_labels({}, torch.nn.ReLU(), 1), "no trained parameters"),
+        (
+            lambda: fedllm_sec.reveal_labels({"weight": "x", "bias": "x"}, torch.nn.Linear(4, 3), 1),
+            "weight: str cannot",
+        ),
+        (
+            lambda: fedllm_sec.reconstruct(torch.ones(15), torch.nn.Linear(4, 3), (1, 4), "dlg", labels="x"),
+            "labels: str cannot be numbers",
+        ),
+        (
+            lambda: fedllm_sec.forge(torch.tensor(ROWS), "byzantine_flip", m=1, global_vector="x"),
+            "global_vector: cannot be a vector",
+        ),
+        (lambda: fedllm_sec.forge(torch.empty(3, 2, device="meta"), "byzantine_flip", m=1), "hold no numbers"),
+        (lambda: fedllm_sec.audit(None), "audit: None: must be the path of a run's folder"),
     ],
 )
 def test_an_argument_of_another_kind_is_told_in_a_line(call, told):

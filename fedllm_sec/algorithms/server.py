@@ -16,8 +16,10 @@ class Sgd:
     """x += lr * v, v = momentum * v + update."""
 
     def __init__(self, *, lr: float, momentum: float) -> None:
-        if lr <= 0 or not 0 <= momentum < 1:
-            raise RecipeError(f"server: needs lr > 0 and 0 <= momentum < 1, got lr={lr}, momentum={momentum}.")
+        if lr <= 0:
+            raise RecipeError(f"algorithm: the server's learning rate is {lr}: must be above 0.")
+        if not 0 <= momentum < 1:
+            raise RecipeError(f"algorithm: the server's momentum is {momentum}: must be at least 0 and below 1.")
         self.lr, self.momentum = lr, momentum
         self.velocity: Tensor | None = None
 

@@ -140,6 +140,8 @@ def _matrix(given: Any, place: str) -> Tensor:
     rows = torch.from_numpy(given) if isinstance(given, np.ndarray) and given.dtype.kind in "fiub" else given
     if not isinstance(rows, Tensor):
         raise AttackError(f"forge: {place} is a {type(given).__name__}, needs a torch or numpy matrix.")
+    if rows.is_meta:
+        raise AttackError(f"forge: {place} is on the meta device, where tensors hold no numbers. Load them first.")
     if rows.ndim != 2 or 0 in rows.shape:
         raise AttackError(f"forge: {place} needs shape (n, d) with n, d >= 1, got {tuple(rows.shape)}.")
     if not rows.dtype.is_floating_point:
@@ -151,7 +153,10 @@ def _matrix(given: Any, place: str) -> Tensor:
 def _vector(given: Any, d: int, place: str, like: Tensor, otherwise: Tensor | None) -> Any:
     if given is None:
         return otherwise
-    vector = torch.as_tensor(given).detach().to(like.device, torch.float32, copy=True)
+    try:
+        vector = torch.as_tensor(given).detach().to(like.device, torch.float32, copy=True)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise AttackError(f"forge: {place}: cannot be a vector ({reason(error)}). Give ({d},) numbers.") from None
     if tuple(vector.shape) != (d,):
         raise AttackError(f"forge: {place} has shape {tuple(vector.shape)}, needs ({d},).")
     return vector

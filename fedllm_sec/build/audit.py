@@ -30,6 +30,8 @@ def audit(run_folder: str | Path, again: bool = False) -> dict[str, Any]:
     """
     from fedllm_sec.report.privacy import write_audit
 
+    if not isinstance(run_folder, (str, Path)):
+        raise RecipeError(f"audit: {run_folder!r}: must be the path of a run's folder.")
     folder = Path(run_folder)
     found = None if again else observed.read_found(folder)
     if found is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +102,8 @@ def menu_problems(raw: dict[str, Any], allow_code: bool = True) -> list[str]:
             )
         elif where not in code:
             problems += _block_problems(block, menu, kinds, where)
+        elif block["name"].count(":") > 1 or not all(map(str.isidentifier, re.split("[.:]", block["name"]))):
+            problems.append(f"{where}.name: {block['name']!r}: is no package.module:name.")
     return problems
 
 

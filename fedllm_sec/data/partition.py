@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedllm_sec.errors import DataError
 from fedllm_sec.recipe.resolve import Entry
@@ -19,7 +20,12 @@ def iid(labels: np.ndarray, clients: int, rng: np.random.Generator) -> Shards:
 
 
 def dirichlet(
-    labels: np.ndarray, clients: int, rng: np.random.Generator, *, alpha: float = 0.5, min_rows: int = 1
+    labels: np.ndarray,
+    clients: int,
+    rng: np.random.Generator,
+    *,
+    alpha: PositiveFloat = 0.5,
+    min_rows: NonNegativeInt = 1,
 ) -> Shards:
     """Each class is split over the clients by shares drawn from Dirichlet(alpha): small alpha, few classes a client.
 
@@ -32,9 +38,6 @@ def dirichlet(
             f"partition dirichlet: splits by class, but the training set has {len(classes)} class. "
             "Name data.columns.label, or use {name: quantity} or {name: iid}."
         )
-    if alpha <= 0:
-        raise DataError(f"partition dirichlet: alpha must be positive, got {alpha}.")
-    _need_rows("dirichlet", min_rows)
     sizes = np.zeros(clients, dtype=int)
     for _ in range(100):
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
@@ -53,18 +56,15 @@ def dirichlet(
     )
 
 
-def _need_rows(name: str, min_rows: int) -> None:
-    if min_rows < 0:
-        raise DataError(f"partition {name}: min_rows must be 0 or more, got {min_rows}.")
-
-
 def quantity(
-    labels: np.ndarray, clients: int, rng: np.random.Generator, *, alpha: float = 0.5, min_rows: int = 1
+    labels: np.ndarray,
+    clients: int,
+    rng: np.random.Generator,
+    *,
+    alpha: PositiveFloat = 0.5,
+    min_rows: NonNegativeInt = 1,
 ) -> Shards:
     """Shard sizes drawn from Dirichlet(alpha), rows at random: unequal amounts (Li et al. 2022, sec. 4)."""
-    if alpha <= 0:
-        raise DataError(f"partition quantity: alpha must be positive, got {alpha}.")
-    _need_rows("quantity", min_rows)
     spare = len(labels) - clients * min_rows
     if spare < 0:
         raise DataError(
@@ -76,10 +76,8 @@ def quantity(
     return [np.sort(part) for part in np.split(rng.permutation(len(labels)), cuts)]
 
 
-def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, per_client: int = 2) -> Shards:
+def shards(labels: np.ndarray, clients: int, rng: np.random.Generator, *, per_client: PositiveInt = 2) -> Shards:
     """Rows sorted by class and cut into pieces; each client gets `per_client` of them (McMahan et al. 2017)."""
-    if per_client < 1:
-        raise DataError(f"partition shards: per_client must be at least 1, got {per_client}.")
     pieces = np.array_split(np.argsort(labels, kind="stable"), clients * per_client)
     order = rng.permutation(len(pieces)).reshape(clients, per_client)
     return [np.sort(np.concatenate([pieces[i] for i in own])) for own in order]

@@ -41,9 +41,13 @@ def _in_folder(folder: Path, split: str) -> Path:
         if not (folder / split).is_file():
             raise DataError(f"data: {folder / split}: no such file.{did_you_mean(split, _tables(folder))}")
         return folder / split
-    for kind in (*ENDINGS, *(f"{kind}{PACKED}" for kind in ENDINGS)):
-        if (folder / f"{split}{kind}").is_file():
-            return folder / f"{split}{kind}"
+    kinds = (*ENDINGS, *(f"{kind}{PACKED}" for kind in ENDINGS))
+    found = [path for kind in kinds if (path := folder / f"{split}{kind}").is_file()]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise DataError(f'data: {folder} has {names} for split "{split}". Name the file, as data.train or data.test.')
+    if found:
+        return found[0]
     for part in (folder, folder / "data"):
         if first := sorted(part.glob(f"{glob.escape(split)}-00000-of-*.parquet")):
             return first[0]
@@ -51,7 +55,10 @@ def _in_folder(folder: Path, split: str) -> Path:
 
 
 def _tables(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if ending(path) is not None)
+    """What could be a split: files, and the folders of a saved DatasetDict."""
+    saved = [path.parent.name for path in folder.glob(f"*/{SAVED}")]
+    files = [path.name for path in folder.iterdir() if ending(path) is not None and path.name != "dataset_dict.json"]
+    return sorted(saved + files)
 
 
 def load_table(name: str, config: str | None, split: str, seed: int, encoding: str | None = None) -> Table:

@@ -40,6 +40,8 @@ def key_as_written(key: Any) -> str:
 def _kinds(annotation: Any) -> set[Any]:
     """The plain types that an annotation is made of."""
     inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kinds(inner[0])
     if typing.get_origin(annotation) is typing.Literal:
         return {type(value) for value in inner}
     return {annotation} if not inner else set().union(*map(_kinds, inner))

@@ -276,7 +276,9 @@ def check(raw: Any, menu_problems: Callable[[dict[str, Any]], list[str]]) -> Rec
         problems += _contradictions(recipe)
     except pydantic.ValidationError as error:
         problems += _schema_problems(error, kind)
-    problems += menu_problems(raw)
+    of_menus = menu_problems(raw)
+    told = {problem.partition(": ")[0] for problem in of_menus}
+    problems = [problem for problem in problems if problem.partition(": ")[0] not in told] + of_menus
     if problems or recipe is None:
         raise RecipeError(problems)
     return recipe

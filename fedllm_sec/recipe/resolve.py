@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,11 @@ Menu = Mapping[str, Entry]
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean "krum"?', or the list of what there is."""
     options = sorted(known)
+    form = unicodedata.normalize("NFC", word)
+    if twin := next(
+        (option for option in options if option != word and unicodedata.normalize("NFC", option) == form), None
+    ):
+        return f' Did you mean "{twin}", the same letters in another Unicode form?'
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     return f' Did you mean "{near[0]}"?' if near else f" Known: {', '.join(options) or 'none'}."
 
@@ -105,7 +111,7 @@ def _shown(value: Any) -> str:
 def _model_of(make: Callable[..., Any]) -> type[pydantic.BaseModel]:
     """A model that holds the settings of a function or class to their annotations."""
     target = make.__init__ if inspect.isclass(make) else make
-    hints = typing.get_type_hints(target)
+    hints = typing.get_type_hints(target, include_extras=True)
     fields: dict[str, Any] = {
         name: (hints.get(name, Any), ... if p.default is p.empty else p.default)
         for name, p in settings_of(make).items()

@@ -91,8 +91,8 @@ def own_rows(small: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         ({"clients": {"partition": {"name": "dirichlet", "alpha": 0.001, "min_rows": 5}}},
          "left a client with 0 rows in 100 draws .* Raise alpha or lower clients.total"),
         ({"clients": {"total": 15, "partition": {"name": "shards", "per_client": 3}}}, "got no rows. Use another"),
-        ({"clients": {"partition": {"name": "shards", "per_client": 0}}}, "per_client must be at least 1, got 0"),
-        ({"clients": {"partition": {"name": "quantity", "min_rows": -3}}}, "min_rows must be 0 or more, got -3"),
+        ({"clients": {"partition": {"name": "shards", "per_client": 0}}}, "per_client: 0: Input should be greater th"),
+        ({"clients": {"partition": {"name": "quantity", "min_rows": -3}}}, "min_rows: -3: Input should be greater"),
         ({"model": {"lora": {"target_modules": ["q_prj", "o_prj"]}}}, 'no module "q_prj". Did you mean "q_proj"'),
         ({"model": {"lora": {"target_modules": ["q_prj", "o_prj"]}}}, 'no module "o_prj". Did you mean "o_proj"'),
         ({"model": {"lora": {"target_modules": []}}}, "target_modules: is empty"),
@@ -341,3 +341,16 @@ def test_where_every_cohort_is_the_same_that_is_a_mistake_of_the_recipe():
     assert "the attackers are a majority by themselves and z has no bound. Set alie.z" in str(
         refusal({**DIGITS, **attack})
     )
+
+
+@pytest.mark.parametrize("name", [":", "a b:c", "own:", ":rule", "own:rule:more"])
+def test_what_is_no_name_of_code_is_told_without_importing_any(small: dict[str, Any], name: str):
+    raw = recipes.merge(small, {"enable_defense": True, "defense": {"rule": {"name": name}}})
+    with pytest.raises(RecipeError, match=r"defense\.rule\.name: .* is no package\.module:name"):
+        checked(raw, allow_code=False)
+
+
+def test_a_block_that_is_no_block_is_told_once(small: dict[str, Any]):
+    with pytest.raises(RecipeError) as caught:
+        checked(recipes.merge(small, {"algorithm": "fedavg", "clients": {"partition": "dirichlet"}}))
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == ["clients.partition", "algorithm"]

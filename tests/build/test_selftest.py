@@ -23,7 +23,7 @@ from transformers import (
 from fedllm_sec.build import selftest, text
 from fedllm_sec.build.names import checked
 from fedllm_sec.data.text import as_dataset
-from fedllm_sec.errors import RecipeError
+from fedllm_sec.errors import DataError, RecipeError
 from fedllm_sec.models.lora import add_adapter, load_base, load_tokenizer
 from fedllm_sec.models.selftest import gradient_problems, token_problems
 from fedllm_sec.recipe import reading
@@ -162,6 +162,15 @@ def test_begin_and_end_tokens_that_a_template_writes_out_are_there_once():
     assert spelled.encode(rows, "here") == plain.encode(rows, "here")
     assert plain.encode(rows, "here").prompts[0].count(1) == 1
     assert plain.encode(rows, "here").answers[0].count(2) == 1
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_by_both_writers():
+    tokenizer = copy.copy(load_tokenizer(recipe().model))
+    tokenizer.eos_token = None
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    for changes in ({}, {"data": {"template": "chat"}}):
+        with pytest.raises(DataError, match="has no end-of-text token"):
+            _ = writer_of(tokenizer, recipe(**changes).data).end
 
 
 def test_an_end_token_inside_an_answer_is_refused():

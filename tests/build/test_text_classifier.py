@@ -138,6 +138,7 @@ def test_a_run_is_attacked_defended_resumed_and_started_from(tmp_path: Path, cap
         ({"data": {"template": "{text}"}}, "data.template: unknown key"),
         ({"data": {"columns": {"response": "label"}}}, "data.columns.response: unknown key"),
         ({"data": {"loss_on": "all"}}, "data.loss_on: unknown key"),
+        ({"data": {"columns": {"text": "review", "label": "review"}}}, "it would read its answer"),
         ({"evaluate": {"max_new_tokens": 3}}, "evaluate.max_new_tokens: unknown key"),
         ({"evaluate": {"judge": {"name": "exact"}}}, "evaluate.judge: unknown key"),
         ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: unknown key"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
 from fedllm_sec.build.names import checked
 from fedllm_sec.errors import RecipeError
@@ -166,3 +168,17 @@ def test_an_empty_place_is_none(place: str):
 @pytest.mark.parametrize("folder", ["", None, [], 3])
 def test_an_output_folder_is_a_text(folder: Any):
     assert "output.folder" in problems({**GOOD, "output": {"folder": folder}})
+
+
+def held_to(
+    *, radius: Annotated[float, Field(allow_inf_nan=True)] = 1.0, share: Annotated[float, Field(ge=0, le=1)] = 0.5
+) -> None:
+    """A method of one's own whose annotations say more than a type."""
+
+
+def test_what_an_annotation_says_of_a_setting_holds():
+    assert check_settings(held_to, {"radius": math.inf}, "defense.rule") == {"radius": math.inf, "share": 0.5}
+    with pytest.raises(RecipeError, match=r"defense\.rule\.share: 2\.0: Input should be less than or equal to 1"):
+        check_settings(held_to, {"share": 2.0}, "defense.rule")
+    with pytest.raises(RecipeError, match=r"defense\.rule\.radius: True: true is no number|true is no number"):
+        check_settings(held_to, {"radius": True}, "defense.rule")

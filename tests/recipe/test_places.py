@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pydantic
 import pytest
+from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 
 from fedllm_sec import train
@@ -21,6 +22,7 @@ from fedllm_sec.data.sources import load_table
 from fedllm_sec.errors import DataError, RecipeError
 from fedllm_sec.models.lora import source_of
 from fedllm_sec.recipe import places
+from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.recipe.sections import ArrayData, CharData, Data, Model, Output
 
 TINY = str(Path(places.__file__).parents[1] / "models" / "tiny")  # a model's folder that is whole
@@ -165,3 +167,30 @@ def test_a_pipe_is_no_table_and_is_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "rows.csv")
     with pytest.raises(DataError, match="is a pipe or a device"):
         load_table(str(tmp_path / "rows.csv"), None, "train", 0)
+
+
+def test_two_files_that_could_be_one_split_are_not_chosen_from(tmp_path: Path):
+    (tmp_path / "train.csv").write_text("text,response\na,b\n")
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "response": "b"}\n')
+    with pytest.raises(DataError, match=r'train.jsonl, train.csv for split "train". Name the file'):
+        load_table(str(tmp_path), None, "train", 0)
+    assert load_table(str(tmp_path), None, "train.csv", 0).text("response") == ["b"]
+
+
+def test_the_splits_of_a_saved_set_are_named(tmp_path: Path):
+    DatasetDict({"fit": Dataset.from_dict({"text": ["a"]})}).save_to_disk(str(tmp_path))
+    with pytest.raises(DataError, match=r'no file for split "train". Known: fit\.'):
+        load_table(str(tmp_path), None, "train", 0)
+
+
+def test_a_model_s_folder_without_weights_is_refused_by_its_name(tmp_path: Path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((Path(TINY) / name).read_bytes())
+    assert "holds no weights" in (places.lost_model(str(tmp_path)) or "")
+    (tmp_path / "model.safetensors").symlink_to("nowhere.safetensors")
+    assert "model.safetensors is no file, or a link that leads nowhere" in (places.lost_model(str(tmp_path)) or "")
+
+
+def test_a_name_in_another_form_of_the_same_letters_is_told_as_that():
+    assert did_you_mean("revi\u00e9w", ["revie\u0301w", "text"]).endswith("the same letters in another Unicode form?")
+    assert did_you_mean("reviw", ["review", "text"]) == ' Did you mean "review"?'

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU
 from fedllm_sec.attacks.privacy.reveal import reveal
 from fedllm_sec.attacks.privacy.seen import Observation, Reconstruction
-from fedllm_sec.errors import AttackError
+from fedllm_sec.errors import AttackError, reason
 from fedllm_sec.matrix import Layout
 from fedllm_sec.recipe.resolve import did_you_mean
 
@@ -52,7 +52,7 @@ def reconstruct(
     if labels is not None:
         if "labels" not in takes:
             raise AttackError(f"reconstruct: {method} finds the label itself. Leave labels out, or use dlg.")
-        settings["labels"] = torch.as_tensor(labels, dtype=torch.long)
+        settings["labels"] = _read(labels, "reconstruct: labels").long()
         if tuple(settings["labels"].shape) != shape[:1]:
             raise AttackError(f"reconstruct: labels of shape {tuple(settings['labels'].shape)} for {shape[0]} rows.")
     made: Reconstruction = known[method](_observed(gradient, model, shape, "reconstruct"), **settings)
@@ -84,8 +84,7 @@ def _observed(gradient: Any, model: nn.Module, shape: tuple[int, ...], place: st
         missing = sorted(set(layout.names) - set(gradient))
         if missing:
             raise AttackError(f"{place}: gradient lacks {missing[0]} ({len(missing)} names). Give every parameter's.")
-        parts = {name: torch.as_tensor(np.asarray(gradient[name]) if not isinstance(gradient[name], Tensor) else
-                                       gradient[name]).detach() for name in layout.names}  # fmt: skip
+        parts = {name: _read(gradient[name], f"{place}: gradient of {name}") for name in layout.names}
         for name, wanted in zip(layout.names, layout.shapes, strict=True):
             if tuple(parts[name].shape) != wanted:
                 raise AttackError(f"{place}: gradient of {name} has shape {tuple(parts[name].shape)}, needs {wanted}.")
@@ -94,13 +93,24 @@ def _observed(gradient: Any, model: nn.Module, shape: tuple[int, ...], place: st
         if not isinstance(gradient, (Tensor, np.ndarray)):
             kind = type(gradient).__name__
             raise AttackError(f"{place}: gradient is a {kind}, needs {{name: array}} or one vector ({layout.size},).")
-        sent = torch.as_tensor(gradient).detach()
+        sent = _read(gradient, f"{place}: gradient")
         if tuple(sent.shape) != (layout.size,):
             raise AttackError(f"{place}: gradient has shape {tuple(sent.shape)}, the model needs ({layout.size},).")
     if not sent.dtype.is_floating_point:
         raise AttackError(f"{place}: gradient has dtype {sent.dtype}, needs a floating type.")
     start = layout.join(dict(named)).float()
     return Observation(sent.to(start), "gradient", start, layout, model, shape[1:], rows=shape[0])
+
+
+def _read(given: Any, place: str) -> Tensor:
+    """Numbers of whoever calls, as a tensor."""
+    try:
+        made = torch.as_tensor(given if isinstance(given, Tensor) else np.asarray(given)).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AttackError(f"{place}: {type(given).__name__} cannot be numbers ({reason(error)}).") from None
+    if made.is_meta:
+        raise AttackError(f"{place}: is on the meta device, where tensors hold no numbers. Load them first.")
+    return made
 
 
 SHAPES = ((1, 28, 28), (3, 32, 32), (1, 32, 32), (3, 28, 28), (1, 8, 8), (3, 64, 64), (3, 224, 224))
