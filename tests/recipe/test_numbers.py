@@ -180,5 +180,5 @@ def test_what_an_annotation_says_of_a_setting_holds():
     assert check_settings(held_to, {"radius": math.inf}, "defense.rule") == {"radius": math.inf, "share": 0.5}
     with pytest.raises(RecipeError, match=r"defense\.rule\.share: 2\.0: Input should be less than or equal to 1"):
         check_settings(held_to, {"share": 2.0}, "defense.rule")
-    with pytest.raises(RecipeError, match=r"defense\.rule\.radius: True: true is no number|true is no number"):
+    with pytest.raises(RecipeError, match="true is no number"):
         check_settings(held_to, {"radius": True}, "defense.rule")
