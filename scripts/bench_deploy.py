@@ -14,6 +14,9 @@ reading     the server reads it
 
 `over` is what an exchange takes over its training: the last six together. Transfer is what bytes take at both ends of
 a way (sending, receiving, returning, reading), waiting the two ways.
+
+With --default, nodes are as Flower has them: each starts a process for every message, and no client is resident. Then
+the clients' times are in no log, and `over` is what the exchange takes over the simulation's training.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from fedllm_sec.deploy import local
 from fedllm_sec.deploy.command import bring_up, one_recipe
 from fedllm_sec.deploy.folder import Deployment
 from fedllm_sec.deploy.wire import bytes_of
@@ -52,6 +56,9 @@ def parts(made: Deployment) -> dict[int, dict[str, float]]:
     trained, moved = [times(TRAINED, log) for log in logs], [times(MOVED, log) for log in logs]
     found = {}
     for r, (begun, sent, looked, read) in asked.items():
+        if not any(moved):  # a process for each message, whose words are in no log
+            found[r] = {"exchange": read - begun}
+            continue
         first = min((i for i in range(len(logs)) if r in moved[i]), key=lambda i: trained[i][r][0])
         last = max((i for i in range(len(logs)) if r in moved[i]), key=lambda i: trained[i][r][1])
         start, end = trained[first][r][0], trained[last][r][1]
@@ -71,6 +78,30 @@ def parts(made: Deployment) -> dict[int, dict[str, float]]:
     return found
 
 
+def as_flower_has_it() -> None:
+    """SuperNodes with Flower's own sleeps, each of which starts a process for every message; no resident clients."""
+
+    def start(node: local.Node, processes: local.Processes, superlink: str, wait: float = 120.0) -> None:
+        processes.start(
+            f"client-{node.client}", "flower-supernode", "--superlink", superlink, "--port", str(node.port),
+            "--root-certificates", str(node.made.folder / "tls" / "ca.pem"),
+            "--auth-supernode-private-key", str(node.made.folder / "keys" / f"{node.client}.key"),
+            "--max-wait-time", str(wait),
+            "--node-config", f'deployment="{node.made.folder}" client="{node.client}"',
+        )  # fmt: skip
+
+    def wait_for_nodes(processes: local.Processes, clients: list[str], seconds: float = 180.0) -> None:
+        def connected(client: str) -> bool:
+            return "SuperNode ID" in (processes.logs / f"client-{client}.log").read_text(errors="replace")
+
+        processes.wait(lambda: all(map(connected, clients)), "the nodes", seconds)
+
+    local.Node.start = start  # type: ignore[method-assign]
+    local.start_residents = lambda processes, nodes: lambda: None
+    local.wait_for_nodes = wait_for_nodes  # type: ignore[assignment]
+    local.Tending.__call__ = lambda self: None  # type: ignore[method-assign]
+
+
 def simulated(path: str, overrides: list[str], folder: Path) -> list[float]:
     """Seconds of training of each round of the same recipe in one process."""
     words = [sys.executable, "-m", "fedllm_sec", "train", path, *overrides, f"output.folder={folder}"]
@@ -79,7 +110,9 @@ def simulated(path: str, overrides: list[str], folder: Path) -> list[float]:
 
 
 def main() -> None:
-    path, *overrides = sys.argv[1:]
+    path, *overrides = [word for word in sys.argv[1:] if word != "--default"]
+    if "--default" in sys.argv:
+        as_flower_has_it()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes it started end with it
     folder = Path(tempfile.mkdtemp(prefix="bench-deploy-"))
     recipe = one_recipe(Path(path), [*overrides, f"output.folder={folder}/sim"])
@@ -94,10 +127,11 @@ def main() -> None:
     for name in later[0]:
         values = [one[name] for one in later]
         print(f"{name:9} median {statistics.median(values):.2f} s, least {min(values):.2f}, most {max(values):.2f}")
-    for what, names in (("transfer", TRANSFER), ("waiting", WAITING)):
+    for what, names in (("transfer", TRANSFER), ("waiting", WAITING)) if "over" in later[0] else ():
         print(f"{what:9} median {statistics.median(sum(one[name] for name in names) for one in later):.2f} s")
-    alone, over = statistics.median(training[1:]), statistics.median(one["over"] for one in later)
-    print(f"simulation's training of a round: median {alone:.2f} s; over is {over / alone:.2f} of it")
+    alone = statistics.median(training[1:])
+    over = statistics.median(one.get("over", one["exchange"] - alone) for one in later)
+    print(f"simulation's training of a round: median {alone:.2f} s; over it are {over:.2f} s, {over / alone:.2f} of it")
     start = float(ASKED.findall((made.logs / "exchange.log").read_text())[0][1]) - began
     print(f"start of processes, until round 1 is asked: {start:.1f} s; whole command {whole:.1f} s")
     quality = (read_history(made.run)[-1].quality or {}).get("accuracy")
