@@ -208,7 +208,7 @@ def test_one_liners_refuse_what_does_not_fit_in_words():
     refuse("gradient has shape", fedllm_sec.reconstruct, np.zeros(3, dtype=np.float32), model, shape)
     refuse("for 1 rows", fedllm_sec.reconstruct, given, model, shape, labels=[1, 2])
     refuse("finds the label itself", fedllm_sec.reconstruct, given, model, shape, "idlg", labels=[1])
-    refuse("at least 1 row", fedllm_sec.reveal_labels, given, model, 0)
+    refuse("whole number of rows, at least 1", fedllm_sec.reveal_labels, given, model, 0)
 
 
 def test_every_name_has_a_paper_and_a_kind():

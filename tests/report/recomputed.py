@@ -169,7 +169,7 @@ def apart(rows: Sequence[Sequence[Rate]], taken: Sequence[int] = (1,)) -> bool:
 
 # ---------------------------------------------------------------- what a text shows
 
-NUMBER = r"-?(?:\d[\d.]*(?:e[+-]\d+)?|inf)|nan"
+NUMBER = r"-?(?:\d+(?:\.\d+)?(?:e[+-]\d+)?|inf)|nan"
 
 
 def agrees(text: str, true: float, times: float = 1.0) -> bool:
