@@ -94,6 +94,8 @@ def test_what_cannot_be_done_is_one_line(adapters, tmp_path: Path, capsys):
     refused(capsys, "cannot be written (Not a directory)", adapters, "--rule", "mean", "--out", inside)
     refused(capsys, "krum: ", adapters, "--rule", "krum", "--set", "f=4", *out)
     refused(capsys, "Give a peft adapter folder", [*adapters, tmp_path], "--rule", "mean", *out)
+    (tmp_path / "loop").symlink_to("loop")
+    refused(capsys, "Give a peft adapter folder", [*adapters, tmp_path / "loop"], "--rule", "mean", *out)
     again = adapters[1] / ".." / "c0"
     refused(
         capsys,

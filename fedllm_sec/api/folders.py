@@ -65,9 +65,9 @@ def merged(folders: Sequence[Path], start: Path | None, name: str, settings: Map
 
     A and B are aggregated apart: the product of their means is not the mean of their products.
     """
-    known: dict[Path, Path] = {}
+    known: dict[str, Path] = {}
     for folder in folders:
-        if (place := folder.resolve()) in known:
+        if (place := os.path.realpath(folder)) in known:
             raise DefenseError(
                 f"{folder}: is {known[place]} once more, and would have two votes. Give each adapter once."
             )

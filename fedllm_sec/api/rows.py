@@ -266,8 +266,9 @@ def as_tensor(value: Any, place: str) -> Tensor:
         raise DefenseError(f"aggregate: {place} is a {kind}, needs a torch tensor or numpy array. Convert it first.")
     if value.is_meta:
         raise DefenseError(f"aggregate: {place} is on the meta device, where tensors hold no numbers. Load them first.")
-    if value.layout is not torch.strided:
-        raise DefenseError(f"aggregate: {place} is not dense ({value.layout}). Give its to_dense().")
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "nested" if value.is_nested else value.layout
+        raise DefenseError(f"aggregate: {place} is not dense ({kind}). Give plain rows, as its to_dense() has.")
     if value.dtype not in FLOATS:
         kind = str(value.dtype).removeprefix("torch.")
         raise DefenseError(f"aggregate: {place} has dtype {kind}, needs a floating type. Convert it first.")

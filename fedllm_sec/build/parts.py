@@ -89,6 +89,12 @@ def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn
             f"model.name: {name}: has lazy layers, whose parameters are not there yet. Call the model once on an input "
             "in the function that makes it."
         )
+    if isinstance(made, torch.jit.ScriptModule):
+        raise RecipeError(f"model.name: {name}: is compiled by torch.jit, which hides its layers. Give it uncompiled.")
+    if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
+        raise RecipeError(
+            f"model.name: {name}: is on the meta device, where tensors hold no numbers. Make it elsewhere."
+        )
     if not any(p.requires_grad and p.numel() for p in made.parameters()):
         raise RecipeError(f"model.name: {name}: has no parameter to be trained. Set requires_grad on some.")
     return made

@@ -106,6 +106,12 @@ def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list
             return task.logits(Batch(ids.to(task.device), mask.to(task.device), ids, ids.shape[1])).cpu()
 
     long, short = sorted((p + a for p, a in zip(rows.prompts, rows.answers, strict=True)), key=len, reverse=True)
+    if len(set(long)) < 2:
+        only = task.tokenizer.convert_ids_to_tokens(long[0])
+        return [], [
+            f"model.name: {recipe.model.name}: its tokenizer makes nothing but {only!r} of two short rows, so the "
+            "model would read no text. Put the tokenizer that it was trained with into its folder."
+        ]
     short = short[-max(len(long) - 3, 2) :]
     dtype = getattr(torch, recipe.model.dtype)
     bound = selftest.ALIKE[dtype]

@@ -22,7 +22,7 @@ from pathlib import Path
 from fedllm_sec.build.names import checked
 from fedllm_sec.build.threat import client_ids
 from fedllm_sec.deploy.problems import refuse_undeployable
-from fedllm_sec.errors import FedError, RecipeError
+from fedllm_sec.errors import FedError, RecipeError, reason
 from fedllm_sec.recipe import reading
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.files import holder, locked
@@ -74,7 +74,7 @@ The run lies in run/ and is that of a simulation: fedllm-sec report {folder}/run
 @contextlib.contextmanager
 def held(folder: str | Path, client: str | None = None) -> Iterator[None]:
     """Nobody else writes this deployment or brings it up here, or nobody else is this client of it."""
-    path = Path(folder).expanduser().resolve() / (f".lock-{client}" if client else ".lock")
+    path = Path(os.path.realpath(Path(folder).expanduser())) / (f".lock-{client}" if client else ".lock")
     with locked(path) as mine:
         if not mine:
             who = f"client {client} of it" if client else "it"
@@ -96,13 +96,13 @@ class Deployment:
     @classmethod
     def at(cls, folder: str | Path) -> Deployment:
         """A folder that `init` has made."""
-        path = Path(folder).expanduser().resolve()
+        path = Path(os.path.realpath(Path(folder).expanduser()))
         try:
             found = json.loads((path / "deployment.json").read_text(encoding="utf-8"))
             return cls(path, str(found["command"]), str(found["cwd"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecipeError(
-                f"{folder}: is no deployment ({type(error).__name__}: {error}). Make one: fedllm-sec deploy init FOLDER"
+                f"{folder}: is no deployment ({reason(error)}). Make one: fedllm-sec deploy init FOLDER"
                 " --recipe RECIPE."
             ) from error
 
@@ -110,7 +110,7 @@ class Deployment:
     def init(cls, folder: str | Path, recipe: Recipe, command: str) -> Deployment:
         """Write a folder anew; what a run or another recipe has left there is an error."""
         refuse_undeployable(recipe)
-        made = cls(Path(folder).expanduser().resolve(), command, os.getcwd())
+        made = cls(Path(os.path.realpath(Path(folder).expanduser())), command, os.getcwd())
         out = recipe.output.model_copy(update={"folder": str(made.run)})
         text = reading.dump(recipe.model_copy(update={"output": out}))
         there = made.folder / "recipe.yaml"

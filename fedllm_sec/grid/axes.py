@@ -149,6 +149,8 @@ def read_rules(given: Any, axes: Mapping[str, Axis]) -> list[dict[str, list[str]
             if name not in axes:
                 problems.append(f"exclude.{number}: there is no axis {name}.{did_you_mean(str(name), axes)}")
                 continue
+            if labels == []:
+                problems.append(f"exclude.{number}.{name}: names no label, so the rule leaves nothing out. Name one.")
             made[str(name)] = [label_of(label) for label in (labels if isinstance(labels, list) else [labels])]
             problems += [
                 f"exclude.{number}.{name}: there is no label {label}.{did_you_mean(label, axes[name].values)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +77,7 @@ def damage(folder: Path) -> dict[str, str]:
 
 def _wrong(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):  # resolve() refuses a loop of links
         return "lies outside the folder"
     if not path.is_file():
         return "is gone"

@@ -101,7 +101,8 @@ def _listed(folder: Path) -> set[Path]:
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
     paths = {folder / name for name in named if isinstance(name, str) and "\0" not in name}
-    return {path for path in paths if folder.resolve() in path.resolve().parents}
+    here = Path(os.path.realpath(folder))
+    return {path for path in paths if here in Path(os.path.realpath(path)).parents}
 
 
 def _is_run(folder: Path) -> bool:

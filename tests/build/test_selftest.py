@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from accelerate import Accelerator
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     RwkvConfig,
     XLNetConfig,
 )
@@ -119,6 +121,14 @@ def test_a_model_that_cannot_be_run_says_what_it_said(monkeypatch):
     monkeypatch.setattr(task, "logits", broken)
     with pytest.raises(RecipeError, match=r"cannot be run on two short rows \(TypeError: got an unexpected keyword"):
         selftest.tested(task, asked)
+
+
+def test_a_tokenizer_that_reads_nothing_is_refused(tmp_path):
+    AutoModelForCausalLM.from_config(LlamaConfig(**FEW)).save_pretrained(tmp_path)
+    mute = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=mute, eos_token="</s>").save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"its tokenizer makes nothing but '</s>' of two short rows"):
+        text.load_task(recipe(model={"name": str(tmp_path)}), Machine(Accelerator(cpu=True)), text.Loaded())
 
 
 def test_a_model_that_is_not_finite_is_refused():

@@ -112,6 +112,14 @@ def frozen(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Linear(4, classes).requires_grad_(False)
 
 
+def scripted(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return torch.jit.script(nn.Linear(4, classes))
+
+
+def unmade(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return nn.Linear(4, classes, device="meta")
+
+
 def stranger(shape: tuple[int, ...], classes: int) -> nn.Module:
     """A BatchNorm network in ten lines."""
     return nn.Sequential(
@@ -142,7 +150,9 @@ def test_a_strangers_network_and_a_folders_run_free_attacked_and_defended(tmp_pa
         assert (folder / "report.html").exists()
         screened = [json.loads(line)["buffers_refused"] for line in (folder / "attacked/history.jsonl").open()]
         assert all(len(refused) == 1 for refused in screened)  # the attacker: no variance is negative
-    for model, words in ((lazy, "has lazy layers"), (frozen, "has no parameter to be trained")):
+    refused = {lazy: "has lazy layers", frozen: "has no parameter to be trained"}
+    refused |= {scripted: r"is compiled by torch\.jit", unmade: "is on the meta device"}
+    for model, words in refused.items():
         made = {
             **RECIPE,
             "model": {"name": f"tests.build.test_tried:{model.__name__}"},

@@ -240,6 +240,7 @@ def test_mistakes_in_axes_are_named(axes, words):
         ({"exclude": [{"attac": "flip"}]}, 'exclude.0: there is no axis attac. Did you mean "attack"?'),
         ({"exclude": [{"attack": "flop"}]}, 'exclude.0.attack: there is no label flop. Did you mean "flip"?'),
         ({"exclude": {"attack": "flip"}}, "must be a list of maps"),
+        ({"exclude": [{"attack": []}]}, "exclude.0.attack: names no label, so the rule leaves nothing out. Name one."),
         ({"axis": {}}, 'axis: no key of a grid. Did you mean "axes"?'),
         ({"overrides": 3}, "overrides: 3: must be a block"),
         ({"base": 3}, "base: 3: must be the path of a recipe"),

@@ -341,10 +341,17 @@ def test_verify_names_a_file_once_and_leaves_the_advice_to_the_run(whole: Path, 
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "history.jsonl", "checkpoint.safetensors", "timings.jsonl"])
-def test_verify_names_the_file_where_a_folder_stands(whole: Path, tmp_path: Path, name: str, capsys):
+@pytest.mark.parametrize("stands", ["folder", "loop of links"])
+def test_verify_names_the_file_where_a_folder_or_a_loop_stands(
+    whole: Path, tmp_path: Path, name: str, stands: str, capsys
+):
     shutil.copytree(whole / "out", tmp_path / "out")
-    (tmp_path / "out" / name).unlink(missing_ok=True)
-    (tmp_path / "out" / name).mkdir()
+    file = tmp_path / "out" / name
+    file.unlink(missing_ok=True)
+    if stands == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(name)
     assert verify.main([str(tmp_path / "out")]) == 1
     found = capsys.readouterr()
     assert found.err == ""
