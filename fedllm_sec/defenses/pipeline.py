@@ -62,6 +62,8 @@ class Pipeline:
         rows = readable(self.rule, rows, trace)
         decision = self._acted(self.rule, rows, drawing(ctx, seed, "rule"), updates, renaming, Decision)
         need_shapes(self.rule, decision, rows)
+        if not own_part(self.rule) and not bool(decision.update.isfinite().all()):
+            raise DefenseError(f"{name_of(self.rule)}: gave back an update with values that are no finite numbers.")
         decision = replace(decision, notes={**ctx.notes, **decision.notes})
         self._made = decision.update, updates.n
         self.spent.decided(updates.d)
@@ -180,10 +182,15 @@ def name_of(part: Any) -> str:
     return str(getattr(made, "__name__", type(made).__name__))
 
 
+def own_part(part: Any) -> bool:
+    """Whether a stage or rule is of this package."""
+    made = part.func if isinstance(part, functools.partial) else part
+    return str(getattr(made, "__module__", type(made).__module__)).startswith("fedllm_sec.")
+
+
 def readable(part: Any, rows: UpdateMatrix, trace: Trace) -> UpdateMatrix:
     """The rows as a stage or rule gets them: one from outside may read `rows` itself, which then holds nothing else."""
-    made = part.func if isinstance(part, functools.partial) else part
-    if str(getattr(made, "__module__", type(made).__module__)).startswith("fedllm_sec."):
+    if own_part(part):
         return rows
     try:
         stored = plain(rows)

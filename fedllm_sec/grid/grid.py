@@ -148,6 +148,11 @@ def _base(raw: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> dict[
     changes = raw.get("overrides") or {}
     if not isinstance(changes, dict):
         raise RecipeError(f"overrides: {changes!r}: must be a block of recipe keys, e.g. {{rounds: 4}}.")
+    for axis in map(str, raw.get("axes") or {}):
+        if axis not in SWITCHED and _holds(changes, axis.split(".")):
+            raise RecipeError(f"overrides.{axis}: {axis} is an axis of this grid, which would overwrite it. Remove it.")
+    if "variants" in changes:
+        raise RecipeError("overrides.variants: a grid has axes in place of variants. Remove it.")
     base = {key: value for key, value in base.items() if key != "variants"}
     if isinstance(base.get("output"), dict):
         base["output"] = {key: value for key, value in base["output"].items() if key != "folder"}
@@ -162,6 +167,11 @@ def _base(raw: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> dict[
                 )
         recipes.override(base, assignment)
     return base
+
+
+def _holds(block: Any, keys: Sequence[str]) -> bool:
+    """Whether nested mappings have a value at these keys."""
+    return not keys or (isinstance(block, Mapping) and keys[0] in block and _holds(block[keys[0]], keys[1:]))
 
 
 # ---------------------------------------------------------------- cells

@@ -22,6 +22,7 @@ from fedllm_sec.defenses import (
 )
 from fedllm_sec.defenses.accountant import gaussian_epsilon
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.errors import DefenseError
 from fedllm_sec.protocols import Decision
 from tests.defenses.small import context, matrix
 
@@ -156,3 +157,11 @@ def test_what_is_spent_is_remembered():
     second.load_state_dict(first.state_dict())
     assert second.privacy() == first.privacy()
     assert first.privacy()["epsilon"] > 0
+
+
+def test_a_rule_of_one_s_own_whose_update_is_no_number_is_told_as_that():
+    def lost(updates, ctx):
+        return Decision(torch.full((updates.d,), torch.nan))
+
+    with pytest.raises(DefenseError, match="lost: gave back an update with values that are no finite numbers"):
+        Pipeline([], lost).decide(matrix(torch.ones(4, 6)), context(6))
