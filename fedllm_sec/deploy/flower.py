@@ -45,7 +45,8 @@ class RobustStrategy(Strategy):
     are as in `fedllm_sec.aggregate`: menu names, ("name", {settings}) or callables. Rules that remember do so by node
     id. Replies that cannot be used are refused with a reason: other arrays, shapes, types or sizes than were sent,
     values that are not finite, claims that are no numbers of examples. `deltas` says that the app's clients send
-    differences. `log` is a folder whose history.jsonl gets a line a round, for `fedllm-sec report`.
+    differences. `log` is a folder whose history.jsonl gets a line a round, for `fedllm-sec report`. `screen` is True:
+    nobody's reply goes unscreened.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class RobustStrategy(Strategy):
         *,
         before: Sequence[Stage] = (),
         after: Sequence[Stage] = (),
+        screen: bool = True,
         deltas: bool = False,
         log: str | Path | None = None,
         weighted_by: str = "num-examples",
         seed: int = 0,
         **settings: Any,
     ) -> None:
+        if screen is not True:
+            raise DefenseError(f"RobustStrategy: screen={screen!r}: replies are always screened. Leave it out.")
         self.inner, self.deltas, self.weighted_by, self.seed = inner, deltas, weighted_by, seed
         self.rule = made(rule, settings, "rule", "rule")
         self.before = [made(item, {}, "before", f"before[{i}]") for i, item in enumerate(before)]

@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from fedllm_sec.deploy.flower import RobustStrategy
+from fedllm_sec.errors import DefenseError
 from fedllm_sec.records.history import read_history
 from fedllm_sec.report.runs import read_runs
 from tests.conftest import ROOT
@@ -184,6 +185,11 @@ class _Plain(Nodes):
         asked = list(messages)
         self.push_messages(asked)
         return [Message(self.nodes[m.metadata.dst_node_id](m), reply_to=m) for m in asked]
+
+
+def test_replies_are_always_screened():
+    with pytest.raises(DefenseError, match="screen=False: replies are always screened"):
+        RobustStrategy(FedAvg(), screen=False)
 
 
 def test_without_an_attacker_the_mean_is_flower_s_own():
