@@ -361,7 +361,7 @@ def _adam(options: Any, rank: int, batch: int, clip: float | None) -> Line:
     task, rows = victim(options.models, options.data, "sst2", rank)
     found, precision, areas, tokens, begun = [], [], {"signs": [], "layers": []}, [], time.process_time()
     refused = 0
-    for number in range(options.tries or 5):
+    for number in range(100, 100 + (options.tries or 5)):  # its threshold was chosen on 0 to 4
         mine = [rows[i] for i in np.random.default_rng(number).permutation(len(rows))[:batch]]
         seen = delta_seen(task, mine, batch, "adamw", 1e-3, 0, clip)
         fed = {token for row in mine for token in row.ids[:-1]}
