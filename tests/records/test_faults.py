@@ -250,8 +250,9 @@ def test_a_rank_that_does_not_answer_in_time_is_told_in_a_line():
 def test_every_single_message_between_two_processes_may_fail(straight, pair, tmp_path: Path):
     write(tmp_path / "whole")
     first, second = pair.play(tmp_path / "whole")
-    assert first["sent"] == second["sent"] == "12"
-    for n in range(1, 13):
+    assert first["sent"] == second["sent"]
+    assert int(first["sent"]) >= 12
+    for n in range(1, int(first["sent"]) + 1):
         for rank in (0, 1):
             for kills in (False, True):
                 break_off(pair, tmp_path / f"{n}-{rank}-{kills}", [(rank, n, kills)], straight[0])
