@@ -62,13 +62,19 @@ def _parents() -> list[str]:
 
 
 def _commit() -> str | None:
-    """The git commit of the package's source, "-dirty" where it was changed; None outside a checkout."""
+    """The git commit of the package's source, "-dirty" where it was changed; None outside a checkout.
+
+    Git is asked in ways that take no lock: a run that is killed here must not leave one in its user's repository.
+    """
     here = Path(__file__).resolve().parent
-    try:
+
+    def told(*words: str) -> str:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+            ["git", "--no-optional-locks", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return told("rev-parse", "HEAD") + ("-dirty" if told("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
