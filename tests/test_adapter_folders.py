@@ -88,6 +88,17 @@ def test_what_cannot_be_done_is_one_line(adapters, tmp_path: Path, capsys):
     refused(capsys, 'there is no "kurm". Did you mean "krum"?', adapters, "--rule", "kurm", *out)
     refused(capsys, "must be a name of the menu", adapters, "--rule", "os:system", *out)
     refused(capsys, "must be NAME=VALUE", adapters, "--rule", "mean", "--set", "f", *out)
+    refused(
+        capsys,
+        "before is no setting of a rule. Give it as --before",
+        adapters,
+        "--rule",
+        "mean",
+        "--set",
+        "before=nnm",
+        *out,
+    )
+    refused(capsys, "ids is no setting of a rule", adapters, "--rule", "mean", "--set", "ids=[1]", *out)
     twice = ["--set", "f=0", "--set", "f=1"]
     refused(capsys, "--set f=1: f was set to 0 before it", adapters, "--rule", "krum", *twice, *out)
     inside = str(adapters[0] / "adapter_config.json" / "x")

@@ -285,3 +285,12 @@ def test_numpy_rows_lie_in_memory_as_they_like(rows):
 def test_an_argument_of_another_kind_is_told_in_a_line(call, told):
     with pytest.raises(FedError, match=told):
         call()
+
+
+def test_a_model_that_does_not_take_such_inputs_is_told_with_the_shape():
+    model = torch.nn.LSTM(9, 4, batch_first=True)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(FedError, match=r"reconstruct: the model cannot be run.*shape \(2, 3, 8, 8\)"):
+        fedllm_sec.reconstruct(torch.ones(size), model, (2, 3, 8, 8), "dlg")
+    with pytest.raises(FedError, match="reveal_labels: "):
+        fedllm_sec.reveal_labels(torch.ones(size), model, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedllm_sec.api.rows import aggregate
 from fedllm_sec.api.states import Merged, aggregate_state_dicts
 from fedllm_sec.errors import DefenseError, FedError, quietly, reason
 from fedllm_sec.models.saving import CLASSES, classes_of
@@ -155,12 +157,21 @@ def _path(word: str) -> Path:
     return Path(os.path.expanduser(word))
 
 
+# what the call behind the command is given besides a rule's settings
+CALL = {name for call in (aggregate_state_dicts, aggregate) for name in inspect.signature(call).parameters} - {
+    "settings"
+}
+
+
 def _settings(words: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
             raise DefenseError(f"--set {word}: must be NAME=VALUE, as f=2.")
+        if key in CALL:
+            way = "Give it as --before." if key == "before" else "Leave it out."
+            raise DefenseError(f"--set {word}: {key} is no setting of a rule. {way}")
         if key in found:
             raise DefenseError(f"--set {word}: {key} was set to {in_a_line(found[key])} before it. Give one of them.")
         found[key] = plainyaml.parse(value, f"--set {key}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU
 from fedllm_sec.attacks.privacy.reveal import reveal
 from fedllm_sec.attacks.privacy.seen import Observation, Reconstruction
-from fedllm_sec.errors import AttackError, reason
+from fedllm_sec.errors import AttackError, FedError, reason
 from fedllm_sec.matrix import Layout
 from fedllm_sec.recipe.resolve import did_you_mean
 
@@ -55,7 +56,9 @@ def reconstruct(
         settings["labels"] = _read(labels, "reconstruct: labels").long()
         if tuple(settings["labels"].shape) != shape[:1]:
             raise AttackError(f"reconstruct: labels of shape {tuple(settings['labels'].shape)} for {shape[0]} rows.")
-    made: Reconstruction = known[method](_observed(gradient, model, shape, "reconstruct"), **settings)
+    seen = _observed(gradient, model, shape, "reconstruct")
+    with _told("reconstruct", shape):
+        made: Reconstruction = known[method](seen, **settings)
     return made
 
 
@@ -72,7 +75,23 @@ def reveal_labels(gradient: Any, model: nn.Module, n: int, shape: Sequence[int] 
             f"reveal_labels: model is a {type(model).__name__}, needs a torch module. Give gradient first."
         )
     one = tuple(shape) if shape is not None else _input_shape(model)
-    return reveal(_observed(gradient, model, (n, *one), "reveal_labels"), n)
+    seen = _observed(gradient, model, (n, *one), "reveal_labels")
+    with _told("reveal_labels", (n, *one)):
+        return reveal(seen, n)
+
+
+@contextlib.contextmanager
+def _told(place: str, shape: tuple[int, ...]) -> Iterator[None]:
+    """What a model makes of inputs that it does not take, or cannot derive twice, in a line."""
+    try:
+        yield
+    except FedError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise AttackError(
+            f"{place}: the model cannot be run, or not be derived, on floating inputs of shape {shape} "
+            f"({reason(error)}). Give the shape it takes, or another model."
+        ) from error
 
 
 def _observed(gradient: Any, model: nn.Module, shape: tuple[int, ...], place: str) -> Observation:
@@ -128,7 +147,7 @@ def _input_shape(model: nn.Module) -> tuple[int, ...]:
         try:
             with torch.no_grad():
                 model(torch.zeros(1, *shape, dtype=probe.dtype, device=probe.device))
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, IndexError, TypeError):
             continue
         return shape
     raise AttackError("reveal_labels: the model takes none of the usual shapes. Give shape, that of one input.")
