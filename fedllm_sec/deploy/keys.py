@@ -13,6 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedllm_sec.errors import FedError, reason
+
+ANEW = "Copy it again, or remove the folder tls to have all made anew: devices then need the new ca.pem."
 DAYS = 365  # that root and certificate are valid
 
 
@@ -40,9 +43,8 @@ def make_certificates(folder: Path, hosts: Sequence[str] = ()) -> None:
         _write(folder / "ca.pem", made.public_bytes(serialization.Encoding.PEM), 0o644)
     if (folder / "server.pem").exists() and set(names) <= set(named_in(folder / "server.pem")):
         return
-    root = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
-    signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-    assert isinstance(signer, ec.EllipticCurvePrivateKey)
+    root = _certificate(folder / "ca.pem")
+    signer = _signer(folder / "ca.key")
     key = ec.generate_private_key(ec.SECP384R1())
     made = (
         _begun(_named("superlink"), root.subject, key.public_key())
@@ -59,11 +61,28 @@ def make_certificates(folder: Path, hosts: Sequence[str] = ()) -> None:
 
 def named_in(certificate: Path) -> list[str]:
     """The hosts that a certificate is for; none where it has expired."""
-    found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    found = _certificate(certificate)
     if found.not_valid_after_utc <= datetime.datetime.now(datetime.timezone.utc):
         return []
     names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FedError(f"{path}: is no certificate that can be read ({reason(error)}). {ANEW}") from error
+
+
+def _signer(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise FedError(f"{path}: is no key that can be read ({reason(error)}). {ANEW}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise FedError(f"{path}: is a key of another kind than ECDSA. {ANEW}")
+    return key
 
 
 def make_key(folder: Path, client: str) -> Path:
