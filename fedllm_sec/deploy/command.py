@@ -211,6 +211,7 @@ def _client(options: argparse.Namespace, command: str) -> None:
 
     from fedllm_sec.deploy import local
     from fedllm_sec.deploy.folder import Deployment, held
+    from fedllm_sec.deploy.keys import certificate
     from fedllm_sec.deploy.processes import Processes
 
     made = Deployment.at(options.folder)
@@ -221,6 +222,7 @@ def _client(options: argparse.Namespace, command: str) -> None:
     for name in ("tls/ca.pem", f"keys/{options.client}.key"):
         if not (made.folder / name).is_file():
             raise FedError(f"{made.folder / name}: is not on this device. Copy it from the server's folder.")
+    certificate(made.folder / "tls" / "ca.pem")  # a node would try for minutes with what is none
     data = str(Path(options.data).expanduser().resolve()) if options.data else None
     with held(made.folder, options.client), Processes(made.logs, made.home) as processes:
         for name in (f"client-{options.client}", f"node-{options.client}"):

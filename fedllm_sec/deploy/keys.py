@@ -43,7 +43,7 @@ def make_certificates(folder: Path, hosts: Sequence[str] = ()) -> None:
         _write(folder / "ca.pem", made.public_bytes(serialization.Encoding.PEM), 0o644)
     if (folder / "server.pem").exists() and set(names) <= set(named_in(folder / "server.pem")):
         return
-    root = _certificate(folder / "ca.pem")
+    root = certificate(folder / "ca.pem")
     signer = _signer(folder / "ca.key")
     key = ec.generate_private_key(ec.SECP384R1())
     made = (
@@ -59,16 +59,17 @@ def make_certificates(folder: Path, hosts: Sequence[str] = ()) -> None:
     _write(folder / "server.pem", made.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
-def named_in(certificate: Path) -> list[str]:
+def named_in(path: Path) -> list[str]:
     """The hosts that a certificate is for; none where it has expired."""
-    found = _certificate(certificate)
+    found = certificate(path)
     if found.not_valid_after_utc <= datetime.datetime.now(datetime.timezone.utc):
         return []
     names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
-def _certificate(path: Path) -> x509.Certificate:
+def certificate(path: Path) -> x509.Certificate:
+    """The certificate that a file holds, or an error that names the file."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
