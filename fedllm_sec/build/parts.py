@@ -91,7 +91,8 @@ def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn
         )
     if isinstance(made, torch.jit.ScriptModule):
         raise RecipeError(f"model.name: {name}: is compiled by torch.jit, which hides its layers. Give it uncompiled.")
-    if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
+    counted = torch.empty(0).is_meta  # where it is only counted, all that is made is on it
+    if not counted and any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
         raise RecipeError(
             f"model.name: {name}: is on the meta device, where tensors hold no numbers. Make it elsewhere."
         )
