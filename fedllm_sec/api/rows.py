@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.defenses.screen import FLOATS, restore, screen
 from fedllm_sec.errors import DefenseError, RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.matrix.dense import need_dense
 from fedllm_sec.protocols import Decision, RoundContext
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.seeds import generator_for
@@ -200,13 +202,13 @@ def read_rows(
 
 def _each_row(rows: Any) -> list[Any]:
     """The rows of whatever gives one after another."""
-    try:
-        return list(rows if not isinstance(rows, Mapping) else None)  # type: ignore[call-overload]
-    except (TypeError, NotImplementedError):
-        raise DefenseError(
-            f"aggregate: rows is a {type(rows).__name__}, needs a matrix (n, d) or a list of n rows; of clients by "
-            "name, list(rows.values()) and ids=list(rows)."
-        ) from None
+    if not isinstance(rows, Mapping):
+        with contextlib.suppress(TypeError, NotImplementedError):
+            return list(rows)
+    raise DefenseError(
+        f"aggregate: rows is a {type(rows).__name__}, needs a matrix (n, d) or a list of n rows; of clients by "
+        "name, list(rows.values()) and ids=list(rows)."
+    )
 
 
 def entries(row: Any, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -258,17 +260,13 @@ def as_tensor(value: Any, place: str) -> Tensor:
         if value.dtype.kind != "f":
             raise DefenseError(f"aggregate: {place} has dtype {value.dtype}, needs a floating type. Convert it first.")
         if value.dtype not in (np.float16, np.float32, np.float64):
-            value = value.astype(np.float64)
-        value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))  # torch knows no other order, nor backwards
+            value = value.astype(np.float64)  # also what another machine's order of bytes makes another type
+        value = np.ascontiguousarray(value)  # torch reads no array backwards
         return torch.from_numpy(value if value.flags.writeable else value.copy())
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise DefenseError(f"aggregate: {place} is a {kind}, needs a torch tensor or numpy array. Convert it first.")
-    if value.is_meta:
-        raise DefenseError(f"aggregate: {place} is on the meta device, where tensors hold no numbers. Load them first.")
-    if value.is_nested or value.layout is not torch.strided:
-        kind = "nested" if value.is_nested else value.layout
-        raise DefenseError(f"aggregate: {place} is not dense ({kind}). Give plain rows, as its to_dense() has.")
+    need_dense(value, f"aggregate: {place}", DefenseError)
     if value.dtype not in FLOATS:
         kind = str(value.dtype).removeprefix("torch.")
         raise DefenseError(f"aggregate: {place} has dtype {kind}, needs a floating type. Convert it first.")

@@ -16,6 +16,7 @@ from fedllm_sec.attacks.threat import stand_in
 from fedllm_sec.errors import AttackError, RecipeError, reason
 from fedllm_sec.kernels.usable import usable
 from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.matrix.dense import need_dense
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.protocols import Decision, ThreatView
 from fedllm_sec.recipe.resolve import resolve
@@ -140,10 +141,7 @@ def _matrix(given: Any, place: str) -> Tensor:
     rows = torch.from_numpy(given) if isinstance(given, np.ndarray) and given.dtype.kind in "fiub" else given
     if not isinstance(rows, Tensor):
         raise AttackError(f"forge: {place} is a {type(given).__name__}, needs a torch or numpy matrix.")
-    if rows.is_meta:
-        raise AttackError(f"forge: {place} is on the meta device, where tensors hold no numbers. Load them first.")
-    if rows.is_nested or rows.layout is not torch.strided:
-        raise AttackError(f"forge: {place}: is not dense. Give a matrix of plain rows, as its to_dense() is.")
+    need_dense(rows, f"forge: {place}:", AttackError)
     if rows.ndim != 2 or 0 in rows.shape:
         raise AttackError(f"forge: {place} needs shape (n, d) with n, d >= 1, got {tuple(rows.shape)}.")
     if not rows.dtype.is_floating_point:
@@ -159,8 +157,7 @@ def _vector(given: Any, d: int, place: str, like: Tensor, otherwise: Tensor | No
         vector = torch.as_tensor(given).detach().to(like.device, torch.float32, copy=True)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise AttackError(f"forge: {place}: cannot be a vector ({reason(error)}). Give ({d},) numbers.") from None
-    if vector.is_nested or vector.layout is not torch.strided:
-        raise AttackError(f"forge: {place}: is not dense. Give ({d},) plain numbers, as its to_dense() is.")
+    need_dense(vector, f"forge: {place}:", AttackError)
     if tuple(vector.shape) != (d,):
         raise AttackError(f"forge: {place} has shape {tuple(vector.shape)}, needs ({d},).")
     return vector

@@ -19,7 +19,6 @@ from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.rounds.averaging import Averaging
 
 BY_PRODUCTS = ("exact", "stack", "svd", "pad")
-BASE_MOVES = ("exact", "stack")  # in which rounds add to base weights
 RANKED = ("pad", "svd")  # in which clients may have ranks of their own
 ADAPTER = "adapter_config.json"  # which folders of adapters have
 

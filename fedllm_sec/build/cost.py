@@ -7,7 +7,6 @@ of images, the number of characters.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -205,7 +204,7 @@ def text_classifier(model: Classifier, classes: int, ranks: Iterable[int] = ()) 
 def kept_of(adapted: torch.nn.Module, lora: Lora) -> int:
     """How many trained numbers are B factors that their client keeps."""
     named = adapted.named_parameters() if lora.average == "share_a" else ()
-    return sum(p.numel() for name, p in named if p.requires_grad and re.search(r"\.lora_(embedding_)?B\.", name))
+    return sum(p.numel() for name, p in named if p.requires_grad and B_FACTOR.search(name))
 
 
 def language_model(model: Model, ranks: Iterable[int] = ()) -> Weights:

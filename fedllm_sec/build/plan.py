@@ -96,9 +96,8 @@ def planned(recipe: Recipe, rehearsed: dict[str, list[str]] | None = None) -> Pl
     if defense is not None:  # tried even where something else is wrong, so that all is told at once
         tried = make_threat(recipe) if not problems else None
         known, rehearsal = {} if rehearsed is None else rehearsed, _rehearsal(recipe, UNNAMED)
-        if (
-            key := f"{tried is None} {replace(rehearsal, seed=0)} {recipe.model_dump_json(exclude=UNREAD)}"
-        ) not in known:
+        key = f"{tried is None} {replace(rehearsal, seed=0)} {recipe.model_dump_json(exclude=UNREAD)}"
+        if key not in known:
             known[key] = rehearsal.problems(make_defense(recipe), tried)
         problems += known[key] or drawn_problems(recipe, defense, lambda id: _tried_without(recipe, id))
     if problems or defense is None:

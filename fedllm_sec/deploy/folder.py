@@ -71,10 +71,15 @@ The run lies in run/ and is that of a simulation: fedllm-sec report {folder}/run
 """
 
 
+def _whole(folder: str | Path) -> Path:
+    """Where a folder lies, links followed; unlike Path's, without an error for a loop of links."""
+    return Path(os.path.realpath(Path(folder).expanduser()))
+
+
 @contextlib.contextmanager
 def held(folder: str | Path, client: str | None = None) -> Iterator[None]:
     """Nobody else writes this deployment or brings it up here, or nobody else is this client of it."""
-    path = Path(os.path.realpath(Path(folder).expanduser())) / (f".lock-{client}" if client else ".lock")
+    path = _whole(folder) / (f".lock-{client}" if client else ".lock")
     with locked(path) as mine:
         if not mine:
             who = f"client {client} of it" if client else "it"
@@ -96,7 +101,7 @@ class Deployment:
     @classmethod
     def at(cls, folder: str | Path) -> Deployment:
         """A folder that `init` has made."""
-        path = Path(os.path.realpath(Path(folder).expanduser()))
+        path = _whole(folder)
         try:
             found = json.loads((path / "deployment.json").read_text(encoding="utf-8"))
             return cls(path, str(found["command"]), str(found["cwd"]))
@@ -110,7 +115,7 @@ class Deployment:
     def init(cls, folder: str | Path, recipe: Recipe, command: str) -> Deployment:
         """Write a folder anew; what a run or another recipe has left there is an error."""
         refuse_undeployable(recipe)
-        made = cls(Path(os.path.realpath(Path(folder).expanduser())), command, os.getcwd())
+        made = cls(_whole(folder), command, os.getcwd())
         out = recipe.output.model_copy(update={"folder": str(made.run)})
         text = reading.dump(recipe.model_copy(update={"output": out}))
         there = made.folder / "recipe.yaml"

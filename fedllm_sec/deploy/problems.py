@@ -6,10 +6,11 @@ import hashlib
 import json
 from typing import Any
 
-from fedllm_sec.build.averaging import BASE_MOVES, way_of
+from fedllm_sec.build.averaging import way_of
 from fedllm_sec.build.threat import learning
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import Layout
+from fedllm_sec.recipe.language_model import BASE_MOVES
 from fedllm_sec.recipe.sections import Recipe
 
 # what a device may have otherwise than the server: where its rows lie, how it computes, whether it is malicious
@@ -63,8 +64,7 @@ def deploy_problems(recipe: Recipe) -> list[str]:
     if way == "core":
         found.append(
             "model.lora.average: core: its fixed factors are singular vectors, which other machines find with other "
-            "rounding. "
-            f"Set it to {TRAVEL}."
+            f"rounding. Set it to {TRAVEL}."
         )
     if recipe.enable_defense and any(block["name"] == "dp_sgd" for block in recipe.defense.client):
         found.append(

@@ -4,7 +4,7 @@ updates  UpdateMatrix: column blocks, lazy mixes      layout  named parameters i
 quantise  a flat vector in bytes
 storage  where the rows of a round are kept
 rowfile  rows on disk      fetching  how blocks reach their device      memory  what a phase takes
-shown    whoever is shown rows or model may not change them
+shown    whoever is shown rows or model may not change them      dense  tensors that hold their numbers
 """
 
 from fedllm_sec.matrix.layout import Layout

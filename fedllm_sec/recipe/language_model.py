@@ -43,6 +43,7 @@ def expression(value: str) -> str:
 
 
 Average = Literal["factors", "freeze_a", "freeze_b", "alternate", "stack", "exact", "svd", "pad", "core", "share_a"]
+BASE_MOVES = ("exact", "stack")  # averages in which rounds add to base weights
 Pattern = Annotated[str, AfterValidator(expression)]
 
 
@@ -83,7 +84,7 @@ class Lora(Section):
     @property
     def moves_base(self) -> bool:
         """Whether rounds add to the base model's weights."""
-        return self.average in ("exact", "stack")
+        return self.average in BASE_MOVES
 
     @property
     def starts_from_base(self) -> bool:

@@ -16,6 +16,7 @@ from fedllm_sec.attacks.privacy.reveal import reveal
 from fedllm_sec.attacks.privacy.seen import Observation, Reconstruction
 from fedllm_sec.errors import AttackError, FedError, reason
 from fedllm_sec.matrix import Layout
+from fedllm_sec.matrix.dense import need_dense
 from fedllm_sec.recipe.resolve import did_you_mean
 
 
@@ -127,8 +128,7 @@ def _read(given: Any, place: str) -> Tensor:
         made = torch.as_tensor(given if isinstance(given, Tensor) else np.asarray(given)).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise AttackError(f"{place}: {type(given).__name__} cannot be numbers ({reason(error)}).") from None
-    if made.is_meta:
-        raise AttackError(f"{place}: is on the meta device, where tensors hold no numbers. Load them first.")
+    need_dense(made, f"{place}:", AttackError)
     return made
 
 
