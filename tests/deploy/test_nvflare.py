@@ -68,7 +68,6 @@ HOSTILE = {
     "NaN steps": lambda: contribution("bad", trained(1.0), **{MetaKey.NUM_STEPS_CURRENT_ROUND: float("nan")}),
     "-1 steps": lambda: contribution("bad", trained(1.0), **{MetaKey.NUM_STEPS_CURRENT_ROUND: -1}),
     "metrics": lambda: contribution("bad", {"loss": 1.0}, DataKind.METRICS),
-    "differences, where the others send models": lambda: contribution("bad", trained(1.0), DataKind.WEIGHT_DIFF),
     "a second one": lambda: contribution("site-1", trained(9.0)),
     "an error": lambda: _failed(),
 }
