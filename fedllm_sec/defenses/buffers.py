@@ -19,9 +19,9 @@ def refused(buffers: Tensor, sent: Tensor, layout: Layout, ids: Sequence[str]) -
     """Why the buffers (n, b + c) of some clients are not taken, by client id; `layout` is that of the b floats.
 
     They must be finite, variances and counters not negative, and no counter MOST_BATCHES beyond what was `sent`
-    (b + c,): honest clients count on from the server's, which would soon be no number. What is usual is the median over the clients: a variance
-    may be TIMES the usual one, or the usual one of its layer where that is larger, and a mean may lie DEVIATIONS times
-    the root of that from the usual mean. Where half of the clients lie, so does the median.
+    (b + c,): honest clients count on from the server's, which would soon be no number. What is usual is the median over
+    the clients: a variance may be TIMES the usual one, or the usual one of its layer where that is larger, and a mean
+    may lie DEVIATIONS times the root of that from the usual mean. Where half of the clients lie, so does the median.
     """
     reasons: dict[str, str] = {}
 

@@ -320,7 +320,7 @@ def test_refused_statistics_of_the_only_reply_end_nothing_and_stand_beside_its_r
     negative = arrays_of(lambda arrays: {**arrays, "1.running_var": Array(np.full(2, -1, np.float32))})
     alone = [*(Blocks() for _ in TARGETS), trained(1.0, negative)]
     played(RobustStrategy(FedAvg(fraction_evaluate=0.0), rule="mean", log=tmp_path), alone, rounds=1)
-    (record,) = read_history(tmp_path / "history.jsonl")
+    (record,) = read_history(tmp_path)
     assert record.buffers_refused == {"6": "buffers: 1.running_var is negative"}
     assert "6" not in record.quarantined
     assert record.weights == {"6": 1.0}
@@ -330,7 +330,7 @@ def test_refused_statistics_of_the_only_reply_end_nothing_and_stand_beside_its_r
 def test_a_counter_that_one_client_makes_up_does_not_stop_the_rounds_after_it(rule, tmp_path):
     made_up = arrays_of(lambda arrays: {**arrays, "1.num_batches_tracked": Array(np.array(2**53 - 1))})
     found = played(RobustStrategy(FedAvg(fraction_evaluate=0.0), rule=rule, log=tmp_path), all_but(made_up))
-    assert [record.skipped for record in read_history(tmp_path / "history.jsonl")] == [None] * 3
+    assert [record.skipped for record in read_history(tmp_path)] == [None] * 3
     assert found.arrays["1.num_batches_tracked"].numpy() == 9  # three batches in each of three rounds
 
 
