@@ -54,12 +54,12 @@ class Scanner:
 
     def deviations(self, features: np.ndarray) -> np.ndarray:
         """How many standard deviations of the clean each feature lies from their mean: (..., k)."""
-        return (features - self.mean) / self.std
+        return np.asarray((features - self.mean) / self.std)
 
     def probability(self, features: np.ndarray) -> np.ndarray:
         """That an adapter with these features (..., k) is backdoored: (...,)."""
         at = self.deviations(features) @ self.weights + self.intercept
-        return 0.5 * (1 + np.tanh(0.5 * at))  # the sigmoid, which does not overflow
+        return np.asarray(0.5 * (1 + np.tanh(0.5 * at)))  # the sigmoid, which does not overflow
 
 
 def spectral_scan(features: np.ndarray, backdoored: np.ndarray, *, strength: float = 1.0) -> Scanner:
@@ -72,7 +72,8 @@ def spectral_scan(features: np.ndarray, backdoored: np.ndarray, *, strength: flo
 
     Stated here: pages that tell of the paper were read, its formulas could not be looked up. The entropy's and the
     concentration's shares are of squares, the kurtosis is that of the singular values, m_4 / m_2^2. The paper scans the
-    four attention projections, 20 numbers; here every adapted matrix counts for itself. The statistics see singular
+    four attention projections, 20 numbers; here every adapted matrix counts for itself. An effective rank, which some name
+    in place of the leading value, would be exp(entropy), a number that is there already. The statistics see singular
     values and no singular vectors: whoever gives a backdoored adapter the singular values of a clean one is
     indistinguishable from it (docs/lora.md).
     """
