@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f'error: there is no command "{words[0]}".{did_you_mean(words[0], COMMANDS)}\n\n{USAGE}', file=sys.stderr)
         return 2
-    print(f"{USAGE}\n\nEach has its own --help. train, benchmark, report, menu and recipe are also `python -m fedllm_sec.COMMAND`.")
+    modules = "train, benchmark, report, menu and recipe are also `python -m fedllm_sec.COMMAND`"
+    print(f"{USAGE}\n\nEach has its own --help; {modules}.")
     return 0
 
 

@@ -72,9 +72,9 @@ def spectral_scan(features: np.ndarray, backdoored: np.ndarray, *, strength: flo
 
     Stated here: pages that tell of the paper were read, its formulas could not be looked up. The entropy's and the
     concentration's shares are of squares, the kurtosis is that of the singular values, m_4 / m_2^2. The paper scans the
-    four attention projections, 20 numbers; here every adapted matrix counts for itself. An effective rank, which some name
-    in place of the leading value, would be exp(entropy), a number that is there already. The statistics see singular
-    values and no singular vectors: whoever gives a backdoored adapter the singular values of a clean one is
+    four attention projections, 20 numbers; here every adapted matrix counts for itself. An effective rank, which some
+    name in place of the leading value, would be exp(entropy), a number that is there already. The statistics see
+    singular values and no singular vectors: whoever gives a backdoored adapter the singular values of a clean one is
     indistinguishable from it (docs/lora.md).
     """
     from sklearn.linear_model import LogisticRegression
