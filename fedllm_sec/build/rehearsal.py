@@ -60,7 +60,7 @@ class Rehearsal:
                 except (AttackError, DefenseError) as error:
                     if self.layout not in (UNNAMED, PAIRED) or not any(word in str(error) for word in NAMES):
                         found.append(f"{place}: {error}")
-                except Exception as error:  # a method from outside may raise anything
+                except (Exception, SystemExit) as error:  # a method from outside may raise anything
                     if not (self.code or outside_frames(error)):
                         raise
                     found.append(f"{place}: {_told(error, threat.start if place == 'attack' and threat else 1)}")
@@ -168,10 +168,11 @@ def outside_frames(error: BaseException) -> list[traceback.FrameSummary]:
     return [frame for frame in traceback.extract_tb(error.__traceback__) if not known(frame.filename)]
 
 
-def _told(error: Exception, round: int) -> str:
+def _told(error: BaseException, round: int) -> str:
     """What a method from outside raised, where, and what is not there in the first round, in a line."""
     where = place_of((outside_frames(error) or traceback.extract_tb(error.__traceback__))[-1])
-    first = " In the first round there is no last_update: it is None." if round == 1 else ""
+    missed = round == 1 and "NoneType" in str(error)
+    first = " In the first round there is no last_update: it is None." if missed else ""
     return f"in a rehearsed round {round}: {type(error).__name__}: {error} ({where}).{first}"
 
 

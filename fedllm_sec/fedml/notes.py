@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,6 +73,8 @@ SAID = (
 def switched_on(flat: Mapping[str, Any], key: str) -> bool:
     """Whether a switch is on, as PyYAML reads it for FedML: yes and on are true there, and words to our reader."""
     value = flat.get(key)
+    if value not in (0, 1) and not isinstance(value, (bool, str, type(None))):
+        raise RecipeError(f"{key}: {value!r}: must be true or false.")
     return value is True or value == 1 or (isinstance(value, str) and value.lower() in ("yes", "on", "true"))
 
 
@@ -91,6 +94,8 @@ def number(flat: Mapping[str, Any], key: str, default: float | None = None) -> A
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RecipeError(f"{key}: {value!r}: must be a number.")
+    if not math.isfinite(value):
+        raise RecipeError(f"{key}: {value}: must be a finite number.")
     return value
 
 

@@ -128,7 +128,7 @@ def clients(flat: Values) -> Part:
         ("epochs", "local_epochs"),
         ("batch_size", "batch_size"),
     ):
-        if key in flat:
+        if number(flat, key) is not None:
             block[ours] = number(flat, key)
             notes.append(same(key, f"clients.{ours}"))
     block.setdefault("local_epochs", 1)
@@ -140,7 +140,7 @@ def clients(flat: Values) -> Part:
         how = "FedML takes every name but sgd for Adam with amsgrad and weight decay in the gradient"
         note = same("client_optimizer", "clients.optimizer")
         notes.append(note if sgd else differs("client_optimizer", "clients.optimizer adamw", how))
-    if "learning_rate" in flat:
+    if number(flat, "learning_rate") is not None:
         block["lr"] = number(flat, "learning_rate")
         notes.append(same("learning_rate", "clients.lr"))
     if "weight_decay" in flat and sgd:
@@ -170,7 +170,7 @@ def algorithm(flat: Values) -> Part:
         block |= settings
         notes += more
     for key, method, setting in (("fedprox_mu", "fedprox", "mu"), ("feddyn_alpha", "feddyn", "alpha")):
-        if key in flat and ours == method:
+        if number(flat, key) is not None and ours == method:
             block[setting] = number(flat, key)
             notes.append(same(key, f"{method}.{setting}"))
     for key in ("server_optimizer", "server_lr", "server_momentum", "fedprox_mu", "feddyn_alpha"):

@@ -125,7 +125,7 @@ def label_flipping(flat: Values) -> Part:
         "data": [{"name": "label_flip", "mapping": dict(zip(old, new, strict=True))}],
     }
     for key, ours in (("poison_start_round_id", "start"), ("poison_end_round_id", "stop")):
-        if key in flat:
+        if number(flat, key) is not None:
             block[ours] = number(flat, key) + 1
             notes.append(same(key, f"attack.{ours}, counted from 1"))
     return block, notes

@@ -143,7 +143,7 @@ class ArrayData(Section):
     train: str = "train"  # split of a hub set, or a folder in the folder
     test: str = "test"  # the same for the held-out rows
     test_share: float | None = Field(None, gt=0.0, lt=1.0)  # held out of a set in one part; None: 0.1
-    size: PositiveInt | None = None  # bring images to size x size pixels
+    size: int | None = Field(None, gt=0, le=4096)  # bring images to size x size pixels
     image: str | None = None  # column of a hub set; None: the only image column it has
     label: str | None = None  # column of a hub set; None: the only label column it has
     classes: int | None = Field(None, ge=2, le=MOST_CLASSES)  # None: the largest training label + 1

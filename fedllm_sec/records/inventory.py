@@ -52,7 +52,7 @@ def read_summary(folder: Path) -> dict[str, Any] | str:
     """The content of a summary.json that is as it was written, else what is wrong with it."""
     path = folder / SUMMARY
     if not path.is_file():
-        return "is gone"
+        return "is no file" if path.exists() else "is gone"
     try:
         data = path.read_bytes()
         found = json.loads(data)
@@ -80,7 +80,7 @@ def _wrong(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):  # resolve() refuses a loop of links
         return "lies outside the folder"
     if not path.is_file():
-        return "is gone"
+        return "is no file" if path.exists() else "is gone"
     if path.stat().st_size != entry["bytes"]:
         return f"has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
     return "" if sha256(path) == entry["sha256"] else "holds other bytes than the run wrote"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.errors import FedError, ResumeError
+from fedllm_sec.records import inventory
+from fedllm_sec.records.files import sha256
 from fedllm_sec.records.folder import read_recipe
 from fedllm_sec.records.history import RoundRecord, read_history
 
@@ -172,7 +174,7 @@ def read_run(folder: Path) -> Run:
     if missing:
         raise ReportError(
             f"{folder}: a half-written run folder, without {' and '.join(missing)}. "
-            "Start the run again with the same command; it goes on where it stopped."
+            "Start the run again with the same command: it goes on where it stopped, or says what must be restored."
         )
     recipe, recipe_text = read_recipe(folder / "recipe.yaml"), _read_text(folder / "recipe.yaml")
     warnings = []
@@ -187,6 +189,13 @@ def read_run(folder: Path) -> Run:
     last, planned = records[-1].round, recipe.get("rounds")
     if isinstance(planned, int) and last < planned:
         warnings.append(f"not finished: {last} of {planned} rounds are recorded.")
+    closed = inventory.read_summary(folder)
+    made = closed["made"].get("recipe.yaml") if isinstance(closed, dict) else None
+    if made is not None and sha256(folder / "recipe.yaml") != made["sha256"]:
+        warnings.append(
+            "recipe.yaml is not as the run left it: what is said of attack and defense may be untrue. "
+            "fedllm-sec verify names what has changed."
+        )
     if not (folder / "summary.json").is_file() and not warnings:
         warnings.append("summary.json is missing: the run was stopped before it closed its folder.")
     return Run(folder.resolve().name, folder, recipe, recipe_text, environment, records, tuple(warnings))
@@ -206,7 +215,8 @@ def _read_records(folder: Path, written_by: Any) -> tuple[RoundRecord, ...]:
         if written_by is not None and written_by != VERSION:
             text += f" It was written by fedllm_sec {written_by}; this is {VERSION}. Read it with that."
         else:
-            text += " If the run was killed while writing, the same command starts it again and repairs this."
+            text += " If the run was killed while writing, the same command starts it again and repairs this,"
+            text += " or says what must be restored."
         raise ReportError(text) from error
 
 

@@ -454,3 +454,15 @@ def test_the_page_on_migration_names_every_name():
     page = (ROOT / "docs" / "migration.md").read_text()
     for name in (*ATTACKS, *DEFENSES, *WITHOUT, *MODELS, *DATA, *ALGORITHMS):
         assert f"`{name}`" in page, name
+
+
+def test_nothing_is_not_given_and_what_is_no_number_or_switch_is_refused():
+    sections = {"train_args": {"client_num_in_total": None, "client_num_per_round": 4, "comm_round": 2}}
+    assert "total" not in translate(sections)[0]["clients"]
+    for key, value, words in (
+        ("client_num_in_total", float("inf"), "client_num_in_total: inf: must be a finite number"),
+        ("enable_attack", 2, "enable_attack: 2: must be true or false"),
+        ("enable_attack", [1], r"enable_attack: \[1\]: must be true or false"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            translate({"train_args": {"comm_round": 2, key: value}, "data_args": {"dataset": "mnist"}})

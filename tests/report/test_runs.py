@@ -10,6 +10,7 @@ import pytest
 
 from fedllm_sec.errors import FedError
 from fedllm_sec.records.files import write_json
+from fedllm_sec.records.inventory import sealed
 from fedllm_sec.report.__main__ import main
 from fedllm_sec.report.runs import read_runs
 
@@ -77,6 +78,20 @@ def test_a_line_cut_off_by_a_kill_is_named(make_run: MakeRun, tmp_path: Path) ->
     path.write_text(path.read_text()[:-40])
     with pytest.raises(FedError, match=r"history\.jsonl, line 4: .* repairs this"):
         read_runs([folder])
+
+
+def test_a_line_that_is_no_record_is_named_in_words(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rounds=1)
+    (folder / "history.jsonl").write_text("null\n")
+    with pytest.raises(FedError, match=r"line 1: not a round record, no mapping\. If"):
+        read_runs([folder])
+
+
+def test_a_recipe_that_is_not_as_the_run_left_it_is_said(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rounds=1)
+    made = {"recipe.yaml": {"bytes": 1, "sha256": "0" * 64}}
+    (folder / "summary.json").write_bytes(sealed({"rounds": 1, "made": made}))
+    assert any("recipe.yaml is not as the run left it" in warning for warning in read_runs([folder])[0].warnings)
 
 
 @pytest.mark.parametrize("content", ["", "junk", "[]", "null"])
