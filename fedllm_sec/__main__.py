@@ -15,6 +15,7 @@ COMMANDS = {
     "deploy": ("fedllm_sec.deploy.command", "run a recipe on real clients, over Flower"),
     "report": ("fedllm_sec.report.__main__", "make tables and a page of finished runs"),
     "aggregate": ("fedllm_sec.api.folders", "make one adapter of several, by a rule"),
+    "scan": ("fedllm_sec.grid.scan", "say whether a saved adapter looks backdoored"),
     "audit": ("fedllm_sec.build.audit", "show what an observer learnt from a run"),
     "verify": ("fedllm_sec.records.verify", "check that run folders are as their runs left them"),
     "menu": ("fedllm_sec.menu", "list what a recipe can name"),

@@ -149,6 +149,7 @@ def heed_ctrl_c() -> None:
 
 
 OF_ANOTHER_RANK = ("gloo/transport/", "onnection closed by peer", "onnection reset")
+INSTALLED = ("site-packages", "dist-packages")
 IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
@@ -170,18 +171,25 @@ def in_words(error: Exception, again: str = "the same command") -> str | None:
         told = re.sub(r"^\[[^]]*gloo/[^]]*\] ", "", text).partition(". This is typically")[0]
         what = f"another process of this run has ended, or does not answer ({told[:200]})"
     elif (found := outside_code_of(error)) is not None:
-        return f"{found}, which the recipe names: {type(error).__name__}: {text[:300]}. Mend it; {again} then goes on."
+        place, library = found
+        whose = "in a library that the recipe's model or methods run in" if library else "which the recipe names"
+        way_out = "Change what is asked of it" if library else "Mend it"
+        return f"{place}, {whose}: {type(error).__name__}: {text[:300]}. {way_out}; {again} then goes on."
     else:
         return None
     return f"{what}. What was written is whole: {again} goes on from there."
 
 
-def outside_code_of(error: Exception) -> str | None:
-    """The place in code that is neither this program's nor a library's, where it raised the error; None elsewhere."""
+def outside_code_of(error: Exception) -> tuple[str, bool] | None:
+    """The place in code that is not this program's where it raised the error, and whether all such code is installed.
+
+    The last place that is not installed, where there is one: a user's model that a library calls. None elsewhere.
+    """
     from fedllm_sec.build.rehearsal import outside_frames, place_of
 
     frames = outside_frames(error)
-    return place_of(frames[-1]) if frames else None
+    own = [frame for frame in frames if not any(folder in frame.filename for folder in INSTALLED)]
+    return (place_of((own or frames)[-1]), not own) if frames else None
 
 
 # ---------------------------------------------------------------- file -> raw -> checked recipe -> plan

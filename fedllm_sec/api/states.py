@@ -34,6 +34,7 @@ class Merged:
     trained: list[str]  # names of the parameters that the rule saw
     frozen: list[str]  # names that most clients sent back as they were: they stay
     refused: dict[str, str]  # client id -> why its state, or its running statistics, were not taken
+    buffers_refused: dict[str, str]  # of those, who had a row in the rule all the same
 
 
 def aggregate_state_dicts(
@@ -55,7 +56,7 @@ def aggregate_state_dicts(
     - Parameters that more than half of the clients send back bit for bit are frozen: no rule sees them, they stay.
     - Tensors that share memory in `global_state` (tied embeddings) are one parameter, and share memory in the answer.
     - Running means and variances are no parameters: screened, and combined by the rule's own row weights, or by the
-      median where it has none; a refused client's are not taken. Counters (num_batches_tracked) take the largest.
+      median where it has none; a refused client's are not taken. Counters (num_batches_tracked) take the middle one.
     - Other integers and booleans stay where more than half of the clients have them so, else take the median.
     - Changes are computed in float32, added in float64 and come back in the dtype of `global_state`. Nobody's tensors
       are changed.
@@ -101,6 +102,7 @@ def aggregate_state_dicts(
         if "are set aside" not in str(warning.message):  # said below, with the others
             warnings.warn(str(warning.message), stacklevel=2)
     reasons |= screen(matrix)[1]
+    rowless = set(reasons)
     made = {
         key: (given[key].detach().double() + part.double()).to(given[key].dtype)
         for key, part in layout.split(decision.update).items()
@@ -119,7 +121,9 @@ def aggregate_state_dicts(
         listed = "; ".join(f"{id}: {why}" for id, why in list(reasons.items())[:5])
         warnings.warn(f"aggregate_state_dicts: not taken of {len(reasons)} of {len(states)} clients: {listed}.",
                       stacklevel=2)  # fmt: skip
-    return Merged({key: made[key] for key in given}, _for_all(decision, at, len(states)), trained, frozen, reasons)
+    buffers_refused = {id: why for id, why in reasons.items() if id not in rowless}
+    state, spread = {key: made[key] for key in given}, _for_all(decision, at, len(states))
+    return Merged(state, spread, trained, frozen, reasons, buffers_refused)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -186,7 +190,7 @@ def _statistics(
 
     layout = Layout.of((key, given[key]) for key in floats)
     rows, own = torch.stack([flat(state) for state in states]), flat(given)
-    not_taken = refused(rows, layout, ids)
+    not_taken = refused(rows, own, layout, ids)
     reasons |= not_taken
     for k, id in enumerate(ids):
         if id in not_taken:

@@ -113,12 +113,18 @@ def _opened(start: Start) -> Iterator[Any]:
 
 
 def _lay_adapter(task: Any, start: Start) -> None:
-    """The factors of a peft adapter folder over the task's own adapter; a frozen factor too."""
+    """The factors of a peft adapter folder over the task's own adapter; a frozen factor too.
+
+    peft lays a copy of the base model's embeddings beside an adapter of them: it may be there where it is the base's.
+    """
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(task.model, save_embedding_layers=False)
     with _opened(start) as file:
-        _lay(start.path, file, {name: name for name in file.keys()}, own, needed=own)  # noqa: SIM118
+        held = set(file.keys())
+        base = {name: t for name, t in task.model.state_dict().items() if name in held and name not in own}
+        copies = {name for name, tensor in base.items() if torch.equal(file.get_tensor(name).to(tensor), tensor)}
+        _lay(start.path, file, {name: name for name in held - copies}, own, needed=own)
 
 
 def _lay_state(task: Any, start: Start) -> None:

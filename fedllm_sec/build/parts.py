@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from fedllm_sec.data import partition
 from fedllm_sec.errors import AttackError, RecipeError
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.protocols import Labelled, tensors_of
+from fedllm_sec.recipe.resolve import find
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.seeds import generator_for, seed_for
 
@@ -91,6 +93,8 @@ def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn
     """The model of the recipe, its weights drawn by the seed."""
     name = recipe.model["name"]
     with told_in_a_line(recipe.model, "model"):
+        if ":" in name and not name.startswith(OF_TORCHVISION):
+            _need_function(name)
         maker = make(model_block(recipe.model), models.MENU, "model")
     with torch.random.fork_rng(devices=[]), told_in_a_line(recipe.model, "model"):
         torch.manual_seed(seed_for(recipe.seed, "model"))  # layers draw from torch's global generator
@@ -112,6 +116,22 @@ def make_model(recipe: Recipe, shape: tuple[int, ...], classes: int) -> torch.nn
     if not any(p.requires_grad and p.numel() for p in made.parameters()):
         raise RecipeError(f"model.name: {name}: has no parameter to be trained. Set requires_grad on some.")
     return made
+
+
+def _need_function(name: str) -> None:
+    """Raise where what the model's name stands for cannot be called with (shape, classes)."""
+    maker = find(name, models.MENU, "model")
+    wrong = "is a class of models, not a function that makes one"
+    if not (isinstance(maker, type) and issubclass(maker, torch.nn.Module)):
+        try:
+            inspect.signature(maker).bind((1,), 2)
+            return
+        except TypeError as error:
+            wrong = f"cannot be called with (shape, classes): {error}"
+    raise RecipeError(
+        f"model.name: {name}: {wrong}. Name a function such as: def wide(shape, classes, *, width: int = 8) -> "
+        "torch.nn.Module"
+    )
 
 
 class Poisoned(dict[str, Any]):

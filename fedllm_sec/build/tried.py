@@ -125,6 +125,11 @@ def _need_logits(place: str, said: Any, rows: Labelled) -> None:
         )
     if not bool(said.isfinite().all()):
         raise RecipeError(f"{place}: its logits of two images are not finite. Change how its weights begin.")
+    if rows.classes > 1 and bool((said >= 0).all()) and bool((said.sum(-1) - 1).abs().max() < CLOSE):
+        raise RecipeError(
+            f"{place}: gives probabilities (each row's {rows.classes} values sum to 1), must give logits: the loss "
+            "takes their softmax itself. Leave out the model's own."
+        )
 
 
 def _need_gradient(place: str, task: Classify, rows: Labelled) -> None:

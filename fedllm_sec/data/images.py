@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 GREY = {"1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N"}  # modes of images without colour
 DEEP = {"I", "F"}  # whose values have no agreed range
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 LARGEST = 10**8  # pixels of an image
 
 
@@ -43,12 +44,23 @@ def image_folder(folder: Path, train: str, test: str, size: tuple[int, int] | No
         raise DataError(f"data: {folder}: has a folder {there.name} and none {lost.name}. Name both, or neither.")
     else:
         found, keys = {"all": _files(folder)}, {"all": ""}
+        _refuse_parts(folder, {name for _, name in found["all"]})
     grey = all(_mode(path) in GREY for files in found.values() for path, _ in files)
     raw: dict[str, np.ndarray] = {}
     for part, files in found.items():
         raw[f"x{keys[part]}"] = _stacked([_pixels(path, grey, size) for path, _ in files], folder)
         raw[f"y{keys[part]}"] = np.array([name for _, name in files])
     return raw
+
+
+def _refuse_parts(folder: Path, classes: set[str]) -> None:
+    """Raise where what would be classes are named like parts of a data set."""
+    if len(classes) > 1 and all(name.casefold() in PARTS for name in classes):
+        first = sorted(classes, key=lambda name: "train" not in name.casefold())
+        raise DataError(
+            f"data: {folder}: its folders {', '.join(first)} are named like parts, not like classes. Name them: "
+            f"data.train: {first[0]}, data.test: {first[1]}."
+        )
 
 
 def _files(folder: Path) -> list[tuple[Path, str]]:

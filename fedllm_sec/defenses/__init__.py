@@ -5,9 +5,9 @@ global vector to the one that is kept). `CLIENT_MENU` lists what clients run on 
 any task, `client_rows` where each row has a loss of its own, `client_image` for classifiers of images.
 
 Methods: before, columns, krum, geometric, similarity, cluster, deepsight, rflbat, filters, alignment, adapters,
-spectral, history, prediction, residual, trust, latent, after, client_side, compression, dp_sgd, space, layers. Around
-them: screen (what is checked on a row), pipeline (the stages of a recipe), checks and claims (what rules ask of rows),
-privacy and accountant (epsilon), conformance and subject (the kit behind `fedllm_sec.testing`).
+spectral, history, prediction, residual, trust, latent, after, client_side, compression, dp_sgd, space, layers, spectrum
+(of saved adapters). Around them: screen (what is checked on a row), pipeline (the stages of a recipe), checks and
+claims (what rules ask of rows), privacy and accountant (epsilon), conformance and subject (`fedllm_sec.testing`).
 """
 
 from fedllm_sec.defenses.adapters import clair, horus

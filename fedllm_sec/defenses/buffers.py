@@ -12,14 +12,16 @@ from fedllm_sec.matrix import Layout
 MEAN, VARIANCE = "running_mean", "running_var"  # how torch calls the statistics of BatchNorm
 TIMES = 100.0  # a variance may be so many times what is usual
 DEVIATIONS = 10.0  # a mean may lie so many standard deviations from what is usual
+MOST_BATCHES = 1e9  # that a counter may gain in a round: as many as the local steps that a client may claim
 
 
-def refused(buffers: Tensor, layout: Layout, ids: Sequence[str]) -> dict[str, str]:
+def refused(buffers: Tensor, sent: Tensor, layout: Layout, ids: Sequence[str]) -> dict[str, str]:
     """Why the buffers (n, b + c) of some clients are not taken, by client id; `layout` is that of the b floats.
 
-    They must be finite, variances and counters not negative. What is usual is the median over the clients: a variance
-    may be TIMES the usual one, or the usual one of its layer where that is larger, and a mean may lie DEVIATIONS times
-    the root of that from the usual mean. Where half of the clients lie, so does the median.
+    They must be finite, variances and counters not negative, and no counter MOST_BATCHES beyond what was `sent`
+    (b + c,): honest clients count on from the server's, which would soon be no number. What is usual is the median over
+    the clients: a variance may be TIMES the usual one, or the usual one of its layer where that is larger, and a mean
+    may lie DEVIATIONS times the root of that from the usual mean. Where half of the clients lie, so does the median.
     """
     reasons: dict[str, str] = {}
 
@@ -29,7 +31,9 @@ def refused(buffers: Tensor, layout: Layout, ids: Sequence[str]) -> dict[str, st
 
     places = layout.slices()
     refuse(~buffers.isfinite().all(1), "buffers: not all are finite")
-    refuse((buffers[:, layout.size :] < 0).any(1), "buffers: a counter is negative")
+    counts = buffers[:, layout.size :]
+    refuse((counts < 0).any(1), "buffers: a counter is negative")
+    refuse((counts - sent[layout.size :] > MOST_BATCHES).any(1), f"buffers: a counter gains over {MOST_BATCHES:g}")
     for name, at in places.items():
         if name.rpartition(".")[2] == VARIANCE:
             refuse((buffers[:, at] < 0).any(1), f"buffers: {name} is negative")
@@ -58,7 +62,8 @@ def combined(buffers: Tensor, floats: int, weights: Tensor | None) -> Tensor:
     """One vector (b + c,) of the clients' (n, b + c): the mean of the floats by the rule's own row weights (n,).
 
     Weights are divided by their sum. Where a rule has none, as coordinate-wise ones, or some below 0, it is the
-    coordinate-wise median. Counters are the largest of those who have a weight.
+    coordinate-wise median. Counters are the middle one of those who have a weight, the larger of two: the largest
+    would be whatever one client says.
     """
     own = weights.to(buffers) if weights is not None else None
     if own is None or bool((own < 0).any()) or not float(own.sum()) > 0:
@@ -66,7 +71,8 @@ def combined(buffers: Tensor, floats: int, weights: Tensor | None) -> Tensor:
     else:
         taken = own > 0
         found = (own[taken] / own.sum()) @ buffers[taken, :floats]
-    return torch.cat([found, buffers[taken, floats:].amax(0)])
+    counts = buffers[taken, floats:].sort(dim=0).values
+    return torch.cat([found, counts[len(counts) // 2]])
 
 
 def _median(values: Tensor) -> Tensor:

@@ -83,10 +83,10 @@ def _each(sigma: float, absolute: bool, d: int) -> float:
 
 def unbacked(before: Sequence[Before], rule: Defense, after: Sequence[After]) -> str | None:
     """Why the global models of stages like these have no (epsilon, delta) whatever the server does; None: they may."""
-    if not after and any(settings_if(stage, weak_dp_client) is not None for stage in before):
-        return "weak_dp_client is not the first stage, or has no number as radius, or its sigma is 0"
     noise = settings_if(after[0], weak_dp) if after else None
     if noise is None:
+        if any(settings_if(stage, weak_dp_client) is not None for stage in before):
+            return "weak_dp_client is not the first stage, or has no number as radius, or its sigma is 0"
         return NO_NOISE
     if not noise.get("absolute"):
         return "weak_dp's noise is relative to the step, whose length the rows decide (set its absolute: true)"

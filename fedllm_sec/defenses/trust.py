@@ -54,7 +54,7 @@ def fltrust(updates: UpdateMatrix, ctx: RoundContext) -> Decision:
     no row has a positive cosine with g0 (all zero rows among them) the paper's quotient is 0 / 0; the update
     is then g0 itself (note `root_only` = 1). A g0 of zero gives the zero update. Scores are 1 - TS_i.
     """
-    way_out = "Set defense.root_rows, the clean rows the server holds, or choose another rule."
+    way_out = "Set defense.root_rows, the clean rows the server holds (root_update in a call), or choose another rule."
     root = root_of(updates, ctx, "fltrust", way_out)
     dots, norms, root_norm = beside_vector(updates, root)[:3]
     weights, trust = trust_weights(dots, norms, root_norm)
@@ -73,7 +73,9 @@ def monna(updates: UpdateMatrix, ctx: RoundContext, *, f: int, trusted: str | No
     """
     n = updates.n
     need_f("monna", n, f, n >= 2 * f + 1, "n >= 2f + 1 clients")
-    way_out = "Set trusted to a client id, or defense.root_rows, the clean rows the server holds."
+    way_out = (
+        "Set trusted to a client id, or defense.root_rows, the clean rows the server holds (root_update in a call)."
+    )
     if trusted is None:
         root = root_of(updates, ctx, "monna", way_out)
         distances = beside_vector(updates, root)[3]

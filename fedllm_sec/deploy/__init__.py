@@ -8,4 +8,5 @@ server    the ServerApp: the one round loop, over devices   command   `fedllm-se
 client    the ClientApp: a device with its own data         flower    RobustStrategy, around any Flower strategy
 resident  a device's process, which keeps its model         sooner    Flower's waits, shortened
 residents many of them, forked from one process             nvflare   RobustAggregator, for NVFlare's workflows
+link      a SuperLink that ends with who started it
 """

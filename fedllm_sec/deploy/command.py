@@ -13,6 +13,7 @@ from fedllm_sec.deploy.problems import need_flower
 from fedllm_sec.errors import FedError, RecipeError, quietly
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.environment import typed
+from fedllm_sec.records.files import in_a_line
 from fedllm_sec.train import Terminated, heed_ctrl_c, in_words, load
 
 if TYPE_CHECKING:
@@ -214,6 +215,9 @@ def _client(options: argparse.Namespace, command: str) -> None:
     from fedllm_sec.deploy.keys import certificate
     from fedllm_sec.deploy.processes import Processes
 
+    host, _, port = options.superlink.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise FedError(f"--superlink {in_a_line(options.superlink)}: must be HOST:PORT, such as server.local:8000.")
     made = Deployment.at(options.folder)
     if options.client not in made.clients():
         raise RecipeError(

@@ -58,7 +58,7 @@ class Decisions:
         """Round `number`: whose states were usable, what the rule made of them, who was refused and why."""
         if self.folder is None:
             return
-        decision = merged.decision if merged is not None else None
+        decision, beside = (merged.decision, merged.buffers_refused) if merged is not None else (None, {})
 
         def by_id(values: Tensor | None) -> dict[str, float] | None:
             return None if values is None else dict(zip(ids, map(float, values.tolist()), strict=True))
@@ -71,7 +71,8 @@ class Decisions:
             attacking=False,
             losses={},
             norms={},
-            quarantined=dict(refused),
+            quarantined={id: why for id, why in refused.items() if id not in beside},
+            buffers_refused=beside,
             weights=by_id(decision.weights) if decision is not None else None,
             kept=[id for id, value in kept.items() if value] if kept is not None else None,
             scores=by_id(decision.scores) if decision is not None else None,

@@ -31,6 +31,7 @@ from fedllm_sec.deploy.exchange import CarefulGrid, in_short
 from fedllm_sec.deploy.replies import MOST_EXAMPLES, number
 from fedllm_sec.deploy.wire import Refused
 from fedllm_sec.errors import DefenseError
+from fedllm_sec.kernels.claims import capped
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import RoundContext
 from fedllm_sec.seeds import generator_for
@@ -44,9 +45,10 @@ class RobustStrategy(Strategy):
     `inner` is any strategy (FedAvg, FedAdam, ...) and keeps its settings; `rule`, its settings, `before` and `after`
     are as in `fedllm_sec.aggregate`: menu names, ("name", {settings}) or callables. Rules that remember do so by node
     id. Replies that cannot be used are refused with a reason: other arrays, shapes, types or sizes than were sent,
-    values that are not finite, claims that are no numbers of examples. `deltas` says that the app's clients send
-    differences. `log` is a folder whose history.jsonl gets a line a round, for `fedllm-sec report`. `screen` is True:
-    nobody's reply goes unscreened.
+    values that are not finite, claims that are no numbers of examples (the metric `weighted_by`; else that of the
+    strategy inside). `deltas` says that the app's clients send differences. `log` is a folder whose history.jsonl gets
+    a line a round, for `fedllm-sec report`; a round that is skipped is also a warning. `screen` is True: nobody's reply
+    goes unscreened.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class RobustStrategy(Strategy):
         screen: bool = True,
         deltas: bool = False,
         log: str | Path | None = None,
-        weighted_by: str = "num-examples",
+        weighted_by: str | None = None,
         seed: int = 0,
         **settings: Any,
     ) -> None:
         if screen is not True:
             raise DefenseError(f"RobustStrategy: screen={screen!r}: replies are always screened. Leave it out.")
-        self.inner, self.deltas, self.weighted_by, self.seed = inner, deltas, weighted_by, seed
+        self.inner, self.deltas, self.seed = inner, deltas, seed
+        self.weighted_by: str = weighted_by or getattr(inner, "weighted_by_key", "num-examples")
         self.rule = made(rule, settings, "rule", "rule")
         self.before = [made(item, {}, "before", f"before[{i}]") for i, item in enumerate(before)]
         self.after = [made(item, {}, "after", f"after[{i}]") for i, item in enumerate(after)]
@@ -129,9 +132,11 @@ class RobustStrategy(Strategy):
                 skipped = in_short(str(error))
         if merged is None:
             self.log.add(server_round, list(states), None, refused, examples, 0.0, skipped)
+            who = "; ".join(f"node {node}: {why}" for node, why in list(refused.items())[:3])
+            warnings.warn(f"RobustStrategy: round {server_round} is skipped: {skipped}. {who}", stacklevel=2)
             return None, None
         refused |= merged.refused
-        taken = [node for node in states if node not in refused]
+        taken = [node for node in states if node not in merged.refused or node in merged.buffers_refused]
         content = self._content(merged, usable[taken[0]], [usable[n] for n in taken], sum(counts[n] for n in taken))
         handed = copy.copy(usable[taken[0]])
         handed.content = content
@@ -143,7 +148,10 @@ class RobustStrategy(Strategy):
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The strategy's own mean of the replies whose metrics are those that most clients send, all finite numbers."""
+        """The strategy's own mean of the replies whose metrics are those that most clients send, all finite numbers.
+
+        A claim of examples weighs no more than CAP median claims, as in the rules.
+        """
         kept: dict[int, Message] = {}
         for reply in replies:
             try:
@@ -155,9 +163,22 @@ class RobustStrategy(Strategy):
             return None
         shapes = {node: _shape_of(reply) for node, reply in kept.items()}
         usual = Counter(shapes.values()).most_common(1)[0][0]
-        return self.inner.aggregate_evaluate(server_round, [m for node, m in kept.items() if shapes[node] == usual])
+        alike = [m for node, m in kept.items() if shapes[node] == usual]
+        counts = [self._count(m) for m in alike]
+        return self.inner.aggregate_evaluate(
+            server_round, [self._weighing(m, most) for m, most in zip(alike, capped(counts).tolist(), strict=True)]
+        )
 
     # ------------------------------------------------------------ a reply
+
+    def _weighing(self, reply: Message, most: float) -> Message:
+        """The same reply, claiming at most so many examples."""
+        ((name, metrics),) = reply.content.metric_records.items()
+        if float(metrics[self.weighted_by]) <= most:  # type: ignore[arg-type]
+            return reply
+        weighed = copy.copy(reply)
+        weighed.content = RecordDict({**reply.content, name: MetricRecord({**metrics, self.weighted_by: most})})
+        return weighed
 
     def _count(self, reply: Message) -> float:
         """The claimed examples of a reply whose metrics are all finite numbers."""
@@ -189,7 +210,12 @@ class RobustStrategy(Strategy):
         state = {name: read_array(arrays[name], wanted, name) for name, wanted in self.sent.items()}
         if not self.deltas:
             return state
-        return {k: self.sent[k] + v if v.is_floating_point() else v for k, v in state.items()}
+        sent = self._compared()
+        return {k: sent[k] + v.double() if v.is_floating_point() else v for k, v in state.items()}
+
+    def _compared(self) -> dict[str, Tensor]:
+        """What replies are compared with: in float64 for differences, most of which a sum in the model's type loses."""
+        return {k: v.double() if self.deltas and v.is_floating_point() else v for k, v in self.sent.items()}
 
     # ------------------------------------------------------------ the decision
 
@@ -197,15 +223,15 @@ class RobustStrategy(Strategy):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # who is not taken is in the record
             return aggregate_state_dicts(
-                list(states.values()), self.sent, self.rule, ids=list(states), counts=counts,
+                list(states.values()), self._compared(), self.rule, ids=list(states), counts=counts,
                 before=self.before, round=server_round, seed=self.seed,
             )  # fmt: skip
 
     def _content(self, merged: Merged, like: Message, taken: Sequence[Message], total: float) -> RecordDict:
         """A reply's content with the result in its arrays, under the names that the app's own records have."""
-        state = merged.state
+        state, sent = merged.state, self._compared()
         if self.deltas:
-            state = {k: v - self.sent[k] if v.is_floating_point() else v for k, v in state.items()}
+            state = {k: (v - sent[k]).to(self.sent[k].dtype) if v.is_floating_point() else v for k, v in state.items()}
         ((place, _),), ((beside, _),) = like.content.array_records.items(), like.content.metric_records.items()
         metrics = [next(iter(message.content.metric_records.values())) for message in taken]
         said = Counter(name for m in metrics for name, value in m.items() if type(value) in (int, float))
@@ -262,6 +288,6 @@ def read_array(array: Array, wanted: Tensor, name: str) -> Tensor:
 
 
 def _shape_of(reply: Message) -> tuple[Any, ...]:
-    """The names of a reply's metrics, and how long those that are lists are."""
-    metrics = next(iter(reply.content.metric_records.values()))
-    return tuple(sorted((key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items()))
+    """The name of a reply's record, the names of its metrics, and how long those that are lists are."""
+    ((name, metrics),) = reply.content.metric_records.items()
+    return name, *sorted((key, len(value) if isinstance(value, list) else -1) for key, value in metrics.items())

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedllm_sec.deploy import keys
 from fedllm_sec.deploy.folder import Deployment
-from fedllm_sec.deploy.processes import BIN, Forked, Processes, beside, free_port, listens, refuse_taken
+from fedllm_sec.deploy.processes import Forked, Processes, beside, free_port, listens, refuse_taken
 from fedllm_sec.errors import FedError
 
 LINK = "superlink"
@@ -33,7 +33,7 @@ def start_link(processes: Processes, made: Deployment, host: str, port: int, nam
         encoding="utf-8",
     )
     processes.start(
-        LINK, str(BIN / "flower-superlink"), "--host", host, "--port", str(port),
+        LINK, sys.executable, "-m", "fedllm_sec.deploy.link", "--host", host, "--port", str(port),
         "--ssl-ca-certfile", str(tls / "ca.pem"), "--ssl-certfile", str(tls / "server.pem"),
         "--ssl-keyfile", str(tls / "server.key"), "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",

@@ -3,7 +3,7 @@
     job.to_server(RobustAggregator("multi_krum", {"f": 1}), id="aggregator")
 
 Whatever the model, what clients send is compared with the global model that they were sent; a rule decides on the
-differences. Clients may send whole models (WEIGHTS) or differences (WEIGHT_DIFF), and get back what they sent.
+differences. Clients may send whole models (WEIGHTS) or differences (WEIGHT_DIFF), and get back what most of them sent.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RobustAggregator(Aggregator):  # type: ignore[misc]  # nvflare has no type
         self._states: dict[str, dict[str, Tensor]] = {}
         self._counts: dict[str, float] = {}
         self._refused: dict[str, str] = {}
-        self._kind: str | None = None  # of the first that was usable; the others' must be the same
+        self._kinds: dict[str, str] = {}  # in which each of them came
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """Take a contribution up; False, with the reason in the record, where it cannot be used."""
@@ -97,9 +97,11 @@ class RobustAggregator(Aggregator):  # type: ignore[misc]  # nvflare has no type
             if merged is None:
                 self.log_warning(fl_ctx, f"round {number}: the model stays: {skipped}")
             state = merged.state if merged is not None else given
-            kind = self._kind or DataKind.WEIGHTS
+            came = list(self._kinds.values())
+            kind = max(came, key=came.count, default=DataKind.WEIGHTS)  # as most of them have it
             if kind == DataKind.WEIGHT_DIFF:
-                state = {key: value - given[key] for key, value in state.items() if value.dtype != torch.bool}
+                state = {k: _wide(v) - _wide(given[k]) for k, v in state.items() if v.dtype != torch.bool}
+            state = {key: value.to(given[key].dtype) for key, value in state.items()}
             self.reset(fl_ctx)
             return DXO(kind, data=_as_sent(state, fl_ctx)).to_shareable()
 
@@ -122,8 +124,6 @@ class RobustAggregator(Aggregator):  # type: ignore[misc]  # nvflare has no type
         dxo = from_shareable(shareable)
         if dxo.data_kind not in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF):
             raise Refused(f"it sends {str(dxo.data_kind)[:40]}, must be WEIGHTS or WEIGHT_DIFF")
-        if self._kind not in (None, dxo.data_kind):
-            raise Refused(f"it sends {dxo.data_kind}, the first to come sent {self._kind}")
         steps = dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND)
         count = 1.0 if steps is None else number(steps, "its steps", -math.inf, MOST_EXAMPLES)
         if count <= 0:
@@ -134,19 +134,22 @@ class RobustAggregator(Aggregator):  # type: ignore[misc]  # nvflare has no type
             raise Refused("has other names than the global model")
         state = {key: _tensor(value, key, given[key]) for key, value in dxo.data.items()}
         if dxo.data_kind == DataKind.WEIGHT_DIFF:
-            state = {k: v if v.dtype == torch.bool else given[k] + v.to(given[k].dtype) for k, v in state.items()}
+            wide = {k: _wide(v) for k, v in given.items()}
+            state = {k: v if v.dtype == torch.bool else wide[k] + v.to(wide[k].dtype) for k, v in state.items()}
         for key, value in state.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise Refused(f"{key}: holds values that are not finite")
-        self._kind = dxo.data_kind
-        self._states[id], self._counts[id] = state, count
+        self._states[id], self._counts[id], self._kinds[id] = state, count, dxo.data_kind
         self._refused.pop(id, None)
 
     def _merged(self, number: int, given: Mapping[str, Tensor], rule: Any, before: Sequence[Any]) -> Merged:
+        states: list[Mapping[str, Tensor]] = list(self._states.values())
+        if DataKind.WEIGHT_DIFF in self._kinds.values():
+            given, *states = ({k: _wide(v) for k, v in state.items()} for state in (given, *states))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # who is not taken is in the record
             return aggregate_state_dicts(
-                list(self._states.values()), given, rule, ids=list(self._states), counts=list(self._counts.values()),
+                states, given, rule, ids=list(self._states), counts=list(self._counts.values()),
                 before=before, round=number, seed=self.seed,
             )  # fmt: skip
 
@@ -161,6 +164,11 @@ def _as_sent(state: Mapping[str, Tensor], fl_ctx: FLContext) -> dict[str, Any]:
     """Tensors where the global model has tensors, numpy's arrays where it has those."""
     weights = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
     return {k: v if isinstance(weights[k], Tensor) else np.asarray(v.numpy()) for k, v in state.items()}
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float64, where it is no integer: most of a difference is lost in a sum in the model's own type."""
+    return value.double() if value.is_floating_point() else value
 
 
 def _own(value: Any) -> Tensor:

@@ -73,7 +73,7 @@ def number(value: Any, name: str, low: float, high: float) -> float:
     if isinstance(value, float) and not math.isfinite(value):
         raise Refused(f"{name}: {value}: is not finite")
     if not low <= value <= high:
-        raise Refused(f"{name}: {value:g} is not between {low:g} and {high:g}")
+        raise Refused(f"{name}: {value:.12g} is not between {low:.12g} and {high:.12g}")
     return float(value)
 
 

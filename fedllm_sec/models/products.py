@@ -75,3 +75,28 @@ def square_of_inner(tall: Tensor, wide: Tensor) -> float:
 def _square_of_product(tall: Tensor, wide: Tensor) -> float:
     """The same by the product, block by block."""
     return sum(float((part @ wide).square().sum()) for part in tall.split(max(1, BLOCK // wide.shape[1])))
+
+
+def singular_values(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Those of scale * B A, from A (r, in) and B (out, r): (r,) float64, the largest first, zeros at the end.
+
+    With B = Q R and A^T = P S they are those of R S^T, at most r x r: no (out, in) matrix is formed.
+    """
+    r = len(a)
+    tall, wide = (torch.linalg.qr(factor.double(), mode="r")[1] for factor in (b, a.T))
+    found = abs(scale) * torch.linalg.svdvals(tall @ wide.T)
+    return torch.cat([found, found.new_zeros(r - len(found))])
+
+
+def with_spectrum(a: Tensor, b: Tensor, values: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Factors of the product whose singular vectors are those of scale B A and whose singular values are `values` (r,).
+
+    What an attacker does who knows `spectral_scan`. Directions of scale B A that it does not have get nothing. The
+    square roots of the values go to either factor; the types are those of A and B.
+    """
+    (q, tall), (p, wide) = (torch.linalg.qr(factor.double()) for factor in (b, a.T))
+    u, own, v = torch.linalg.svd(tall @ wide.T, full_matrices=False)
+    roots = torch.where(own > 0, (values.double()[: len(own)] / abs(scale)).sqrt(), 0.0)
+    made_a, made_b = torch.zeros_like(a.double()), torch.zeros_like(b.double())
+    made_a[: len(own)], made_b[:, : len(own)] = roots[:, None] * (v @ p.T), (q @ u) * roots
+    return made_a.to(a), made_b.to(b)

@@ -194,7 +194,7 @@ def _buffers(
     """
     assert federation.buffers is not None
     places = [ids.index(id) for id in taken]
-    reasons = refused(buffers, federation.task.buffers.layout, ids)
+    reasons = refused(buffers, federation.buffers, federation.task.buffers.layout, ids)
     bad = torch.tensor([id in reasons for id in ids])
     used = torch.where(bad[:, None], federation.buffers, buffers)[places]
     return combined(used, federation.task.buffers.layout.size, decision.weights), reasons

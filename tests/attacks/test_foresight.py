@@ -30,6 +30,19 @@ def test_the_gradient_through_the_next_rounds_equals_its_closed_form():
     assert torch.allclose(found, wanted, atol=1e-12)
 
 
+def test_the_gradient_passes_through_fused_attention():
+    keys = torch.randn(1, 4, 6, generator=generator_for(1, "keys"))
+    at = torch.randn(24, generator=generator_for(1, "at"))
+
+    def loss(t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(t.view(1, 4, 6), keys, keys).square().sum()
+
+    found = anticipated(at, at, lambda i: loss, loss, steps=2, share=0.5, lr=0.1)
+    ahead = anticipated(at, at + 1e-3 * found, lambda i: loss, loss, steps=2, share=0.5, lr=0.1)
+    assert found.norm() > 0
+    assert (ahead - found).norm() < 0.1 * found.norm()
+
+
 def test_a_guessed_step_has_the_length_of_the_last_global_one():
     # from (3, 4) towards 0 by a length of 1: the others are at (2.4, 3.2); alone, the attacker's half of the model is
     # pulled towards 0 by half of the mean of (3, 4) and (2.4, 3.2)

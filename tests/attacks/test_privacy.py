@@ -11,6 +11,7 @@ from torch import nn
 
 import fedllm_sec
 from fedllm_sec.attacks import PRIVACY_MENU
+from fedllm_sec.attacks.privacy.gradients import gradient_of
 from fedllm_sec.attacks.privacy.inversion import invert_gradient
 from fedllm_sec.attacks.privacy.labels import rounded
 from fedllm_sec.attacks.privacy.reveal import reveal
@@ -20,6 +21,7 @@ from fedllm_sec.evaluation.images import matched, psnr
 from fedllm_sec.matrix import Layout
 from fedllm_sec.models import MENU
 from fedllm_sec.protocols import Labelled, LocalTraining
+from fedllm_sec.seeds import generator_for
 
 SGD = LocalTraining(batch_size=2, steps=2, optimizer="sgd", lr=0.1, max_grad_norm=None)
 
@@ -102,6 +104,23 @@ def test_deep_leakage_finds_the_one_image_and_its_label(method: str):
     assert float(psnr(made.inputs, x)) > 40
     assert made.labels.tolist() == y.tolist()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_gradient_through_fused_attention_is_differentiable():
+    class Attends(nn.Linear):  # ten classes of an image's three lines
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = super().forward(x)
+            return nn.functional.scaled_dot_product_attention(q, q, q).mean((1, 2))
+
+    network, label = Attends(4, 10).double(), torch.tensor([3])
+    x = torch.rand(1, 1, 3, 4, dtype=torch.float64, generator=generator_for(1, "x")).requires_grad_()
+
+    def length(x: torch.Tensor) -> torch.Tensor:
+        return gradient_of(network, ["weight"], x, label)[0].square().sum()
+
+    (slope,) = torch.autograd.grad(length(x), x)
+    step = 1e-5 * slope
+    assert float(length(x + step) - length(x - step)) == pytest.approx(2e-5 * float(slope.square().sum()), rel=1e-6)
 
 
 def test_inverting_finds_two_images_from_a_gradient_whose_length_was_cut():

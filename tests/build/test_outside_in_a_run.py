@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedllm_sec.train import main
+from fedllm_sec.train import in_words, main
 
 CODE = """
 from dataclasses import replace
@@ -53,7 +54,7 @@ CASES = {
     "after": ("defense", "after", "after: gave back a vector of type NoneType, must be a tensor of shape (64,)"),
     "split": ("clients", "partition", "partition: client 0 got what is no row's number from 0 to 59"),
     "fewer": ("clients", "partition", "partition: gave 1 parts for 4 clients"),
-    "Model": ("model", "", "outside_run:Model: TypeError: Model.__init__() missing 2 required positional arguments"),
+    "Model": ("model", "", "outside_run:Model: is a class of models, not a function that makes one"),
 }
 BASE = {
     "task": "classify",
@@ -83,3 +84,19 @@ def test_code_from_outside_ends_a_run_in_a_line(name: str, tmp_path: Path, monke
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1
+
+
+def test_a_library_that_fails_is_not_told_as_code_that_the_recipe_names():
+    library: dict[str, Any] = {}
+    exec(compile("def f(g): g() if g else {}['late']", "/lib/site-packages/some/model.py", "exec"), library)
+
+    def own() -> None:
+        library["f"](None)
+
+    for asked, words in (
+        (None, "model.py, line 1, in f, in a library that the recipe's model or methods run in"),
+        (own, "in own, which the recipe names: KeyError: 'late'. Mend it"),
+    ):
+        with pytest.raises(KeyError) as caught:
+            library["f"](asked)
+        assert words in str(in_words(caught.value.with_traceback(caught.tb.tb_next)))

@@ -269,6 +269,13 @@ def test_a_frozen_factor_comes_with_its_adapter_and_with_no_checkpoint_of_anothe
     assert torch.equal(begin(recipe, task)[0], state(tmp_path / "run")["vector"])
     own = dict(task.model.named_parameters())
     assert all(torch.equal(own[name], factor) for name, factor in factors.items())
+    base = next(name for name in task.model.state_dict() if name.endswith("embed_tokens.weight"))
+    held, file = task.model.state_dict()[base].clone(), tmp_path / "run/adapter/adapter_model.safetensors"
+    save_file(load_file(file) | {base: held}, file)  # as peft writes it where the embeddings are adapted
+    assert torch.equal(begin(recipe, task)[0], state(tmp_path / "run")["vector"])
+    save_file(load_file(file) | {base: held + 1}, file)
+    with pytest.raises(RecipeError, match=r"embed_tokens\.weight, for which the model has no place"):
+        begin(recipe, task)
     elsewhere = {**small, "seed": 9, "model": {**small["model"], "start": str(tmp_path / "run")}}
     with pytest.raises(RecipeError, match=r"is not trained but drawn by its seed, \d+\. Start from its folder adapter"):
         planned(checked(elsewhere))

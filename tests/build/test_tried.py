@@ -61,6 +61,7 @@ BAD = {
     r"gives dict; must give logits": lambda _, logits: {"out": logits},
     r"its logits of two images are not finite": lambda _, logits: logits / 0,
     r"an image alone scores .* apart": lambda _, logits: logits - logits.mean(0),
+    r"gives probabilities \(each row's 3 values sum to 1\)": lambda _, logits: logits.softmax(-1),
     r"its buffer asked changes in evaluation": counting,
     r"the gradient of the loss on two images is 0": lambda _, logits: logits.detach(),
     r"fails in evaluation on images of shape \(2, 1, 4, 4\) \(RuntimeError: shape ": lambda _, said: said.view(7, 7),
@@ -112,6 +113,10 @@ def frozen(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Linear(4, classes).requires_grad_(False)
 
 
+def unshaped(classes: int) -> nn.Module:
+    return nn.Linear(4, classes)
+
+
 def scripted(shape: tuple[int, ...], classes: int) -> nn.Module:
     return torch.jit.script(nn.Linear(4, classes))
 
@@ -152,6 +157,7 @@ def test_a_strangers_network_and_a_folders_run_free_attacked_and_defended(tmp_pa
         assert all(len(refused) == 1 for refused in screened)  # the attacker: no variance is negative
     refused = {lazy: "has lazy layers", frozen: "has no parameter to be trained"}
     refused |= {scripted: r"is compiled by torch\.jit", unmade: "is on the meta device"}
+    refused |= {Net: "is a class of models, not a function", unshaped: r"cannot be called with \(shape, classes\)"}
     for model, words in refused.items():
         made = {
             **RECIPE,

@@ -55,6 +55,13 @@ def test_parts_may_be_folders_of_their_own_and_images_are_brought_to_a_size(tmp_
         arrays.load(str(tmp_path), test="val")
 
 
+def test_folders_named_like_parts_are_not_taken_for_classes(tmp_path: Path):
+    for part in ("Train", "Test"):
+        put(tmp_path / part / "a" / "1.png", 1)
+    with pytest.raises(DataError, match=r"named like parts, not like classes.*data.train: Train, data.test: Test"):
+        arrays.load(str(tmp_path))
+
+
 def test_files_that_are_no_images_are_named(pets: Path, tmp_path: Path):
     (pets / "dog" / "bad.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(DataError, match=r"dog/bad\.png: is a pointer to the file, .* Run `git lfs pull`"):

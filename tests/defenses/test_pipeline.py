@@ -126,6 +126,7 @@ def test_privacy_is_told_only_where_clipping_mean_and_noise_back_it():
         (([CLIP], median, [NOISE]), "not the mean with equal weights"),
         (([CLIP], uniform, [NOISE], 0.5), "does not add the update as it is"),
         (([weak_dp_client], median, []), "no number as radius"),
+        (([weak_dp_client], median, [partial(crfl, rho=10.0)]), "no number as radius"),
     ):
         told = spent(*stages)
         assert told["epsilon"] is None

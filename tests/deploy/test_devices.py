@@ -265,6 +265,14 @@ def test_a_folder_that_is_no_deployment_is_an_error_in_words(tmp_path):
         Deployment.at(tmp_path)
 
 
+@pytest.mark.parametrize("server", ["server.local", "server.local:", ":8000", "server.local:99999", "a:b"])
+def test_a_server_without_a_host_or_a_port_is_refused_before_anything_starts(server, capsys):
+    from fedllm_sec.deploy.command import main
+
+    assert main(["client", "nowhere", "--client", "c00", "--superlink", server]) == 2
+    assert f"--superlink {server}: must be HOST:PORT" in capsys.readouterr().err
+
+
 def test_two_ups_on_one_folder_do_not_touch_each_other_s_configuration(tmp_path, capsys):
     from fedllm_sec.deploy.command import main
     from fedllm_sec.deploy.folder import held

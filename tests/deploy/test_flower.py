@@ -301,3 +301,58 @@ def test_records_under_another_name_are_refused_and_metrics_are_those_that_most_
     assert record.notes["examples"] == 50
     result = played(RobustStrategy(FedAvg(), rule="median"), [trained(1.0, renamed("arrays")), *first[1:]], rounds=1)
     assert result.train_metrics_clientapp[1] == {"train_loss": pytest.approx(1.0)}
+
+
+def test_an_evaluation_under_another_record_or_of_1e9_examples_neither_ends_the_app_nor_decides_alone():
+    def under_another_name(content):
+        return content if "arrays" in content else RecordDict({"mine": content["metrics"]})
+
+    def huge(content):
+        return content if "arrays" in content else metric(num_examples=10**9, loss=100.0)(content)
+
+    found = played(RobustStrategy(FedAvg(), rule="median"), all_but(under_another_name), rounds=1)
+    assert found.evaluate_metrics_clientapp[1]["loss"] == pytest.approx(1.0)
+    found = played(RobustStrategy(FedAvg(), rule="median"), all_but(huge), rounds=1)
+    assert found.evaluate_metrics_clientapp[1]["loss"] == pytest.approx((50 + 30 * 100) / 80)  # 3 medians, not 1e9
+
+
+def test_refused_statistics_of_the_only_reply_end_nothing_and_stand_beside_its_row_in_the_record(tmp_path):
+    negative = arrays_of(lambda arrays: {**arrays, "1.running_var": Array(np.full(2, -1, np.float32))})
+    alone = [*(Blocks() for _ in TARGETS), trained(1.0, negative)]
+    played(RobustStrategy(FedAvg(fraction_evaluate=0.0), rule="mean", log=tmp_path), alone, rounds=1)
+    (record,) = read_history(tmp_path)
+    assert record.buffers_refused == {"6": "buffers: 1.running_var is negative"}
+    assert "6" not in record.quarantined
+    assert record.weights == {"6": 1.0}
+
+
+@pytest.mark.parametrize("rule", ["median", "mean"])
+def test_a_counter_that_one_client_makes_up_does_not_stop_the_rounds_after_it(rule, tmp_path):
+    made_up = arrays_of(lambda arrays: {**arrays, "1.num_batches_tracked": Array(np.array(2**53 - 1))})
+    found = played(RobustStrategy(FedAvg(fraction_evaluate=0.0), rule=rule, log=tmp_path), all_but(made_up))
+    assert [record.skipped for record in read_history(tmp_path)] == [None] * 3
+    assert found.arrays["1.num_batches_tracked"].numpy() == 9  # three batches in each of three rounds
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(np.float32, 1e-6), (np.float16, 1e-3)])
+def test_small_differences_are_not_lost_beside_large_parameters(dtype, within):
+    def differing(message):
+        content = {"arrays": ArrayRecord({"w": Array(np.array([1e-4, -3e-5], dtype))})}
+        return RecordDict({**content, "metrics": MetricRecord({"num-examples": 10})})
+
+    strategy = RobustStrategy(FedAvg(fraction_evaluate=0.0), rule="mean", deltas=True)
+    start = ArrayRecord({"w": Array(np.array([3.0, -300.0], dtype))})
+    found = strategy.start(Nodes({1: differing, 2: differing}), initial_arrays=start, num_rounds=1, timeout=1.0)
+    np.testing.assert_allclose(found.arrays["w"].numpy(), [1e-4, -3e-5], rtol=within)
+
+
+def test_examples_are_claimed_where_the_strategy_inside_has_them_and_a_skipped_round_is_a_warning():
+    def rows(content):
+        return RecordDict({"arrays": content["arrays"], "metrics": MetricRecord({"rows": 10})})
+
+    inner = FedAvg(fraction_evaluate=0.0, weighted_by_key="rows")
+    found = played(RobustStrategy(inner, rule="median"), [trained(t, rows) for t in TARGETS], rounds=3)
+    assert far(found.arrays.to_torch_state_dict()) < 0.3
+    plain = FedAvg(fraction_evaluate=0.0)
+    with pytest.warns(UserWarning, match=r"round 1 is skipped: no reply can be used\. node \d: claims no num-examples"):
+        played(RobustStrategy(plain, rule="median"), [trained(t, rows) for t in TARGETS], rounds=1)

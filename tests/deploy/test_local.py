@@ -177,7 +177,7 @@ def test_kill_9_of_a_process_costs_rounds_at_most_and_never_the_run(small, tmp_p
 @pytest.mark.slow
 def test_kill_9_of_the_superlink_ends_the_command_and_the_same_command_goes_on(small, tmp_path):
     made = Deployment.init(tmp_path / "d", recipe(small, tmp_path / "sim", **FOUR), "up")
-    with killing(made, "flower-superlink", "round 1/4"), pytest.raises(FedError, match="The same command goes on from"):
+    with killing(made, "deploy.link", "round 1/4"), pytest.raises(FedError, match="The same command goes on from"):
         bring_up(made)
     bring_up(made)
     assert history(made) == simulated(recipe(small, tmp_path / "sim", **FOUR))

@@ -68,7 +68,6 @@ HOSTILE = {
     "NaN steps": lambda: contribution("bad", trained(1.0), **{MetaKey.NUM_STEPS_CURRENT_ROUND: float("nan")}),
     "-1 steps": lambda: contribution("bad", trained(1.0), **{MetaKey.NUM_STEPS_CURRENT_ROUND: -1}),
     "metrics": lambda: contribution("bad", {"loss": 1.0}, DataKind.METRICS),
-    "differences, where the others send models": lambda: contribution("bad", trained(1.0), DataKind.WEIGHT_DIFF),
     "a second one": lambda: contribution("site-1", trained(9.0)),
     "an error": lambda: _failed(),
 }
@@ -93,6 +92,16 @@ def test_a_hostile_contribution_is_rejected_and_the_round_is_the_others(kind, tm
     assert {k: v.dtype for k, v in found.data.items()} == {k: v.dtype for k, v in model().items()}
     (record,) = read_history(tmp_path)
     assert list(record.quarantined) == ([] if kind == "a second one" else ["bad"])
+
+
+def test_whoever_comes_first_with_differences_turns_nobody_away_who_sends_models(tmp_path):
+    aggregator, at = RobustAggregator("median", log=str(tmp_path)), context()
+    assert aggregator.accept(contribution("first", trained(-50.0), DataKind.WEIGHT_DIFF), at)
+    for i, target in enumerate(TARGETS):
+        assert aggregator.accept(contribution(f"site-{i + 1}", trained(target)), at)
+    found = from_shareable(aggregator.aggregate(at))
+    assert found.data_kind == DataKind.WEIGHTS
+    assert abs(found.data["weight"] - 1).max() < 0.2
 
 
 def test_multi_krum_drops_the_far_one_differences_come_back_as_differences_and_weights_are_steps(tmp_path):

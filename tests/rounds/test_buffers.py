@@ -101,12 +101,12 @@ def test_by_default_statistics_are_averaged_and_batch_keeps_none():
 # ---------------------------------------------------------------- combined, and refused
 
 
-def test_floats_are_the_mean_by_the_rules_weights_and_counters_the_largest_of_who_has_one():
+def test_floats_are_the_mean_by_the_rules_weights_and_counters_the_middle_one_of_who_has_one():
     rows = statistics([[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]], [5, 9, 50])
     assert combined(rows, 2, torch.tensor([0.25, 0.75, 0.0])).tolist() == [2.5, 5.0, 9.0]
     assert combined(rows, 2, torch.tensor([1.0, 3.0, 0.0])).tolist() == [2.5, 5.0, 9.0]  # weights need not sum to 1
     for weights in (None, torch.tensor([1.0, 1.0, -1.0]), torch.zeros(3)):
-        assert combined(rows, 2, weights).tolist() == [3.0, 6.0, 50.0]
+        assert combined(rows, 2, weights).tolist() == [3.0, 6.0, 9.0]  # 50 is what one of three says
     assert combined(rows[:2], 2, None).tolist() == [2.0, 4.0, 9.0]
 
 
@@ -119,11 +119,12 @@ def test_floats_are_the_mean_by_the_rules_weights_and_counters_the_largest_of_wh
         ([0.0, 101.0], 3, r"bn\.running_var is more than 100 times the usual"),
         ([11.0, 1.0], 3, r"bn\.running_mean lies more than 10 deviations"),
         ([0.0, 1.0], -1, "a counter is negative"),
+        ([0.0, 1.0], 2e9, r"a counter gains over 1e\+09"),
     ],
 )
 def test_buffers_of_an_attacker_are_refused_with_the_reason(row, counter, why):
     rows = statistics([[0.0, 1.0], [0.1, 1.1], row, [-0.1, 0.9], [0.0, 1.0]], [3, 3, counter, 3, 3])
-    found = refused(rows, ONE, ["a", "b", "evil", "d", "e"])
+    found = refused(rows, torch.zeros(3), ONE, ["a", "b", "evil", "d", "e"])
     assert list(found) == ["evil"]
     assert pytest.raises(AssertionError, match=why).matches(AssertionError(found["evil"])), found
 
@@ -132,9 +133,9 @@ def test_what_honest_clients_differ_by_is_not_refused():
     rng = torch.Generator().manual_seed(0)
     rows = torch.rand(20, 3, generator=rng, dtype=torch.float64)
     rows[:, 2] = 7
-    assert refused(rows, ONE, [str(i) for i in range(20)]) == {}
+    assert refused(rows, torch.zeros(3), ONE, [str(i) for i in range(20)]) == {}
     dead = statistics([[0.0, 0.0]] * 4, [1] * 4)  # a unit that never fires
-    assert refused(dead, ONE, list("abcd")) == {}
+    assert refused(dead, torch.zeros(3), ONE, list("abcd")) == {}
 
 
 # ---------------------------------------------------------------- a run

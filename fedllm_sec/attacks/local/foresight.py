@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedllm_sec.errors import AttackError
 from fedllm_sec.protocols import Labelled, LocalContext
@@ -25,6 +26,7 @@ def moved(vector: Tensor, loss: Tensor, *, lr: float | None, length: float) -> T
     return vector - lr * gradient
 
 
+@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
 def anticipated(
     start: Tensor, own: Tensor, honest: Callable[[int], Loss], backdoor: Loss, *, steps: int, share: float,
     lr: float | None = None, length: float = 0.0,

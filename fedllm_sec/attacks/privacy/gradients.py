@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedllm_sec.attacks.privacy.seen import Observation, known_rows
 from fedllm_sec.errors import AttackError
@@ -18,6 +19,7 @@ def soft_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels)
 
 
+@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
 def gradient_of(network: nn.Module, names: Sequence[str], fed: Tensor, labels: Tensor) -> list[Tensor]:
     """The gradient of the mean loss by the named parameters, with its graph."""
     own = dict(network.named_parameters())
@@ -60,6 +62,7 @@ def need_unrollable(seen: Observation) -> None:
         )
 
 
+@sdpa_kernel(SDPBackend.MATH)
 def unrolled_delta(seen: Observation, network: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
     """The delta of the client's k SGD steps, had it trained on x in this order, by the layout's names, with its graph.
 
