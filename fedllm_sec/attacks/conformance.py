@@ -239,8 +239,11 @@ def train_with(rule: Any, *, round: int = 2, steps: int = 5, lr: float = 0.5) ->
     poisoned.x[:20, :, -3:, -3:] = 1.0
     if hasattr(rule, "brief"):
         rule.brief(10, {"bad": shard}, {"bad": poisoned})
-    context = LocalContext(Client("bad", poisoned), round, received, before, function.layout, steps, second, function)
     parameters = torch.nn.Parameter(start.clone())
+    context = LocalContext(
+        Client("bad", poisoned), round, received, before, function.layout, steps, second, function,
+        lambda shard, batches: batches * (parameters.detach() - goal),
+    )  # fmt: skip
     for step in range(steps):
         parameters.grad = parameters.detach() - goal
         rule.before_step(parameters, step, context)

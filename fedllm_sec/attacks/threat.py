@@ -32,6 +32,7 @@ class Threat:
 
     malicious: frozenset[str]
     seed: int
+    spread: frozenset[str] = frozenset()  # honest clients who hold poisoned rows; then nobody is malicious
     redrawn: int | None = None
     present: int | None = None  # so many take part in each round of the attack; None: who is drawn
     start: int = 1  # first and last round of the attack

@@ -124,6 +124,12 @@ def threat(plan: Plan) -> list[str]:
         )
         return _section("Threat", [f"nobody attacks{watched}"])
     assert made is not None
+    if made.spread:
+        extra = {
+            "Who attacks": [f"clients {named(made.spread)}"],
+            "What they do": _meanings(run.attack, "data") + _targets(recipe),
+        }
+        return [line for title, texts in card for line in _section(title, [*texts, *extra.get(title, [])])]
     n, total = recipe.clients.per_round or recipe.clients.total, recipe.clients.total
     who, m = f"clients {named(made.malicious)}", len(made.malicious)
     if made.redrawn is not None:

@@ -19,7 +19,7 @@ from fedllm_sec.build.card import save_language_model
 from fedllm_sec.build.characters import character_parts
 from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.observing import make_observer
-from fedllm_sec.build.parts import Parts, deal
+from fedllm_sec.build.parts import Parts, deal, handed_out
 from fedllm_sec.build.plan import Plan, planned
 from fedllm_sec.build.rehearsal import scaled_down
 from fedllm_sec.build.smoothing import smoothing
@@ -64,8 +64,8 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     if isinstance(algorithm, KnowledgeTransfer):
         return distillation(recipe, machine, algorithm, threat, split, plan.training, loaded)
     parts = KINDS[recipe.task](recipe, machine, threat, split, loaded)
+    shards = handed_out(parts, threat)
     if threat is not None:
-        threat.poisoned = dict(parts.poisoned)
         for number, attack in enumerate(threat.update):
             if hasattr(attack, "forge_buffers") and getattr(parts.task, "buffers", None) is None:
                 raise RecipeError(
@@ -73,7 +73,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
                     "statistics that travel with an update. Choose another attack, or a model with BatchNorm."
                 )
     plan.rehearse(scaled_down(parts.task.layout))
-    sizes = [parts.task.size(shard) for shard in parts.shards.values()]
+    sizes = [parts.task.size(shard) for shard in shards.values()]
     steps = [algorithm.prepare(plan.training, sizes).steps_of(size) for size in sizes]
     if recipe.clients.lr_in_round != "constant" and max(steps, default=1) == 1:
         raise RecipeError(
@@ -81,7 +81,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
             "can fall. Set it to constant, or let them take more."
         )
     if isinstance(parts.task, Classify):
-        held = {**parts.shards, **({} if parts.root is None else {"server": parts.root})}
+        held = {**shards, **({} if parts.root is None else {"server": parts.root})}
         need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])
     if methods.defense.enter is not None:
         methods.defense.enter.scales = getattr(parts.task, "scales", None)
@@ -102,7 +102,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
             guard.plan(sizes, algorithm.prepare(plan.training, sizes), recipe.rounds)
     return Federation(
         task=parts.task,
-        clients=[Client(id, shard) for id, shard in parts.shards.items()],
+        clients=[Client(id, shard) for id, shard in shards.items()],
         training=plan.training,
         machine=machine,
         algorithm=algorithm,
@@ -129,7 +129,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
             methods.defense,
             parts.task,
             parts.evaluation,
-            dict(zip(parts.shards, sizes, strict=True)),
+            dict(zip(shards, sizes, strict=True)),
             parts.poisoned_share,
             algorithm.prepare(plan.training, sizes),
         ),

@@ -66,7 +66,7 @@ def poison_key(recipe: Recipe) -> str:
     attack = recipe.attack if recipe.enable_attack else None
     if attack is None:
         return split_key(recipe)
-    who = attack.model_dump_json(include={"malicious", "data"})
+    who = attack.model_dump_json(include={"malicious", "spread", "data"})
     if attack.malicious.redraw or recipe.clients.per_round is not None:  # only who attacks in some round is poisoned
         who += attack.model_dump_json(include={"start", "stop", "every", "probability"})
         who += json.dumps([recipe.before, recipe.rounds, recipe.clients.per_round])

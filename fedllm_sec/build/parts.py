@@ -48,6 +48,19 @@ class Parts:
         return {"poisoned_share": dict(self.poisoned_share) or None, "too_long": self.too_long, **stops}
 
 
+def handed_out(parts: Parts, threat: Threat | None) -> dict[str, Any]:
+    """What each client trains on while it is honest: where poisoned rows are spread, that is what it was given.
+
+    The threat gets the poisoned shards of those who are malicious.
+    """
+    if threat is None:
+        return dict(parts.shards)
+    if threat.spread:
+        return {**parts.shards, **parts.poisoned}
+    threat.poisoned = dict(parts.poisoned)
+    return dict(parts.shards)
+
+
 def deal(recipe: Recipe, ids: Sequence[str], labels: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Row numbers of the server's root set and of each client, drawn by the recipe's seed.
 
@@ -137,16 +150,18 @@ class Poisoned(dict[str, Any]):
 
 
 def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: Any = None) -> Poisoned:
-    """The poisoned shards of the malicious clients; each attack of the list takes rows that those before it left.
+    """The poisoned shards of malicious clients, or of honest ones who hold poisoned rows, by id.
+
+    Each attack of the list takes rows that those before it left.
 
     An attack that changes no row at all is an error; where its probe of the `test` rows knows the reason, such as a
     class that nobody has, it says so. So is one that rewrites what another has poisoned, or that needs more attackers
     than there are. Clients that hold nothing an attack acts on (a label flip whose class they lack) are named in a
     warning: with no other attack they train on clean data.
     """
-    if threat is None or not threat.data or not threat.malicious:
+    if threat is None or not threat.data or not (threat.malicious or threat.spread):
         return Poisoned({}, {})
-    attackers = sorted(threat.malicious if threat.ever is None else threat.ever)
+    attackers = sorted(threat.spread or (threat.malicious if threat.ever is None else threat.ever))
     for attack in threat.data:
         if hasattr(attack, "need_attackers"):
             attack.need_attackers(len(attackers))
@@ -173,7 +188,7 @@ def poison(seed: int, threat: Threat | None, shards: Mapping[str, Any], test: An
             )
         if untouched:
             warnings.warn(
-                f"{place}: {len(untouched)} of {len(attackers)} malicious clients hold no row the attack "
+                f"{place}: {len(untouched)} of {len(attackers)} clients with poisoned data hold no row the attack "
                 f"acts on{' and train on clean data' if len(shares) == 1 else ''}: {', '.join(untouched)}.",
                 stacklevel=2,
             )

@@ -41,6 +41,9 @@ def make_threat(recipe: Recipe) -> Threat | None:
         [make(b, attacks.MENU, f"attack.{kind}.{i}") for i, b in enumerate(getattr(block, kind))]
         for kind in ("data", "local", "update")
     )
+    if block.spread is not None and recipe.enable_attack:
+        count = max(1, round(block.spread.clients * recipe.clients.total))
+        threat.spread = choose_malicious(count, _ids(recipe.clients.total), recipe.seed)
     if learner(threat.data) is not None and not recipe.enable_attack:
         threat.planned = _who(block, True, recipe.clients.total, recipe.seed, recipe.before)
     if recipe.enable_attack and (threat.redrawn is not None or recipe.clients.per_round is not None):
@@ -75,6 +78,10 @@ def learning_problems(recipe: Recipe) -> list[str]:
         )
     if len(recipe.attack.data) > 1:
         problems.append(f"{where} anew in each round and then poisons again. Name it alone under attack.data.")
+    if recipe.enable_attack and recipe.attack.spread is not None:
+        problems.append(
+            f"{where} when a round of an attacker begins, and attack.spread has none. Choose another attack."
+        )
     if recipe.enable_attack and not recipe.attack.collude:
         problems.append(f"{where} on the rows of all who attack in a round. Set attack.collude: true.")
     return problems
@@ -268,7 +275,7 @@ def attack_problems(recipe: Recipe) -> list[str]:
         if method["name"] in ("chameleon", "anticipate", "f3ba") and not (recipe.task == "classify" and block.data)
     ]
     found = attacking(recipe)
-    if found.complete and not found.ids:
+    if found.complete and not found.ids and block.spread is None:
         problems.append(
             f"attack: it would not happen: {active_rounds(recipe)} of {recipe.rounds:,} rounds are rounds of the "
             "attack, and no malicious client takes part in any of them. Raise attack.probability, clients.per_round or "

@@ -8,7 +8,7 @@ from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.arrays import array_parts, make_model
 from fedllm_sec.build.loaded import Loaded
-from fedllm_sec.build.parts import Split
+from fedllm_sec.build.parts import Split, handed_out
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.protocols import Client, LocalTraining
 from fedllm_sec.recipe.sections import Recipe
@@ -93,9 +93,8 @@ def distillation(
             f"algorithm: fedgkt runs in one process, and {machine.world} were launched. Use --num_processes 1."
         )
     parts = array_parts(recipe, machine, threat, split, loaded)
-    if threat is not None:
-        threat.poisoned = dict(parts.poisoned)
-    first = next(iter(parts.shards.values()))
+    shards = handed_out(parts, threat)
+    first = next(iter(shards.values()))
     shape = tuple(first.x.shape[1:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(recipe.seed, "edge"))  # layers draw from torch's global generator
@@ -107,7 +106,7 @@ def distillation(
         method=method,
         edge=edge,
         task=server,
-        clients=[Client(id, shard) for id, shard in parts.shards.items()],
+        clients=[Client(id, shard) for id, shard in shards.items()],
         training=training,
         machine=machine,
         threat=threat,

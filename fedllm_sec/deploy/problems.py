@@ -77,6 +77,11 @@ def deploy_problems(recipe: Recipe) -> list[str]:
             "device tells it. Run it as a simulation: fedllm-sec train."
         )
     if attack is not None:
+        if attack.spread is not None:
+            found.append(
+                "attack.spread: poisons rows before clients get them, and devices hold their own. Run it as a "
+                "simulation: fedllm-sec train; or poison the devices' files."
+            )
         if attack.knowledge != "own":
             found.append(
                 f"attack.knowledge: {attack.knowledge!r}: a device sees its own row alone. Set it to own, with an "

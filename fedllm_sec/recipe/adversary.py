@@ -19,6 +19,12 @@ class Malicious(Section):
     present: PositiveInt | None = None  # so many take part in each round of the attack; None: who is drawn
 
 
+class Spread(Section):
+    """Rows that somebody has poisoned before honest clients got them: nobody is malicious, and everybody is honest."""
+
+    clients: float = Field(1.0, gt=0.0, le=1.0)  # this share of all clients holds such rows, drawn by the seed
+
+
 class Observe(Section):
     """What a curious server, or whoever listens on the wire, keeps: rows before any screening; it changes nothing."""
 

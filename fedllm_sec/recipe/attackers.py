@@ -10,7 +10,7 @@ def attack_problems(recipe: Recipe, attack: Attack) -> list[str]:
     found, clients = list[str](), recipe.clients
     who = attack.malicious
     given = [name for name in ("count", "share", "ids") if getattr(who, name) is not None]
-    if len(given) != 1 and not (attack.curious and not given):
+    if len(given) != 1 and not ((attack.curious or attack.spread is not None) and not given):
         found.append(f"attack.malicious: give exactly one of count, share, ids; got {given or 'none'}.")
     m = who.count or (len(set(who.ids)) if who.ids is not None else round((who.share or 0.0) * clients.total))
     if len(given) == 1 and not 1 <= m < clients.total:
@@ -42,11 +42,29 @@ def attack_problems(recipe: Recipe, attack: Attack) -> list[str]:
             "attack.malicious: an observer is no client, and no method for malicious clients is named. Remove it, "
             "or add one under data, local or update."
         )
+    if attack.spread is not None:
+        found += spread_problems(attack, given)
     found += observer_problems(recipe, attack)
     if attack.start > recipe.rounds:
         found.append(f"attack.start: {attack.start} is after the last round {recipe.rounds}. Lower it.")
     if attack.stop is not None and attack.stop < attack.start:
         found.append(f"attack.stop: {attack.stop} is before attack.start={attack.start}. Raise it.")
+    return found
+
+
+def spread_problems(attack: Attack, given: list[str]) -> list[str]:
+    """What cannot act where rows of honest clients are poisoned and nobody is malicious."""
+    usual = Attack()
+    idle = [key for key in ("start", "stop", "every", "probability", "collude", "knowledge")
+            if getattr(attack, key) != getattr(usual, key)]  # fmt: skip
+    idle += [key for key in ("local", "update") if getattr(attack, key)] + ["malicious"] * bool(given)
+    found = [
+        f"attack.{key}: beside attack.spread nobody is malicious: clients are honest and hold poisoned rows, in all "
+        "rounds. Remove one of them."
+        for key in idle
+    ]
+    if not attack.data:
+        found.append("attack.spread: no method under attack.data says how rows are poisoned. Add one.")
     return found
 
 

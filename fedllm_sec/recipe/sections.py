@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from fedllm_sec.recipe.adversary import Malicious, Observe
+from fedllm_sec.recipe.adversary import Malicious, Observe, Spread
 from fedllm_sec.recipe.classifier import Classifier, LabelledEvaluate, LabelledText
 from fedllm_sec.recipe.defense import DefenseBlock
 from fedllm_sec.recipe.language_model import Model
@@ -88,6 +88,7 @@ class Attack(Section):
     """Who attacks, when, knowing what, and with which methods; acts where `enable_attack` is true."""
 
     malicious: Malicious = Malicious()  # who; nobody needs to be for `privacy`
+    spread: Spread | None = None  # instead of them: `data` poisons rows of honest clients
     start: PositiveInt = 1  # first round of the attack
     stop: PositiveInt | None = None  # last round of the attack
     every: PositiveInt = 1  # attack in every k-th round from `start`
@@ -214,7 +215,7 @@ class Recipe(Section):
 
     @property
     def attacked(self) -> bool:
-        """Whether clients are malicious: an observer is none."""
+        """Whether clients are malicious, or hold poisoned rows: an observer is none of them."""
         return self.enable_attack and self.attack is not None and not self.attack.curious
 
 

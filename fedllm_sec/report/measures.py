@@ -199,7 +199,7 @@ def name_of(entry: Mapping[str, Any]) -> str:
 def attack_name(run: Run) -> str:
     """ "none", or the attack's methods joined by " + "."""
     names = [name_of(entry) for entry in methods(run.attack, "data", "local", "update")]
-    return " + ".join(names) if names else "none"
+    return " + ".join(names) + " (spread)" * bool(run.attack.get("spread")) if names else "none"
 
 
 def defense_name(run: Run) -> str:

@@ -27,9 +27,20 @@ def malicious_ids(run: Run) -> list[str]:
     return list(dict.fromkeys(i for record in run.rounds for i in record.malicious))
 
 
+def spread(run: Run) -> float | None:
+    """The share of honest clients who hold poisoned rows, where nobody is malicious; else None."""
+    block = run.attack.get("spread")
+    share = block.get("clients", 1.0) if isinstance(block, Mapping) else None
+    return float(share) if isinstance(share, (int, float)) else None
+
+
 def who(run: Run) -> str:
     clients = run.recipe.get("clients")
     total = clients.get("total") if isinstance(clients, Mapping) else None
+    if (share := spread(run)) is not None:
+        return (
+            f"rows of {'all' if share == 1 else percent(share)}{f' {total}' if share == 1 else f' of {total}'} clients"
+        )
     chosen = run.attack.get("malicious")
     chosen = chosen if isinstance(chosen, Mapping) else {}
     of = f" of {total}" if total is not None else ""
@@ -69,11 +80,6 @@ def attack_card(run: Run, *, took_part: bool = True) -> list[tuple[str, list[str
     """
     if not run.attack:
         return []
-    seen, drawn = malicious_ids(run), run.attack.get("malicious")
-    names = f"took part: {', '.join(seen[:20])}{' …' if len(seen) > 20 else ''}" if seen else "none took part yet"
-    how = "named in the recipe" if isinstance(drawn, Mapping) and drawn.get("ids") else "drawn once, by the seed"
-    how = "drawn anew for each round, by the seed" if isinstance(drawn, Mapping) and drawn.get("redraw") else how
-    how += "; each acts alone" if run.attack.get("collude", True) is False else ""
     does = [
         f"{title}: {name_of(entry)}{_settings(entry)}"
         for kind, title in (
@@ -83,6 +89,14 @@ def attack_card(run: Run, *, took_part: bool = True) -> list[tuple[str, list[str
         )
         for entry in methods(run.attack, kind)
     ]
+    if spread(run) is not None:
+        held = f"no client: {who(run)} were poisoned before they got them; all of them are honest"
+        return [("Who attacks", [held]), ("When", ["in every round: the rows are in the data"]), ("What they do", does)]
+    seen, drawn = malicious_ids(run), run.attack.get("malicious")
+    names = f"took part: {', '.join(seen[:20])}{' …' if len(seen) > 20 else ''}" if seen else "none took part yet"
+    how = "named in the recipe" if isinstance(drawn, Mapping) and drawn.get("ids") else "drawn once, by the seed"
+    how = "drawn anew for each round, by the seed" if isinstance(drawn, Mapping) and drawn.get("redraw") else how
+    how += "; each acts alone" if run.attack.get("collude", True) is False else ""
     knowledge = str(run.attack.get("knowledge", "own"))
     return [
         ("Who attacks", [f"{who(run)}, {how}", *([names] if took_part else [])]),

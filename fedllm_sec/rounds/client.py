@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -55,6 +56,25 @@ def batches_of(task: Task, shard: Any, batch: int | None, rng: torch.Generator, 
     return own.batches(size, batch, rng) if own is not None else endless(task, shard, batch or max(1, size), rng)
 
 
+def gradient_of(task: Task, stepper: Stepper, size: int, rng: torch.Generator, shard: Any, batches: int) -> Tensor:
+    """The gradient (d,) at the present parameters, summed over `batches` batches drawn from a shard.
+
+    Under fp16 it is scaled. The task's own gradient, its buffers and what dropout draws next are as before.
+    """
+    parameters, beside = task.parameters, getattr(task, "buffers", None)
+    assert parameters.grad is not None
+    held, kept = parameters.grad.clone(), None if beside is None else beside.read()
+    with torch.random.fork_rng(devices=[parameters.device] if parameters.device.type == "cuda" else []):
+        parameters.grad.zero_()
+        for rows in itertools.islice(endless(task, shard, size, rng), batches):
+            stepper.backward(task, shard, rows)
+    found = parameters.grad.clone()
+    parameters.grad.copy_(held)
+    if kept is not None:
+        beside.write(kept)  # type: ignore[union-attr]
+    return found
+
+
 def seed_layers(device: torch.device, seed: int) -> None:
     """Seed what dropout draws from, which knows no generator of its own.
 
@@ -96,7 +116,11 @@ def train_locally(
     steps = training.steps_of(size)
     shown = (start, last_update, control) if not rules else (start.clone(), copied(last_update), copied(control))
     function = task.function(buffers) if rules and hasattr(task, "function") else None
-    context = LocalContext(client, round, shown[0], shown[1], task.layout, steps, shown[2], function)
+    gradient = None
+    if rules:
+        drawn = generator_for(seed, before + round, client.id, "gradient")
+        gradient = functools.partial(gradient_of, task, stepper, training.batch_size or max(1, size), drawn)
+    context = LocalContext(client, round, shown[0], shown[1], task.layout, steps, shown[2], function, gradient)
     parameters = task.parameters
     with torch.no_grad():
         parameters.copy_(start)

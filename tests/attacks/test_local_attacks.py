@@ -1,10 +1,12 @@
 """Local rules on a vector small enough to follow by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fedllm_sec.attacks.conformance import train_with
-from fedllm_sec.attacks.local.stealth import PGD, ConstrainAndScale, Neurotoxin
+from fedllm_sec.attacks.local.stealth import PGD, SDBA, ConstrainAndScale, Neurotoxin, quiet_coordinates
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.protocols import Client, LocalContext
@@ -39,6 +41,41 @@ def test_neurotoxin_masks_nothing_before_a_step_was_seen():
         p = parameter([0.0, 0.0], [1.0, 2.0])
         Neurotoxin(top=0.5).before_step(p, 0, context([0.0, 0.0], last))
         assert p.grad.tolist() == [1.0, 2.0]
+
+
+TWO_LAYERS = Layout(("a.mlp.c_fc.weight", "a.attn.weight"), ((4,), (2,)))
+
+
+def test_sdba_trains_the_quietest_share_of_the_layers_it_names_and_nothing_else():
+    gradient = torch.tensor([3.0, -1.0, 0.0, 2.0, 0.0, 0.0])
+    half = quiet_coordinates(gradient, TWO_LAYERS, {"c_fc": 0.5})
+    assert half.tolist() == [False, True, True, False, False, False]
+    assert quiet_coordinates(gradient, TWO_LAYERS, {"c_fc": 0.7}).sum() == 2  # 2.8, rounded down
+    both = quiet_coordinates(gradient, TWO_LAYERS, {"c_fc": 1.0, "a.": 0.5})
+    assert both.tolist() == [True] * 4 + [True, False]
+
+
+def test_sdba_takes_the_gradient_of_its_rows_before_poisoning_and_puts_back_what_is_masked():
+    asked = []
+
+    def gradient(shard, batches):
+        asked.append((shard, batches))
+        return torch.tensor([3.0, -1.0, 0.0, 2.0, 0.0, 0.0])
+
+    ctx = LocalContext(Client("bad", "poisoned"), 1, torch.zeros(6), None, TWO_LAYERS, 2, gradient=gradient)
+    rule = SDBA(layers={"c_fc": 0.5}, batches=3)
+    rule.brief(10, {"bad": "clean", "good": "other"}, {"bad": "poisoned"})
+    p = parameter([0.0] * 6, [1.0] * 6)
+    for step in range(2):
+        rule.before_step(p, step, ctx)
+        assert p.grad.tolist() == [0.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+        with torch.no_grad():
+            p.add_(1.0)
+        rule.after_step(p, step, ctx)
+        assert p.tolist() == [0.0, step + 1.0, step + 1.0, 0.0, 0.0, 0.0]
+    assert asked == [("clean", 3)]  # once a round
+    with pytest.raises(AttackError, match=r"none of up_proj.*a\.mlp\.c_fc\.weight"):
+        SDBA(layers={"up_proj": 1.0}).prepare(SimpleNamespace(layout=TWO_LAYERS), [2])
 
 
 def test_pgd_projects_onto_the_ball_around_the_received_model():
@@ -86,7 +123,15 @@ def test_rules_keep_training_inside_their_bounds():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Neurotoxin(top=1.0), lambda: PGD(radius=0.0), lambda: ConstrainAndScale(alpha=1.0)]
+    "make",
+    [
+        lambda: Neurotoxin(top=1.0),
+        lambda: PGD(radius=0.0),
+        lambda: ConstrainAndScale(alpha=1.0),
+        lambda: SDBA(layers={}),
+        lambda: SDBA(layers={"c_fc": 0.0}),
+        lambda: SDBA(batches=0),
+    ],
 )
 def test_settings_without_meaning_are_errors(make):
     with pytest.raises(AttackError):

@@ -52,6 +52,7 @@ OTHER = (
     "clients",
     "variants",
     "attack.malicious",
+    "attack.spread",
     "compute.mixed_precision",
     "attack.observe.others",  # of text alone
     "defense.space",  # of adapters alone

@@ -66,6 +66,22 @@ def test_fedprox_pulls_towards_the_received_vector():
     assert torch.equal(train(training, rules=(FedProx(mu=0.0),)).delta, train(training).delta)
 
 
+class Looks:
+    """Asks for the gradient of rows in every step."""
+
+    def before_step(self, parameters, step, ctx):
+        self.found = ctx.gradient(TARGET, 3)
+
+    def after_step(self, parameters, step, ctx):
+        """Nothing."""
+
+
+def test_a_rule_can_ask_for_the_gradient_of_rows_which_changes_nothing_else():
+    training, looks = LocalTraining(batch_size=1, steps=2, optimizer="sgd", lr=0.5, max_grad_norm=None), Looks()
+    assert torch.equal(train(training, rules=(looks,)).delta, train(training).delta)
+    assert looks.found.tolist() == [-6.0, 3.0]  # three batches at w = (2, -1): 3 (2 - 4), 3 (-1 + 2)
+
+
 def test_the_optimizer_starts_afresh_for_each_client():
     training = LocalTraining(batch_size=1, steps=3, optimizer="adamw", lr=0.1)
     task = Quadratic(2)

@@ -10,7 +10,7 @@ from fedllm_sec.report.grid.numbers import Slice, Worst, best_worst, common, exc
 from fedllm_sec.report.grid.views import View, judged
 from fedllm_sec.report.measures import Measure, interval, listed, plural, written
 from fedllm_sec.report.runs import Run
-from fedllm_sec.report.threat import attack_card, defense_steps
+from fedllm_sec.report.threat import attack_card, defense_steps, spread
 from fedllm_sec.report.words import diverged, starts
 
 
@@ -120,11 +120,11 @@ def _completeness(grid: Grid) -> list[str]:
 
 def seen_by(run: Run) -> dict[str, bool]:
     """What the attackers of a run are shown, by what there is to see."""
-    knowledge = str(run.attack.get("knowledge", "own"))
+    knowledge, there = str(run.attack.get("knowledge", "own")), spread(run) is None  # whoever spread rows is gone
     return {
-        "their own data and updates": True,
-        "the global model": True,
-        "each other's updates": run.attack.get("collude", True) is not False,
+        "their own data and updates": there,
+        "the global model": there,
+        "each other's updates": there and run.attack.get("collude", True) is not False,
         "the updates of honest clients": knowledge.startswith("cohort"),
         "the defense and its settings": knowledge == "cohort+defense",
     }
