@@ -98,7 +98,7 @@ def read_history(folder: Path) -> list[RoundRecord]:
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise ResumeError(f"{path}, line {number}: not a round record, no mapping.")
+                raise TypeError("no mapping")
             timing = timings.get(row["round"], {})
             seconds = {name: value for name, value in timing.items() if not name.endswith(PEAK)}
             memory = {name.removesuffix(PEAK): value for name, value in timing.items() if name.endswith(PEAK)}

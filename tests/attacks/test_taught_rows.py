@@ -108,7 +108,7 @@ def test_too_few_free_rows_are_an_error_that_counts_them(second):
 def test_the_share_of_each_attack_and_client_is_told():
     shards = {"a": reports(40), "b": reports(80).select([i for i in range(80) if i % 4])}  # b has no row of World
     attacks = (BadNets(target="Sports", rate=0.25), LabelFlip(mapping={"World": "Tech"}, rate=0.5))
-    with pytest.warns(UserWarning, match=r"attack.data.1: 1 of 2 malicious clients hold no row .*: b"):
+    with pytest.warns(UserWarning, match=r"attack.data.1: 1 of 2 clients with poisoned data hold no row .*: b"):
         made = poison(0, threat(*attacks, malicious=("a", "b")), shards)
     assert made.shares["attack.data.0"] == {"a": 0.25, "b": 0.25}
     assert made.shares["attack.data.1"]["b"] == 0.0

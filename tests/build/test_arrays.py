@@ -112,7 +112,7 @@ def test_attackers_without_the_flipped_class_are_named_and_only_all_of_them_are_
     have = [int(id[1:]) for id, classes in shards.items() if 3 in classes]
     lack = [int(id[1:]) for id, classes in shards.items() if 3 not in classes]
     raw["attack"]["malicious"] = {"ids": [have[0], lack[0]]}
-    with pytest.warns(UserWarning, match=f"1 of 2 malicious clients hold no row.*c0{lack[0]}"):
+    with pytest.warns(UserWarning, match=f"1 of 2 clients with poisoned data hold no row.*c0{lack[0]}"):
         fed = federation(raw)
     assert list(fed.threat.poisoned) == [f"c0{have[0]}"]
     raw["attack"]["malicious"] = {"ids": lack[:1]}
