@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,13 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from fedllm_sec.api.scan import Bank, weights_hash
-from fedllm_sec.build.federation import assemble
-from fedllm_sec.build.loaded import Loaded
-from fedllm_sec.build.running import make_machine
 from fedllm_sec.defenses.spectrum import spectral_features
-from fedllm_sec.grid.bank import as_saved, of_features, pairs_of, scales_of, trained
+from fedllm_sec.grid.bank import as_saved, federations, of_features, pairs_of, scales_of, trained
 from fedllm_sec.matrix import Layout
-from fedllm_sec.matrix.factors import product_pairs
 from fedllm_sec.models.products import singular_values, with_spectrum
 from fedllm_sec.records.files import write_json
 from fedllm_sec.rounds.federation import Federation, evaluate
-from fedllm_sec.train import load, quiet
+from fedllm_sec.train import quiet
 
 RECIPE = Path("recipes/smoke/scan.yaml")
 BANK, HELD, OWN = range(30), range(1000, 1100), range(2000, 2008)
@@ -89,23 +85,14 @@ def told(name: str, clean: np.ndarray, bad: np.ndarray, bank: Bank) -> None:
 
 def matched(vector: Tensor, clean: Tensor, layout: Layout, scales: Sequence[float]) -> Tensor:
     """A backdoored adapter whose layers have the singular values of a clean one."""
-    places, shapes = layout.slices(), dict(zip(layout.names, layout.shapes, strict=True))
     changed = vector.clone()
-    for (a, b), scale, (ca, cb) in zip(product_pairs(layout), scales, pairs_of(clean, layout), strict=True):
-        wanted = singular_values(ca, cb, scale)
-        new = with_spectrum(vector[places[a]].view(shapes[a]), vector[places[b]].view(shapes[b]), wanted, scale)
-        changed[places[a]], changed[places[b]] = new[0].flatten(), new[1].flatten()
+    for (a, b), scale, (clean_a, clean_b) in zip(
+        pairs_of(changed, layout), scales, pairs_of(clean, layout), strict=True
+    ):
+        new_a, new_b = with_spectrum(a, b, singular_values(clean_a, clean_b, scale), scale)
+        a.copy_(new_a)  # a view of `changed`, as b is
+        b.copy_(new_b)
     return changed
-
-
-def assembled(seeds: Sequence[int]) -> Iterator[tuple[int, Federation]]:
-    """The federations of these seeds, whose held-out rows measure their adapters."""
-    loaded, machine = Loaded(), None
-    for seed in seeds:
-        plans = load(RECIPE, [f"seed={seed}"])
-        plan = plans[list(plans)[seed % len(plans)]]
-        machine = machine or make_machine(plan.recipe, Path(plan.recipe.output.folder))
-        yield seed, assemble(plan, machine, loaded)
 
 
 def main() -> None:
@@ -144,7 +131,7 @@ def main() -> None:
     }
     found = np.stack([spectral_features(pairs_of(vector, layout), scales) for vector in evaded.values()])
     told("spectra matched", clean, bank.scanner.probability(found), bank)
-    after = [measured(fed, evaded[seed]) for seed, fed in assembled(HELD[: args.measure])]
+    after = [measured(fed, evaded[seed]) for seed, _, fed in federations(RECIPE, [], HELD[: args.measure])]
     kinds = [found["variant"] for found in before[: args.measure]]
     for kind in [*sorted(set(kinds)), "all"]:
         at = [i for i, other in enumerate(kinds) if kind in (other, "all")]

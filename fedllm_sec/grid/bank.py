@@ -34,8 +34,8 @@ class Made:
 
 def pairs_of(vector: Tensor, layout: Layout) -> list[tuple[Tensor, Tensor]]:
     """The factors (A, B) of an adapter's vector (d,)."""
-    places, shapes = layout.slices(), dict(zip(layout.names, layout.shapes, strict=True))
-    return [(vector[places[a]].view(shapes[a]), vector[places[b]].view(shapes[b])) for a, b in product_pairs(layout)]
+    parts = layout.split(vector)
+    return [(parts[a], parts[b]) for a, b in product_pairs(layout)]
 
 
 def scales_of(task: Any) -> list[float]:
@@ -49,17 +49,11 @@ def as_saved(layout: Layout) -> dict[str, tuple[int, ...]]:
     return {name.replace(".default", ""): shapes[name] for pair in product_pairs(layout) for name in pair}
 
 
-def trained(path: Path, overrides: Sequence[str], seeds: Iterable[int]) -> Iterator[Made]:
-    """What each client of the recipe makes of the base in one round of its own training, seed after seed.
-
-    The variants take turns: an attack each. A malicious client trains on its poisoned shard under the attack's local
-    rules, the others on their clean shards. Adapter, shards and rows follow from the seed.
-    """
+def federations(path: Path, overrides: Sequence[str], seeds: Iterable[int]) -> Iterator[tuple[int, str, Any]]:
+    """(seed, variant, federation) of the recipe, seed after seed; the variants take turns: an attack each."""
     from fedllm_sec.build.federation import assemble
     from fedllm_sec.build.loaded import Loaded
     from fedllm_sec.build.running import make_machine
-    from fedllm_sec.rounds.client import make_optimizer
-    from fedllm_sec.rounds.federation import train_client
 
     loaded, machine = Loaded(), None
     for seed in seeds:
@@ -69,7 +63,19 @@ def trained(path: Path, overrides: Sequence[str], seeds: Iterable[int]) -> Itera
         need_one_round(plan.recipe)
         if machine is None:
             machine = make_machine(plan.recipe, Path(plan.recipe.output.folder))
-        made = assemble(plan, machine, loaded)
+        yield seed, variant, assemble(plan, machine, loaded)
+
+
+def trained(path: Path, overrides: Sequence[str], seeds: Iterable[int]) -> Iterator[Made]:
+    """What each client of the recipe makes of the base in one round of its own training, seed after seed.
+
+    A malicious client trains on its poisoned shard under the attack's local rules, the others on their clean shards.
+    Adapter, shards and rows follow from the seed.
+    """
+    from fedllm_sec.rounds.client import make_optimizer
+    from fedllm_sec.rounds.federation import train_client
+
+    for seed, variant, made in federations(path, overrides, seeds):
         if len(product_pairs(made.task.layout)) * 2 != len(made.task.layout.names):
             raise RecipeError("model.lora: trains more than the two factors of products, of which no bank is made.")
         optimizer = make_optimizer(made.task, made.training)

@@ -38,9 +38,7 @@ def who(run: Run) -> str:
     clients = run.recipe.get("clients")
     total = clients.get("total") if isinstance(clients, Mapping) else None
     if (share := spread(run)) is not None:
-        return (
-            f"rows of {'all' if share == 1 else percent(share)}{f' {total}' if share == 1 else f' of {total}'} clients"
-        )
+        return f"rows of {f'all {total}' if share == 1 else f'{percent(share)} of {total}'} clients"
     chosen = run.attack.get("malicious")
     chosen = chosen if isinstance(chosen, Mapping) else {}
     of = f" of {total}" if total is not None else ""
