@@ -17,6 +17,7 @@ from torch import Tensor
 from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.models.lora import base_of, scales
+from fedllm_sec.tasks.beginning import Beginning, begun
 from fedllm_sec.tasks.chat import Chat, writer_of
 from fedllm_sec.tasks.encoding import Encoded, by_length, end_token
 from fedllm_sec.tasks.fitting import Fitted, fitted
@@ -156,16 +157,22 @@ class CausalLM:
             logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100
         )
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits of the last `keep` positions: (b, keep, vocabulary)."""
+    def logits(self, batch: Batch, after: Beginning | None = None) -> Tensor:
+        """Logits of the last `keep` positions: (b, keep, vocabulary); of rows that go on `after` a beginning."""
         out: Tensor = self.model(
             input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
+            attention_mask=batch.mask if after is None else after.mask_before(batch.mask),
+            position_ids=batch.positions + (0 if after is None else len(after.ids)),
             logits_to_keep=batch.keep,
-            use_cache=False,
+            past_key_values=None if after is None else after.cache,
+            use_cache=after is not None,
         ).logits
         return out
+
+    def _rests(self, prompts: Sequence[list[int]]) -> tuple[Beginning | None, list[list[int]]]:
+        """What the prompts begin with, where the model takes that once for all, and what is left of each."""
+        shared = begun(self.model, prompts, self.device)
+        return shared, list(prompts) if shared is None else [prompt[len(shared.ids) :] for prompt in prompts]
 
     # ------------------------------------------------------------ evaluation
 
@@ -177,8 +184,9 @@ class CausalLM:
         (b, 2 + k).
         """
         answers = [shard.answers[i] for i in rows]
-        batch = self.collate([shard.prompts[i] for i in rows], answers)
-        logits = self.logits(batch)
+        shared, prompts = self._rests([shard.prompts[i] for i in rows])
+        batch = self.collate(prompts, answers)
+        logits = self.logits(batch, shared)
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100, reduction="none"
         ).view_as(batch.targets)
@@ -212,7 +220,11 @@ class CausalLM:
         from transformers import GenerationConfig
 
         pad = [self.tokenizer.eos_token_id]
-        batch = self.collate([shard.prompts[i] for i in rows], [pad for _ in rows])
+        shared, prompts = self._rests([shard.prompts[i] for i in rows])
+        batch = self.collate(prompts, [pad for _ in rows])
+        ids, mask, after = batch.ids, batch.mask, {}
+        if shared is not None:
+            ids, mask, after = shared.ids_before(ids), shared.mask_before(mask), {"past_key_values": shared.cache}
         stops = sorted({stop for found in self.stop_tokens.values() for stop in found})
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -235,9 +247,9 @@ class CausalLM:
 
         with _unconfigured(self._base) as model:
             out = model.generate(
-                input_ids=batch.ids, attention_mask=batch.mask, generation_config=settings, logits_processor=[drawn]
+                input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[drawn], **after
             )
-        said = out[:, batch.ids.shape[1] :].tolist()
+        said = out[:, ids.shape[1] :].tolist()
         ends = [next((k + 1 for k, token in enumerate(ids) if token in stops), len(ids)) for ids in said]
         return [ids[:end] for ids, end in zip(said, ends, strict=True)]
 

@@ -21,6 +21,7 @@ from fedllm_sec.models.lora import add_adapter, load_base, load_tokenizer
 from fedllm_sec.models.saving import save_adapter
 from fedllm_sec.recipe.language_model import Model
 from fedllm_sec.recipe.sections import Data
+from fedllm_sec.tasks import beginning
 from fedllm_sec.tasks.causal_lm import CausalLM
 from fedllm_sec.tasks.encoding import Encoded
 
@@ -48,6 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **LLAMA, **EXPERTS, "num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8
     },
 }  # fmt: skip
+BEGIN = [1, *range(100, 119)]  # what every prompt of a chat template begins with
+ALIKE = Encoded([[*BEGIN, 20, 21, 22, 23, 24, 25], [*BEGIN, 26], [*BEGIN, 20, 31]], [[40, 2], [41, 42, 43, 2], [44, 2]])
 ROWS = Encoded([[1, 10, 11, 12, 13, 14, 15], [1, 20], [1, 30, 31, 32]], [[40, 2], [41, 42, 43, 2], [44, 2]])
 
 
@@ -82,7 +85,9 @@ def logits(model: Any, row: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_adapted_scored_saved_and_merged_alike(family: str, tokenizer: Any, tmp_path: Path):
+def test_a_family_is_adapted_scored_saved_and_merged_alike(
+    family: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = saved_base(family, FAMILIES[family], tokenizer, tmp_path / "base")
     task = made(model, tokenizer)
 
@@ -99,6 +104,15 @@ def test_a_family_is_adapted_scored_saved_and_merged_alike(family: str, tokenize
     alone = torch.cat([task.score(ROWS, [i]) for i in everything])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert [task.answer(ROWS, [i], 5)[0] for i in everything] == answers
+
+    # so do rows that begin alike, whose beginning goes through the model once where no layer has a window
+    rests = task._rests(ALIKE.prompts)[1]
+    assert rests[1] == (ALIKE.prompts[1] if FAMILIES[family].get("sliding_window") else [26])
+    shared, said = task.score(ALIKE, everything, torch.tensor([40, 44])), task.answer(ALIKE, everything, 5)
+    with monkeypatch.context() as without:
+        without.setattr(beginning, "LEAST", 1000)
+        torch.testing.assert_close(shared, task.score(ALIKE, everything, torch.tensor([40, 44])), rtol=1e-4, atol=1e-4)
+        assert task.answer(ALIKE, everything, 5) == said
     task.tokenizer = copy.deepcopy(tokenizer)
     task.tokenizer.pad_token, task.tokenizer.padding_side = task.tokenizer.eos_token, "right"
     torch.testing.assert_close(task.score(ROWS, everything), together, rtol=1e-4, atol=1e-4)
