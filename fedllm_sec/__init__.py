@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedllm_sec import kernels as kernels
     from fedllm_sec.api import aggregate as aggregate
     from fedllm_sec.api import aggregate_state_dicts as aggregate_state_dicts
+    from fedllm_sec.api import cost as cost
     from fedllm_sec.attacks.privacy import reconstruct as reconstruct
     from fedllm_sec.attacks.privacy import reveal_labels as reveal_labels
     from fedllm_sec.build.audit import audit as audit
@@ -31,6 +32,7 @@ _PUBLIC = {
     "aggregate_state_dicts": "fedllm_sec.api",
     "forge": "fedllm_sec.attacks.forge",
     "audit": "fedllm_sec.build.audit",
+    "cost": "fedllm_sec.api",
     "reconstruct": "fedllm_sec.attacks.privacy",
     "reveal_labels": "fedllm_sec.attacks.privacy",
     "Decision": "fedllm_sec.protocols",

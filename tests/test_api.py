@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -294,3 +295,33 @@ def test_a_model_that_does_not_take_such_inputs_is_told_with_the_shape():
         fedllm_sec.reconstruct(torch.ones(size), model, (2, 3, 8, 8), "dlg")
     with pytest.raises(FedError, match="reveal_labels: "):
         fedllm_sec.reveal_labels(torch.ones(size), model, 2)
+
+
+# ---------------------------------------------------------------- what a round costs
+
+
+def test_the_cost_of_a_round_is_counted_by_hand():
+    found = fedllm_sec.cost(10, 2048, wire="int8", rows_dtype="bfloat16", processes=4)
+    assert (found.received, found.sent) == (8192, 2048 + 2 * 4)  # two blocks of 1,024 numbers with a scale each
+    assert found.wire == 10 * (8192 + 2056)
+    assert found.matrix == 10 * 2048 * 2
+    assert found.rank == 3 * 4096  # of 10 clients each of four processes trains two or three
+    assert found.exchange == 7 * 4096 + 3 * 8192
+    alone = fedllm_sec.cost(10, 2048)
+    assert (alone.rank, alone.exchange, alone.sent) == (0, 0, 8192)
+    assert alone.server - fedllm_sec.cost(10, 2048, rows="disk").server == 10 * 8192 - 2**28
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"n": 0}, "n: 0: must be a whole number from 1 on"),
+        ({"d": 1.5}, "d: 1.5: must be"),
+        ({"n": True}, "n: True: must be"),
+        ({"wire": "float8"}, "wire: 'float8': unknown. Choose float32, bfloat16, int8"),
+        ({"rows": "cloud"}, "rows: 'cloud': unknown. Choose memory, disk"),
+    ],
+)
+def test_a_cost_that_nothing_can_have_is_refused(settings, said):
+    with pytest.raises(FedError, match=re.escape(said)):
+        fedllm_sec.cost(**{"n": 2, "d": 3, **settings})

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -22,6 +25,8 @@ from fedllm_sec.build.names import checked
 from fedllm_sec.build.plan import planned
 from fedllm_sec.build.running import run_one
 from fedllm_sec.errors import ResumeError
+from fedllm_sec.matrix.storage import Storage
+from fedllm_sec.protocols import LocalResult
 from fedllm_sec.records import RunFolder
 from fedllm_sec.rounds.compute import Machine
 
@@ -171,6 +176,98 @@ def test_one_process_and_two_give_the_same_history(small, tmp_path):
     two = launch(small, tmp_path / "two", 2)
     finish(one), finish(two)
     same_run(tmp_path / "one" / "run", tmp_path / "two" / "run")
+
+
+def nodes(raw: dict[str, Any], folder: Path) -> list[subprocess.Popen[str]]:
+    """The run on two nodes of two ranks each: a launcher for each node, which meet at an address."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "in.yaml").write_text(yaml.safe_dump({**raw, "output": {"folder": str(folder / "run")}}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    command = [*meeting, "-m", "fedllm_sec.train", str(folder / "in.yaml")]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", f"--node_rank={node}", *command], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_ranks_give_the_same_history_and_fewer_go_on_with_it(small, tmp_path):
+    small["clients"]["total"], small["rounds"] = 6, 4
+    finish(launch(small, tmp_path / "one", 1))
+    for node in nodes(small, tmp_path / "four"):
+        finish(node)
+    same_run(tmp_path / "one" / "run", tmp_path / "four" / "run")
+
+    history = tmp_path / "stopped" / "run" / "history.jsonl"
+    four = nodes(small, tmp_path / "stopped")
+    for _ in range(6000):
+        if history.exists() and history.read_bytes().count(b"\n") >= 2:
+            break
+        time.sleep(0.05)
+    for node in four:
+        node.send_signal(signal.SIGTERM)  # as a scheduler does
+    for node in four:
+        node.communicate(timeout=60)
+    assert 2 <= history.read_bytes().count(b"\n") < 5
+    finish(launch(small, tmp_path / "stopped", 2))
+    same_run(tmp_path / "one" / "run", tmp_path / "stopped" / "run")
+
+
+def uneven(rank: int, port: int, folder: str) -> None:
+    """Ten clients on two ranks, of which the second takes its time; what each holds goes into the folder."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    machine, found = Machine(Accelerator(cpu=True)), {}
+    for everywhere, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        trained = []
+
+        def results(trained: list[int] = trained) -> Iterator[tuple[int, LocalResult]]:
+            for place in machine.turns(10):
+                time.sleep(1.0 * rank)
+                trained.append(place)
+                yield place, trained_client(place)
+
+        storage = Storage(dtype=dtype)
+        held = machine.collect(results(), 10, 3, everywhere=everywhere, beside=2, storage=storage)
+        found[everywhere] = held, trained
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def trained_client(place: int) -> LocalResult:
+    loss = float("nan") if place == 4 else place / 3
+    return LocalResult(
+        str(place), torch.full((3,), 1 + place / 7), place + 1, 2, loss, torch.tensor([-0.0, place / 9]).double()
+    )
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_free_takes_the_next_client_and_every_row_comes_to_its_place(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(uneven, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    made = [trained_client(place) for place in range(10)]
+    for everywhere, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        (held, fast), (other, slow) = first[everywhere], second[everywhere]
+        assert sorted(fast + slow) == list(range(10))
+        assert len(fast) >= 8
+        assert (other is None) is not everywhere
+        for rows, claims, buffers in [held] + [other] * everywhere:
+            assert torch.equal(rows, torch.stack([one.delta for one in made]).to(dtype))
+            wanted = torch.tensor([[one.count, one.steps, one.loss] for one in made], dtype=torch.float64)
+            assert torch.equal(claims.nan_to_num(-1.0), wanted.nan_to_num(-1.0))
+            assert claims[4].isnan().tolist() == [False, False, True]
+            assert buffers.signbit()[:, 0].all()
+            assert torch.equal(buffers, torch.stack([one.buffers for one in made]))
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from fedllm_sec.matrix.storage import taken
 from fedllm_sec.protocols import Client, DataAttack, Decision, LocalRule, ThreatView, UpdateAttack
 from fedllm_sec.seeds import generator_for, seed_for
 
+LOCAL = "local:"  # begins the key of a local attack's memory; those of update attacks end in a number after "/", if any
 TRIGGER = "trigger"  # its key in the state, where those of update attacks end in their number
 
 
@@ -78,6 +79,12 @@ class Threat:
         if client.id in self.poisoned and client.id in self.attackers(round):
             return Client(client.id, self.poisoned[client.id], client.memory)
         return client
+
+    def see(self, last_update: Tensor | None) -> None:
+        """The last global step (d,), which a local attack may have to remember whichever process trains its client."""
+        for rule in self.local:
+            if last_update is not None and hasattr(rule, "see"):
+                rule.see(last_update)
 
     def rules(self, client: Client, round: int) -> Sequence[LocalRule]:
         """The local rules of the attack, for an active attacker."""
@@ -171,7 +178,7 @@ class Threat:
         return buffers
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory of update attacks that have one (lazy, mimic, poisonedfl), and a trigger that was learnt."""
+        """The memory of attacks that have one (lazy, mimic, poisonedfl; pgd), and a trigger that was learnt."""
         everyone = {"": self.update, **{f"{id}/": attacks for id, attacks in self.alone.items()}}
         memories = {
             f"{id}{i}": attack.state_dict()
@@ -179,6 +186,9 @@ class Threat:
             for i, attack in enumerate(attacks)
             if hasattr(attack, "state_dict")
         }
+        for i, rule in enumerate(self.local):
+            if hasattr(rule, "state_dict"):
+                memories[f"{LOCAL}{i}"] = rule.state_dict()
         known = getattr(learner(self.data), "learnt", None)
         return memories if known is None else {**memories, TRIGGER: {"learnt": known}}
 
@@ -188,6 +198,9 @@ class Threat:
                 if (attack := learner(self.data)) is None:
                     raise KeyError("a learnt trigger, and no attack that learns one")
                 attack.learnt = memory["learnt"]
+                continue
+            if key.startswith(LOCAL) and "/" not in key:
+                self.local[int(key.removeprefix(LOCAL))].load_state_dict(memory)  # type: ignore[attr-defined]
                 continue
             id, _, number = key.rpartition("/")
             attacks = self.alone.setdefault(id, copy.deepcopy(self.update)) if id else self.update

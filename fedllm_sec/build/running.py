@@ -6,11 +6,11 @@ import contextlib
 import functools
 import math
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedllm_sec.build.bar import bar_of
 from fedllm_sec.build.kept import kind_of
 from fedllm_sec.errors import FedError, RecipeError, ResumeError
 from fedllm_sec.recipe import reading
@@ -159,7 +159,7 @@ def _run_held(
         keep_round(federation.round)  # a run that was killed after its checkpoint has not kept this round's
     harness = functools.partial(harnessed, recipe, task, machine=machine, folder=folder.path, known=known)
     harness(vector=begun, when="before")
-    federation.progress = _progress(machine.main and on_terminal, lambda: federation.round + 1, recipe.rounds)
+    federation.progress = bar_of(machine.main and on_terminal, lambda: federation.round + 1, recipe.rounds)
     for record in run(federation, recipe.rounds):
         if machine.main:
             folder.append(record, federation.state_dict())
@@ -305,14 +305,3 @@ def _environment(command: str, machine: Machine, start: Mapping[str, Any] | None
         mixed_precision=machine.accelerator.mixed_precision,
     )
     return found if start is None else {**found, "start": dict(start)}
-
-
-def _progress(show: bool, round: Callable[[], int], rounds: int) -> Callable[[Sequence[Any]], Iterator[Any]]:
-    """A bar over the clients of a round, on a terminal."""
-    from tqdm import tqdm
-
-    def bar(cohort: Sequence[Any]) -> Iterator[Any]:
-        hide = not show or not sys.stderr.isatty()
-        yield from tqdm(cohort, desc=f"round {round()}/{rounds}", unit="client", leave=False, disable=hide)
-
-    return bar

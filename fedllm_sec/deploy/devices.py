@@ -23,8 +23,9 @@ from fedllm_sec.deploy.problems import layout_hash, recipe_hash
 from fedllm_sec.deploy.records import ask_records
 from fedllm_sec.deploy.replies import Expected, read_reply
 from fedllm_sec.deploy.sooner import Idle
-from fedllm_sec.deploy.wire import Refused, bytes_of
+from fedllm_sec.deploy.wire import Refused
 from fedllm_sec.errors import printable
+from fedllm_sec.matrix.quantise import bytes_of
 from fedllm_sec.protocols import Client, LocalResult
 from fedllm_sec.recipe.machines import Deploy
 from fedllm_sec.recipe.sections import Recipe

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.errors import FedError
-from fedllm_sec.matrix.quantise import dequantise, quantise
+from fedllm_sec.matrix.quantise import BLOCK, BYTES, dequantise, quantise
 
 KIND = "fedllm_sec.raw"  # how the bytes are to be read: no library's format
-BLOCK = 1024  # numbers that share a scale
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float64": 8}
 
 
 class Refused(FedError):
@@ -104,8 +102,3 @@ def decode(arrays: dict[str, Packed], wire: str, size: int) -> Tensor:
     if not bool((scales.isfinite() & (scales >= 0)).all()):
         raise Refused("scales: are not finite and positive")
     return dequantise(unpack(arrays["flat"], "delta", "int8", size), scales, BLOCK)
-
-
-def bytes_of(wire: str, size: int) -> int:
-    """What a delta of `size` numbers is on the wire."""
-    return size * BYTES[wire] + (4 * math.ceil(size / BLOCK) if wire == "int8" else 0)

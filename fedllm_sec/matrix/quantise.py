@@ -1,12 +1,16 @@
-"""A flat vector as one signed byte a value, with a scale for each block of values."""
+"""A flat vector as one signed byte a value, with a scale for each block of values, and what vectors are on a wire."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from fedllm_sec.errors import FedError
 
+BLOCK = 1024  # numbers that share a scale on the wire
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float64": 8}  # of a number on the wire
 LARGEST = 127  # codes are -127 to 127: symmetric, so that -x has the codes of x negated
 
 
@@ -42,3 +46,8 @@ def dequantise(codes: Tensor, scales: Tensor, block: int) -> Tensor:
             f"{tuple(scales.shape)}. Pass what quantise gave, with its block."
         )
     return codes.float() * scales.float().repeat_interleave(block)[: len(codes)]
+
+
+def bytes_of(wire: str, size: int) -> int:
+    """What a vector of `size` numbers is on the wire."""
+    return size * BYTES[wire] + (4 * math.ceil(size / BLOCK) if wire == "int8" else 0)

@@ -1,7 +1,8 @@
 """How this machine computes: device, precision and processes, all from accelerate.
 
-Under several processes, rank k trains `cohort[k::world]` (placement: clients), or every rank trains the same client on
-its part of each batch (placement: data). Rank 0 holds the update matrix and decides; the new vector goes to all.
+Under several processes, whoever is free trains the next client of the cohort (placement: clients), or every rank
+trains the same client on its part of each batch (placement: data). What a client sends does not depend on who trained
+it. Rank 0 holds the update matrix and decides; the new vector goes to all.
 Under placement: data a GAN's noise, mirrors and shifts are drawn for the whole batch and cut, so they are those of one
 process; dropout inside a model is each rank's own, and so not that of one process.
 """
@@ -9,7 +10,7 @@ process; dropout inside a model is each rank's own, and so not that of one proce
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from fedllm_sec.tasks.draws import Drawn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+BEGUN = "fedllm_sec/begun"  # where the ranks count the clients of a round that were begun
 
 
 class Machine:
@@ -67,9 +70,27 @@ class Machine:
 
     # ------------------------------------------------------------ local training
 
-    def mine(self, cohort: Sequence[Any]) -> Sequence[Any]:
-        """The clients this process trains."""
-        return cohort if self.placement == "data" else cohort[self.rank :: self.world]
+    @property
+    def alone(self) -> bool:
+        """Whether this process trains every client, if not all of each batch."""
+        return self.world == 1 or self.placement == "data"
+
+    def turns(self, n: int) -> Iterator[int]:
+        """Places of a cohort of n that this process trains.
+
+        Ranks count together how many clients have been begun: a fast one takes more of them, and none waits for another
+        before all are begun.
+        """
+        if self.alone:
+            yield from range(n)
+            return
+        while (place := self._store.add(BEGUN, 1) - 1) < n:
+            yield place
+
+    @property
+    def _store(self) -> Any:
+        """What the processes of torchrun write down for each other, a few bytes each."""
+        return torch.distributed.distributed_c10d._get_default_store()
 
     def backward(self, task: Task, shard: Any, rows: Sequence[int]) -> Tensor:
         """Add the gradient of the loss over `rows` to `task.parameters.grad`; give that loss.
@@ -139,7 +160,7 @@ class Machine:
 
     def collect(
         self,
-        results: Iterator[LocalResult],
+        results: Iterable[tuple[int, LocalResult]],
         n: int,
         d: int,
         everywhere: bool = False,
@@ -148,40 +169,47 @@ class Machine:
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Rows (n, d) in cohort order, (n, 3) claims (count, steps, loss) and (n, beside) buffers, float64 on the CPU.
 
-        On rank 0, or on every rank, else None. Rows are kept where `storage` says.
-
-        One row of each rank travels at a time, as plain tensors, while the ranks train their next client.
+        On rank 0, or on every rank, else None. `results` are what this process trained, by `turns` of n. Rows are kept
+        where `storage` says; another rank keeps its own there too until all are trained, and sends one after another.
         """
-        alone = self.world == 1 or self.placement == "data"
         rows = storage.rows(n, d, self.device) if self.main or everywhere else None
-        claims = torch.empty(n, 3 + beside, dtype=torch.float64)
-        for i in range(n if alone else -(-n // self.world)):
-            first = i if alone else i * self.world
-            if alone or first + self.rank < n:
-                result = next(results)
-                row, claim = (
-                    result.delta,
-                    torch.tensor([result.count, float(result.steps), result.loss], dtype=torch.float64),
-                )
-                more = result.buffers if result.buffers is not None else torch.zeros(beside)
-            else:
-                row, claim, more = torch.zeros(d, device=self.device), torch.zeros(3), torch.zeros(beside)
-            claim_row = torch.cat([claim.to(self.device).double(), more.to(self.device).double()])
-            if alone:
-                all_rows, all_claims = row[None], claim_row[None]
-            else:
-                all_rows, all_claims = self._gather(row), self._gather(claim_row)
-            used = min(len(all_rows), n - first)
-            if rows is not None:
-                rows[first : first + used] = all_rows[:used]
-                claims[first : first + used] = all_claims[:used].cpu()
+        claims = torch.zeros(n, 3 + beside, dtype=torch.float64)
+        own: dict[int, Tensor] = {}  # place -> (d,)
+        for place, result in results:
+            own[place] = rows[place] if rows is not None else storage.rows(1, d, self.device)[0]
+            own[place].copy_(result.delta)
+            claims[place, :3] = torch.tensor([result.count, float(result.steps), result.loss], dtype=torch.float64)
+            if result.buffers is not None:
+                claims[place, 3:] = result.buffers.cpu()
+        if not self.alone:
+            owners = torch.zeros(n, dtype=torch.int64, device=self.device)
+            owners[list(own)] = self.rank
+            torch.distributed.all_reduce(owners)
+            if self.main:  # all have stopped counting, and none counts anew before the next exchange
+                self._store.delete_key(BEGUN)
+            # as bits, of which all but the owner's are 0: so a nan and the sign of a zero come through
+            bits = claims.to(self.device).view(torch.int64)
+            torch.distributed.all_reduce(bits)
+            claims = bits.view(torch.float64).cpu()
+            row = torch.empty(d, device=self.device, dtype=storage.dtype)
+            self._exchange(own, owners.tolist(), rows, row, everywhere)
         return (rows, claims[:, :3], claims[:, 3:]) if rows is not None else None
 
-    def _gather(self, tensor: Tensor) -> Tensor:
-        """(world, ...) on every rank, in rank order."""
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        torch.distributed.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts)
+    def _exchange(
+        self, own: dict[int, Tensor], owners: Sequence[int], rows: Tensor | None, row: Tensor, everywhere: bool
+    ) -> None:
+        """What each owner has trained comes to rank 0, or to every rank, through `row` (d,) and into `rows` (n, d)."""
+        for place, owner in enumerate(owners):
+            if owner == self.rank and (everywhere or owner):
+                row.copy_(own.pop(place))
+            if everywhere:
+                torch.distributed.broadcast(row, src=owner)
+            elif owner and self.rank == owner:
+                torch.distributed.send(row, dst=0)
+            elif owner and self.main:
+                torch.distributed.recv(row, src=owner)
+            if rows is not None and owner != self.rank:
+                rows[place].copy_(row)
 
     def share(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor on every rank."""

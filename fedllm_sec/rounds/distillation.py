@@ -102,7 +102,7 @@ class Distillation:
     evaluate_every: int = 1
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
     round: int = 0
-    progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
+    progress: Callable[[Iterator[int], int], Iterator[int]] = lambda turns, n: turns  # places of a cohort of n
 
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on: the server's net, and each client's net and the logits it was sent."""
@@ -130,7 +130,8 @@ def play_round(run: Distillation, r: int, rounds: int) -> RoundRecord:
     threat, start = run.threat, run.vector
     sure = threat.sure(r) if threat is not None else None
     cohort = sample(run.clients, run.per_round, generator_for(run.seed, r, "cohort"), sure)
-    messages = {c.id: client_round(run, c, r, rounds) for c in run.progress(cohort)}
+    turns = run.progress(iter(range(len(cohort))), len(cohort))
+    messages = {cohort[place].id: client_round(run, cohort[place], r, rounds) for place in turns}
     clock.append(time.perf_counter())
 
     messages = {id: poisoned(run, id, message, r) for id, message in messages.items()}

@@ -71,7 +71,7 @@ class Federation:
     round: int = 0  # rounds done
     before: int = 0  # attack-free rounds done before these: draws of round r are those of round before + r
     source: Source = trained_here  # where the rows of a round come from
-    progress: Callable[[Sequence[Client]], Iterator[Client]] = field(default=iter)  # type: ignore[assignment]
+    progress: Callable[[Iterator[int], int], Iterator[int]] = lambda turns, n: turns  # places of a cohort of n
     triggered: Callable[[], Evaluation] | None = None  # the evaluation with the trigger as attackers have learnt it
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +171,8 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     averaging = federation.averaging
     rng = generator_for(federation.seed, federation.before + r, "cohort")
     sure = threat.sure(r) if threat is not None else None
+    if threat is not None:
+        threat.see(federation.last_update)
     cohort: Sequence[Client] = sample(federation.clients, federation.per_round, rng, sure)
     tune(federation, cohort, r)
 

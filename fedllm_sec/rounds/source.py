@@ -53,11 +53,11 @@ class Source(Protocol):
 def trained_here(federation: Federation, cohort: Sequence[Client], asked: Asked) -> Came:
     """Every client trains in this process or in another of its ranks."""
     machine, threat = federation.machine, federation.threat
-    mine = machine.mine([threat.dress(c, asked.round) if threat else c for c in cohort])
-    results = (asked.train(client, federation.guards) for client in federation.progress(mine))
-    width = federation.task.layout.size
-    where = federation.storage
-    collected = machine.collect(results, len(cohort), width, asked.everywhere, asked.beside, where)
+    n, width, where = len(cohort), federation.task.layout.size, federation.storage
+    clients = [threat.dress(c, asked.round) if threat else c for c in cohort]
+    turns = federation.progress(machine.turns(n), n)
+    results = ((place, asked.train(clients[place], federation.guards)) for place in turns)
+    collected = machine.collect(results, n, width, asked.everywhere, asked.beside, where)
     honest = threat is None or not threat.malicious or asked.round < threat.start
     lost = honest and collected is not None and not any(bool(row.isfinite().all()) for row in collected[0])
     return Came(cohort, collected, lost=lost)

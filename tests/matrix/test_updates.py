@@ -166,7 +166,7 @@ def test_files_of_another_kind_are_errors(tmp_path):
 def spread(rank, port, rows, folder):
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    owners = [0, 1, 0, 1, 0]  # clients dealt out in turn, as the round loop does
+    owners = [0, 1, 0, 1, 0]  # which rank trained a client
     own = rows[[i for i, owner in enumerate(owners) if owner == rank]]
     updates = UpdateMatrix.across_ranks(own, owners=owners, ids=list("abcde"), chunk_mb=0.01)
     results = {

@@ -213,12 +213,16 @@ def anywhere(left: dict[str, Any]) -> dict[str, Any]:
 def break_off(pair: Pair, folder: Path, failures: list[tuple[int, int, bool]], left: dict[str, Any]) -> None:
     """The n-th message of a rank fails, in one start after the other: both ranks end, each with one line.
 
-    Then the same command ends as the straight run, and trains no round again that was kept.
+    Then the same command ends as the straight run, and trains no round again that was kept. How many messages a start
+    takes depends on who trained how many clients: where there was no n-th, nothing failed.
     """
     write(folder)
     for rank, n, kills in failures:
         ranks = pair.play(folder, rank, n, kills)
         how = (rank, n, kills, ranks)
+        if int(ranks[rank]["sent"]) < n:
+            assert [one["code"] for one in ranks] == [0, 0], how
+            continue
         assert [one["code"] for one in ranks] == [-signal.SIGKILL if kills and k == rank else 2 for k in (0, 1)], how
         for one in ranks:
             if one["code"] == 2:
@@ -252,7 +256,7 @@ def test_every_single_message_between_two_processes_may_fail(straight, pair, tmp
     first, second = pair.play(tmp_path / "whole")
     assert first["sent"] == second["sent"]
     assert int(first["sent"]) >= 12
-    for n in range(1, int(first["sent"]) + 1):
+    for n in range(1, int(first["sent"]) + 5):  # a start may have some more
         for rank in (0, 1):
             for kills in (False, True):
                 break_off(pair, tmp_path / f"{n}-{rank}-{kills}", [(rank, n, kills)], straight[0])

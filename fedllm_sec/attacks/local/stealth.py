@@ -141,8 +141,11 @@ class PGD:
 
     def before_step(self, parameters: torch.nn.Parameter, step: int, ctx: LocalContext) -> None:
         if step == 0 and ctx.last_update is not None:
-            length = float(ctx.last_update.double().norm())
-            self.seen = length if length > 0 else self.seen
+            self.see(ctx.last_update)
+
+    def see(self, last_update: Tensor) -> None:
+        """Remember the length of the last global step (d,); a step of 0 is none."""
+        self.seen = float(last_update.double().norm()) or self.seen
 
     def after_step(self, parameters: torch.nn.Parameter, step: int, ctx: LocalContext) -> None:
         radius = self.reach(ctx)
@@ -152,6 +155,12 @@ class PGD:
             length = float(delta.double().norm())
             if length > radius:
                 parameters.copy_(start + delta * (radius / length))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = state["seen"]
 
     def reach(self, ctx: LocalContext) -> float:
         """The ball's radius in this round."""
