@@ -112,10 +112,10 @@ def rflbat(updates: UpdateMatrix, ctx: RoundContext, *, far: float = 10.0, farth
     `farther` median sums are dropped; the mean of the rest. Scores are the sums of distances in the plane.
 
     Stated here: principal components and cosines are those of updates and come from the (n, n) Gram matrix; no code of
-    the authors' was found, and the bounds (10 and 4) are those of three others' (BackFed, rflbat_server.py; 3DFed,
-    defenses/rflbat.py; Li and Dai 2024, RflbatServer.py); five uniform point sets, at most nine clusters and 1 for a
-    cluster of one are BackFed's, where a cluster of one is never kept; sums equal to a bound are kept; there are fewer
-    clusters than different points; of equally alike clusters the one with the smallest client id is kept.
+    the authors' was found, and the bounds (10 and 4) are taken from three reimplementations (BackFed, rflbat_server.py;
+    3DFed, defenses/rflbat.py; Li and Dai 2024, RflbatServer.py); five uniform point sets, at most nine clusters and 1
+    for a cluster of one are BackFed's, where a cluster of one is never kept; sums equal to a bound are kept; there are
+    fewer clusters than different points; of equally alike clusters the one with the smallest client id is kept.
     """
     need(far >= 1 and farther >= 1, "rflbat", "far >= 1 and farther >= 1", "Raise them.", far=far, farther=farther)
     order = by_id(updates.ids)

@@ -37,8 +37,10 @@ class Chameleon:
     the target class keep it alive. So in the first `encoder` share of its steps an attacker trains everything below
     the last linear layer by the supervised contrastive loss, in which poisoned images carry the target's label: they
     are drawn to the target class and away from their own. In the other steps it trains the last layer alone, by the
-    task's loss. Rows with the label of poisoned ones weigh `weight` times in the contrast, as in the authors' code
-    (utils/losses.py), whose configurations for CIFAR-10 have 2 for semantic triggers, 4 for edge cases, 6 for pixels.
+    task's loss. Rows with the label of poisoned ones weigh `weight` times in the contrast, which is taken from the
+    authors' code (Chameleon-durable-backdoor, utils/losses.py), not from the paper. Its configurations for CIFAR-10
+    have 2 for semantic triggers, 4 for edge cases and 6 for pixels; the authors' reimplementation of 2024
+    (Backdoor-indicator-defense) has 2 for all, which is the default here.
 
     Stated here: the mean is over rows that have another of their label, theirs over all; their second factor, between
     poisoned rows and those of one label, is 1 in that configuration and is not here; contrast is over `rows` rows drawn
