@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fedllm_sec import attacks
 from fedllm_sec.attacks.data.learnt import learner
 from fedllm_sec.attacks.threat import Threat, choose_malicious
+from fedllm_sec.build.kept import rounds_problem
 from fedllm_sec.build.names import make
 from fedllm_sec.errors import AttackError
 from fedllm_sec.recipe.sections import Attack, Recipe
@@ -235,7 +236,8 @@ def attack_problems(recipe: Recipe) -> list[str]:
     block = recipe.attack
     if not recipe.enable_attack or block is None or block.curious:
         return []
-    problems, levels = [], ("own", "cohort", "cohort+defense")
+    problems = rounds_problem("attack.every", block.every, recipe)
+    levels = ("own", "cohort", "cohort+defense")
     for i, method in enumerate(block.update):
         needed = attacks.needs(method["name"], method)
         if levels.index(needed) > levels.index(block.knowledge):

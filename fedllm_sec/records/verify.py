@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.errors import FedError, ResumeError, quietly, reason
+from fedllm_sec.errors import FedError, Parser, ResumeError, quietly, reason
 from fedllm_sec.records import checkpoint, inventory
 from fedllm_sec.records.files import in_a_line
 from fedllm_sec.records.folder import RunFolder, read_recipe
@@ -123,7 +123,7 @@ def in_words(folder: Path, found: Found) -> Iterator[str]:
 
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fedllm-sec verify",
         description="Whether runs are as they were left: sizes and hashes of their files.",
         epilog=EPILOG,
