@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.errors import FedError, RecipeError, quietly
+from fedllm_sec.errors import FedError, Parser, RecipeError, quietly
 from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.records.environment import typed
 from fedllm_sec.records.files import remove_leftovers, write_json
@@ -34,7 +34,7 @@ LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZ
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fedllm_sec.benchmark",
         description="Attack x defense grids: every cell is a run of its own, and what is done is skipped.",
         epilog="example: python -m fedllm_sec.benchmark recipes/grids/quick.yaml --jobs 2 'axes.seed=[0, 1, 2]'",
@@ -44,7 +44,10 @@ def arguments() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key.sub=value", help="settings of the base recipe, or axes.NAME=[values]"
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the cells (default: 1)")
-    parser.add_argument("--only", metavar="PATTERN", help="run only cells of this name (as in --list), e.g. 'flip__*'")
+    parser.add_argument(
+        "--only", metavar="PATTERN", action="append",
+        help="run only cells of this name (as in --list), e.g. 'flip__*'; may be given again",
+    )  # fmt: skip
     parser.add_argument("--list", "--dry-run", action="store_true", help="check the grid, list its cells and stop")
     parser.add_argument(
         "--no-share", action="store_true", help="train every row anew, also those that another cell has trained"
@@ -115,13 +118,17 @@ def take_ranks() -> tuple[int, int, int, int]:
     return found
 
 
-def choose(grid: Any, pattern: str | None) -> list[Any]:
-    """The cells to run, in the order in which they load least; those of a pattern come with their twins."""
-    if pattern is None:
+def choose(grid: Any, patterns: Sequence[str] | None) -> list[Any]:
+    """The cells to run, in the order in which they load least: those of any pattern, with their twins."""
+    if patterns is None:
         return list(grid.run_order())
-    wanted = {cell.slug for cell in grid.cells if fnmatch.fnmatchcase(cell.slug, pattern)}
-    if not wanted:
-        raise RecipeError(f"--only: no cell is called {pattern}.{did_you_mean(pattern, [c.slug for c in grid.cells])}")
+    slugs, wanted = [cell.slug for cell in grid.cells], set[str]()
+    for pattern in patterns:
+        if not (found := set(fnmatch.filter(slugs, pattern))):
+            raise RecipeError(
+                f'--only: no cell is called "{pattern}".{did_you_mean(pattern, slugs)} --list names them.'
+            )
+        wanted |= found
     wanted |= {cell.twin for cell in grid.cells if cell.slug in wanted and cell.twin is not None}
     return [cell for cell in grid.run_order() if cell.slug in wanted]
 

@@ -6,11 +6,12 @@ All are `FedError`, which is also a `ValueError`. A message names the place, the
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
 CLOSED = 141  # what a shell says of a program whose reader left: 128 + SIGPIPE
@@ -31,6 +32,13 @@ def quietly(main: Callable[P, int]) -> Callable[P, int]:
             return CLOSED
 
     return until_the_reader_leaves
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are told in a line, without the usage before them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.rstrip('.')}. ({self.prog} --help)\n")
 
 
 def reason(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 from fedllm_sec import algorithms, attacks, defenses, models
 from fedllm_sec.data import partition
-from fedllm_sec.errors import quietly
+from fedllm_sec.errors import Parser, quietly
 from fedllm_sec.evaluation import judges
 from fedllm_sec.recipe.resolve import Menu, did_you_mean, settings_of
 
@@ -119,7 +118,7 @@ def details(line: Line) -> str:
 @quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fedllm_sec.menu", description="What a recipe can name.")
+    parser = Parser(prog="python -m fedllm_sec.menu", description="What a recipe can name.")
     parser.add_argument("name", nargs="*", help="show these in full; without a name, list everything")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
     options = parser.parse_args(arguments)

@@ -6,7 +6,6 @@ can be made from the checkpoint; one that is whole is only reported.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import re
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedllm_sec.errors import FedError, RecipeError, quietly
+from fedllm_sec.errors import FedError, Parser, RecipeError, quietly
 from fedllm_sec.recipe import places, reading, shipped
 from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.records.environment import typed
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fedllm_sec.train",
         description="Federated fine-tuning under attack and defense, from one recipe.",
         epilog="example: accelerate launch -m fedllm_sec.train recipes/quickstart.yaml rounds=3 clients.lr=1e-3",

@@ -75,6 +75,31 @@ def test_a_stage_before_the_rule_and_a_broken_state_of_one_of_them(adapters, tmp
     assert all(bool(value.isfinite().all()) for value in tensors(tmp_path / "out").values())
 
 
+def test_a_stage_may_be_a_block_as_in_a_recipe_and_a_new_folder_above_the_answer_is_said(adapters, tmp_path, capsys):
+    words = ["--before", "{name: nnm, f: 1}", "--out", str(tmp_path / "above" / "out")]
+    assert run(adapters, "--rule", "mean", *words) == 0
+    assert f"(the folder {tmp_path / 'above'} is new)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rule", "krum"], "error: --set f: is needed"),
+        (["--rule", "kurm"], 'error: --rule: there is no "kurm"'),
+        (["--rule", "fltrust"], "This command has no clean rows of a server: choose another rule."),
+        (["--rule", "mean", "--before", "{name: nnm, g: 1}"], "error: --before.0.g: 1 is set"),
+        (["--rule", "mean", "--before", "{nme: nnm}"], "error: --before {'nme': 'nnm'}: must be a name of the menu"),
+        (["--rule", "krum", "--set", "f=3"], "Lower f or give more adapters."),
+    ],
+)
+def test_an_error_is_one_line_that_names_the_commands_own_options(adapters, tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit):
+        run(adapters, *words, "--out", str(tmp_path / "out"))
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
 def refused(capsys, words: str, folders: list[Path], *more: str) -> None:
     with pytest.raises(SystemExit) as caught:
         run(folders, *more)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedllm_sec.api.rows import aggregate
 from fedllm_sec.api.states import Merged, aggregate_state_dicts
-from fedllm_sec.errors import DefenseError, FedError, quietly, reason
+from fedllm_sec.errors import DefenseError, FedError, Parser, quietly, reason
 from fedllm_sec.models.saving import CLASSES, classes_of
 from fedllm_sec.recipe import plainyaml
 from fedllm_sec.records.files import in_a_line, write_atomic
@@ -178,6 +178,38 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def _stages(words: Sequence[str]) -> list[Any]:
+    """Stages as `aggregate` takes them: names, or blocks as in a recipe."""
+    found: list[Any] = []
+    for word in words:
+        stage = plainyaml.parse(word, "--before") if word.lstrip()[:1] in ("{", "[") else word
+        found += stage if isinstance(stage, list) else [stage]
+    for stage in found:
+        name = stage.get("name") if isinstance(stage, dict) else stage
+        if not isinstance(name, str) or ":" in name:
+            raise DefenseError(
+                f"--before {in_a_line(stage)}: must be a name of the menu, or a block as in a recipe: "
+                "'{name: nnm, f: 1}'."
+            )
+    return found
+
+
+TOLD = (  # what a message calls by the words of a call or a recipe -> the words of this command
+    (r"\baggregate\.name:", "--rule:"),
+    (r"\baggregate\.(\w+):", r"--set \1:"),
+    (r"\bbefore\[(\d+)\]", r"--before.\1"),
+    (r"raise clients\.per_round", "give more adapters"),
+    (r"Set [^.]*\bdefense\.root_rows\b[^.]*\.", "This command has no clean rows of a server: choose another rule."),
+)
+
+
+def in_options(text: str) -> str:
+    """An error's text with the options of this command where it names settings of a call or keys of a recipe."""
+    for words, option in TOLD:
+        text = re.sub(words, option, text)
+    return text
+
+
 def report(folders: Sequence[Path], made: Merged, rule: str) -> list[str]:
     """What became of each adapter, a line for each."""
     lines, decision = [f"{rule} of {len(folders)} adapters"], made.decision
@@ -194,7 +226,7 @@ def report(folders: Sequence[Path], made: Merged, rule: str) -> list[str]:
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fedllm-sec aggregate",
         description="One peft adapter folder of several, by a rule of the menu.",
         epilog="example: fedllm-sec aggregate runs/*/adapter --rule multi_krum --set f=1 --out merged",
@@ -205,7 +237,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rule", required=True, help="as in a recipe: mean, median, multi_krum, ...")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the rule")
     parser.add_argument(
-        "--before", action="append", default=[], metavar="NAME", help="a stage before it: norm_clipping"
+        "--before",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="a stage before it: norm_clipping, '{name: nnm, f: 1}'",
     )
     parser.add_argument("--start", type=_path, help="the adapter that all of them were trained from")
     parser.add_argument("--out", required=True, type=_path, help="the folder to make; it must not exist")
@@ -217,15 +253,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="aggregate_state_dicts: not taken")  # it stands in the lines
         try:
-            made = merged(given.folders, given.start, given.rule, {**_settings(given.set), "before": given.before})
+            made = merged(
+                given.folders, given.start, given.rule, {**_settings(given.set), "before": _stages(given.before)}
+            )
         except FedError as error:
-            parser.error(str(error))
+            parser.error(in_options(str(error)))
     lines = report(given.folders, made, given.rule)
+    new = next((path for path in reversed(given.out.parents) if not path.exists()), None)
     try:
         save(made, given.folders, given.out, "\n".join(lines))
     except OSError as error:
         parser.error(f"--out {given.out}: cannot be written ({reason(error)}). Name another folder.")
-    print("\n".join([*lines, f"written: {given.out}"]))
+    print("\n".join([*lines, f"written: {given.out}" + (f" (the folder {new} is new)" if new is not None else "")]))
     return 0
 
 

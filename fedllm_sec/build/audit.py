@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.errors import FedError, RecipeError, quietly
+from fedllm_sec.errors import FedError, Parser, RecipeError, quietly
 from fedllm_sec.records import inventory, observed
 from fedllm_sec.records.folder import read_recipe
 
@@ -72,7 +72,7 @@ def _attacked(folder: Path, again: bool) -> dict[str, Any]:
 
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fedllm-sec audit",
         description="What an observer of a run learns from what clients sent.",
         epilog=EPILOG,

@@ -16,8 +16,18 @@ def kind_of(recipe: Recipe) -> Literal["adapter", "model"]:
 
 def save_problems(recipe: Recipe) -> list[str]:
     """Why what is asked for cannot be saved, as far as can be said without the model."""
-    if recipe.output.save == "adapter":
+    found = rounds_problem("output.adapter_every", recipe.output.adapter_every, recipe)
+    return found if recipe.output.save == "adapter" else found + _merge_problems(recipe)
+
+
+def rounds_problem(place: str, every: int | None, recipe: Recipe) -> list[str]:
+    """Why what is to happen in every k-th round does not."""
+    if every is None or every <= recipe.rounds:
         return []
+    return [f"{place}: {every:,} is more than rounds={recipe.rounds:,}, so it does not come to that. Lower it."]
+
+
+def _merge_problems(recipe: Recipe) -> list[str]:
     place = "output.save: merged: "
     if recipe.task not in TEXT_TASKS or recipe.model.lora is None:
         return [f"{place}there is no adapter to merge: the whole model is trained, and saved as it is. Remove it."]

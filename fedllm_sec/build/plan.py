@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from fedllm_sec import algorithms, defenses
@@ -18,7 +19,7 @@ from fedllm_sec.build.names import make, outside, told_in_a_line
 from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
 from fedllm_sec.build.space import PAIRED, space_problems, spaced
 from fedllm_sec.build.start import start_problems
-from fedllm_sec.build.threat import attack_problems, attacking, client_ids, learning_problems, make_threat
+from fedllm_sec.build.threat import attack_problems, attacking, client_ids, every_id, learning_problems, make_threat
 from fedllm_sec.build.transfer import transfer_problems
 from fedllm_sec.defenses.layers import LayerByLayer
 from fedllm_sec.defenses.pipeline import Pipeline
@@ -96,7 +97,7 @@ def planned(recipe: Recipe, rehearsed: dict[str, list[str]] | None = None) -> Pl
     if defense is not None:  # tried even where something else is wrong, so that all is told at once
         tried = make_threat(recipe) if not problems else None
         known, rehearsal = {} if rehearsed is None else rehearsed, _rehearsal(recipe, UNNAMED)
-        key = f"{tried is None} {replace(rehearsal, seed=0)} {recipe.model_dump_json(exclude=UNREAD)}"
+        key = f"{tried is None} {replace(rehearsal, seed=0, ids=[])} {recipe.model_dump_json(exclude=UNREAD)}"
         if key not in known:
             known[key] = rehearsal.problems(make_defense(recipe), tried)
         problems += known[key] or drawn_problems(recipe, defense, lambda id: _tried_without(recipe, id))
@@ -123,11 +124,10 @@ def _tried_without(recipe: Recipe, id: str) -> list[str]:
 
 def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
     """Of as many clients as a round has, those that the defense names among them."""
-    ids, block = client_ids(recipe), recipe.defense if recipe.enable_defense else None
-    first = set(list(dict.fromkeys([*named_clients(recipe), *ids]))[: recipe.clients.per_round])
+    clients, block = recipe.clients, recipe.defense if recipe.enable_defense else None
     return Rehearsal(
-        ids=[id for id in ids if id in first],
-        total=len(ids),
+        ids=list(_of_a_round(clients.total, clients.per_round, tuple(named_clients(recipe)))),
+        total=clients.total,
         rounds=recipe.rounds,
         seed=recipe.seed,
         root=block is not None and bool(block.root_rows),
@@ -136,6 +136,13 @@ def _rehearsal(recipe: Recipe, layout: Layout) -> Rehearsal:
         weighs=way if (way := way_of(recipe)) in BY_PRODUCTS else None,
         code=bool(outside(recipe.model_dump(include={"task", "attack", "defense"}))),
     )
+
+
+@functools.lru_cache(maxsize=8)  # a plan asks several times, of up to a million clients
+def _of_a_round(total: int, per_round: int | None, named: tuple[str, ...]) -> tuple[str, ...]:
+    ids = every_id(total)
+    first = set(list(dict.fromkeys([*named, *ids]))[:per_round])
+    return tuple(id for id in ids if id in first)
 
 
 # ---------------------------------------------------------------- one block of the recipe -> one method

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fedllm_sec import attacks
 from fedllm_sec.attacks.data.learnt import learner
 from fedllm_sec.attacks.threat import Threat, choose_malicious
+from fedllm_sec.build.kept import rounds_problem
 from fedllm_sec.build.names import make
 from fedllm_sec.errors import AttackError
 from fedllm_sec.recipe.sections import Attack, Recipe
@@ -17,11 +18,12 @@ from fedllm_sec.rounds.cohort import Sure, cohorts, foreseen
 
 def client_ids(recipe: Recipe) -> list[str]:
     """c00, c01, ..."""
-    return list(_ids(recipe.clients.total))
+    return list(every_id(recipe.clients.total))
 
 
 @functools.lru_cache(maxsize=8)
-def _ids(total: int) -> tuple[str, ...]:
+def every_id(total: int) -> tuple[str, ...]:
+    """c00, c01, ... of so many clients."""
     width = max(2, len(str(total - 1)))
     return tuple(f"c{i:0{width}d}" for i in range(total))
 
@@ -43,7 +45,7 @@ def make_threat(recipe: Recipe) -> Threat | None:
     )
     if block.spread is not None and recipe.enable_attack:
         count = max(1, round(block.spread.clients * recipe.clients.total))
-        threat.spread = choose_malicious(count, _ids(recipe.clients.total), recipe.seed)
+        threat.spread = choose_malicious(count, every_id(recipe.clients.total), recipe.seed)
     if learner(threat.data) is not None and not recipe.enable_attack:
         threat.planned = _who(block, True, recipe.clients.total, recipe.seed, recipe.before)
     if recipe.enable_attack and (threat.redrawn is not None or recipe.clients.per_round is not None):
@@ -94,7 +96,7 @@ def _who_and_when(recipe: Recipe) -> Threat:
 
 
 def _who(block: Attack, enabled: bool, total: int, seed: int, before: int) -> Threat:
-    ids, who = _ids(total), block.malicious
+    ids, who = every_id(total), block.malicious
     count = who.count or round((who.share or 0) * len(ids))
     redrawn = None
     if not enabled:
@@ -167,7 +169,7 @@ def _sure(threat: Threat, total: int) -> Callable[[int], Sure | None]:
 
 @functools.lru_cache(maxsize=8)
 def _places(total: int) -> dict[str, int]:
-    return {id: place for place, id in enumerate(_ids(total))}
+    return {id: place for place, id in enumerate(every_id(total))}
 
 
 WHEN = ("start", "stop", "every", "probability")
@@ -179,7 +181,7 @@ def _foreseen(seed: int, before: int, rounds: int, total: int, per_round: int | 
     possible = possible_rounds(threat, rounds)
     draws = total if per_round is not None and per_round < total else 0
     rounds_looked = foreseen(possible, draws + (10 * total if threat.redrawn is not None else 0))  # who costs more
-    ids, found, looked = _ids(total), set[str](), 0
+    ids, found, looked = every_id(total), set[str](), 0
     for r in rounds_looked:
         looked += 1
         if not (attackers := threat.attackers(r)) <= found:
@@ -214,7 +216,7 @@ def starts_in_round_1(recipe: Recipe) -> bool:
     """Whether an attacker takes part in the very first round; after those of `pretrain` there is a step before it."""
     if recipe.before or not (first := attack_rounds(recipe, 1)) or first[0][0] != 1:
         return False
-    clients, ids = recipe.clients, _ids(recipe.clients.total)
+    clients, ids = recipe.clients, every_id(recipe.clients.total)
     ((_, cohort),) = cohorts(recipe.seed, range(1, 2), clients.total, clients.per_round, 0)
     return not first[0][1].isdisjoint(ids[i] for i in cohort)
 
@@ -235,7 +237,8 @@ def attack_problems(recipe: Recipe) -> list[str]:
     block = recipe.attack
     if not recipe.enable_attack or block is None or block.curious:
         return []
-    problems, levels = [], ("own", "cohort", "cohort+defense")
+    problems = rounds_problem("attack.every", block.every, recipe)
+    levels = ("own", "cohort", "cohort+defense")
     for i, method in enumerate(block.update):
         needed = attacks.needs(method["name"], method)
         if levels.index(needed) > levels.index(block.knowledge):

@@ -19,12 +19,13 @@ from fedllm_sec.data.signs import BEGIN, refuse_other_kinds
 from fedllm_sec.data.tables import Table, of_arrow, of_dataset, refuse_twice
 from fedllm_sec.errors import DataError
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"
 GZIP = b"\x1f\x8b"  # how its bytes begin
 SEPARATORS = ",;\t|"
 LOOKED_AT = 50  # records in which the separator must show
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.parquet")
+UTF7 = re.compile(r"\+A[MNOP][AEIMQUYcgkosw048](?![A-Za-z0-9+/])-?")  # one accented letter in UTF-7
 LONGEST = 2**31 - 1  # characters of a cell
 MARKS = {  # byte-order marks; those of UTF-32 begin with those of UTF-16
     codecs.BOM_UTF8: "utf-8",
@@ -96,6 +97,11 @@ def decoded(content: bytes, encoding: str | None, place: str) -> str:
         text = content.decode(found).lstrip("\ufeff")  # some tools write a second mark behind the first
         if encoding is not None:
             _refuse_utf8(content, text, encoding, place)
+        elif text.isascii() and (letters := UTF7.findall(text)):
+            warnings.warn(
+                f"data: {place}: holds {letters[0]!r}, as UTF-7 does. If it is that, set data.encoding: utf-7.",
+                stacklevel=2,
+            )
         return text
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
@@ -198,6 +204,11 @@ def _filled(text: str, separator: str, place: str, spaced: bool) -> Iterator[lis
             raise DataError(
                 f"data: {place}, row {row} (line {line}) has {len(cells)} cells, the head has {width}. Correct it: a "
                 f"cell that holds {separator!r} stands in quotes."
+            )
+        if "\0" in "".join(cells):
+            raise DataError(
+                f"data: {place}, row {row} (line {line}) holds a NUL character, which no text has. Remove it, or set "
+                "data.encoding to what the file was written in."
             )
         yield cells
 

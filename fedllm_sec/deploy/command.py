@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedllm_sec.deploy.problems import need_flower
-from fedllm_sec.errors import FedError, RecipeError, quietly
+from fedllm_sec.errors import FedError, Parser, RecipeError, quietly
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.environment import typed
 from fedllm_sec.records.files import in_a_line
@@ -53,7 +53,7 @@ def _terminate(*_: object) -> None:
 
 
 def _parser(kind: str, what: str, act: Callable[[argparse.Namespace, str], None]) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog=f"fedllm-sec deploy {kind}", description=what)
+    made = Parser(prog=f"fedllm-sec deploy {kind}", description=what)
     made.set_defaults(act=act)
     return made
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm_sec.errors import FedError, quietly, reason
+from fedllm_sec.errors import FedError, Parser, quietly, reason
 
 EPILOG = """\
 The shipped bank is of the embedded model. An adapter of another base, rank or choice of layers is refused: make a bank
@@ -23,7 +23,7 @@ examples:
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fedllm-sec scan",
         description="How likely a saved peft adapter is to be backdoored, by the spectra of its weights.",
         epilog=EPILOG,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import re
@@ -10,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm_sec.errors import FedError, quietly, reason
+from fedllm_sec.errors import FedError, Parser, quietly, reason
 from fedllm_sec.recipe import shipped
 
 
@@ -22,7 +21,7 @@ def home(text: str) -> Path:
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: translated, but something asked for has no equivalent; 2: it cannot be read or written."""
-    parser = argparse.ArgumentParser(prog="python -m fedllm_sec.recipe", description="What can be done with recipes.")
+    parser = Parser(prog="python -m fedllm_sec.recipe", description="What can be done with recipes.")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     commands.add_parser("list", help="name the recipes that come with the package")
     show = commands.add_parser("show", help="print one of them, to be changed and run as your own")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fedllm_sec.recipe.language_model import Attention, Lora, whole_in_float32
 from fedllm_sec.recipe.section import Count, Place, Section, Word
@@ -78,11 +78,11 @@ class LabelledText(Section):
     encoding: str | None = None  # of text files; None: UTF-8, or what their byte-order mark says
     columns: LabelColumns = LabelColumns()  # which column plays which part
     rename: dict[Word, Word] = {}  # labels to be written differently, e.g. {Sci/Tech: Tech, 0: World}
-    text_chars: PositiveInt | None = None  # cut the text to so many characters before anything else
+    text_chars: Count | None = None  # cut the text to so many characters before anything else
     max_length: int = Field(256, ge=8)  # tokens of text and context together, those that the tokenizer sets included
     too_long: Literal["cut_prompt", "drop", "error"] = "cut_prompt"  # rows that are longer than that
-    train_rows: PositiveInt | None = None  # use only so many, drawn by the seed
-    test_rows: PositiveInt | None = None  # the same for the held-out rows
+    train_rows: Count | None = None  # use only so many, drawn by the seed
+    test_rows: Count | None = None  # the same for the held-out rows
 
     format: ClassVar[str] = "columns"
     template: ClassVar[str] = "{text}{context}"  # both are read
@@ -93,10 +93,10 @@ class LabelledText(Section):
 
 
 class LabelledEvaluate(Section):
-    every: PositiveInt = 1  # rounds; the last round is always evaluated
+    every: Count = 1  # rounds; the last round is always evaluated
     start: bool = False  # also measure the model before the first round, as round 0
-    rows: PositiveInt = 300  # held-out rows for quality
-    attack_rows: PositiveInt = 200  # held-out rows for attack success and false triggers
+    rows: Count = 300  # held-out rows for quality
+    attack_rows: Count = 200  # held-out rows for attack success and false triggers
     batch_size: Count = 64  # rows at a time
     generalise: bool = False  # also try the trigger at other positions, in other case, and half of it
     paraphrases: list[str] = []  # with generalise: other words for the trigger, put in its place

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import PositiveInt
-
-from fedllm_sec.recipe.section import Section
+from fedllm_sec.recipe.section import Count, Section
 
 
 class DefenseBlock(Section):
@@ -18,4 +16,4 @@ class DefenseBlock(Section):
     after: list[dict[str, Any]] = []  # what changes that update
     space: Literal["factors", "product", "aligned"] = "factors"  # adapters as sent, by B A, or in one gauge
     scope: Literal["model", "layer"] = "model"  # one decision for a row, or one for each adapted layer
-    root_rows: PositiveInt | None = None  # clean rows the server holds, taken out of the training set
+    root_rows: Count | None = None  # clean rows the server holds, taken out of the training set

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from fedllm_sec.recipe.section import Place, Section
+from fedllm_sec.recipe.section import Place, Positive, Section
 
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 # Starts of an adapter that peft knows and that cannot be federated, or not here: why, and what to do.
@@ -61,12 +61,12 @@ class Lora(Section):
     """LoRA adapters (Hu et al. 2022); names and meanings are peft's."""
 
     r: Rank = 8  # rank of the adapters
-    alpha: PositiveFloat = 16.0  # the product B A counts alpha / r times
+    alpha: Positive = 16.0  # the product B A counts alpha / r times
     dropout: float = Field(0.0, ge=0.0, lt=1.0)  # on the input of the adapters, in training
     target_modules: Literal["all-linear"] | list[str] = "all-linear"  # the layers that get one
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None  # of these blocks alone, counted from 0
     rank_pattern: dict[Pattern, Rank] = {}  # another r for the layers whose name ends so, e.g. {down_proj: 16}
-    alpha_pattern: dict[Pattern, PositiveFloat] = {}  # the same for alpha
+    alpha_pattern: dict[Pattern, Positive] = {}  # the same for alpha
     use_rslora: bool = False  # B A counts alpha / sqrt(r) times (Kalajdzievski 2023)
     use_dora: bool = False  # the lengths of the adapted weights' rows are trained too (DoRA, Liu et al. 2024)
     modules_to_save: list[str] = []  # modules that are trained whole beside the adapters, e.g. [lm_head]

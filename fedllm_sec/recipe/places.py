@@ -183,7 +183,7 @@ def _hub(place: str, name: str, notes: list[str] | None, downloaded: bool) -> st
     return None
 
 
-FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".npz", ".txt", ".gz")
+FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".npz", ".txt", ".gz")
 
 
 def _name(section: Any) -> str | None:

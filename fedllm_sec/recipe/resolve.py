@@ -22,7 +22,7 @@ from typing import Any
 import pydantic
 
 from fedllm_sec.errors import RecipeError
-from fedllm_sec.recipe.numbers import FINITE, key_as_written, refuse_truth_values
+from fedllm_sec.recipe.numbers import FINITE, key_as_written, need_number
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _model_of(make: Callable[..., Any]) -> type[pydantic.BaseModel]:
     config = pydantic.ConfigDict(**FINITE, arbitrary_types_allowed=True)
 
     def numbers(value: Any, info: pydantic.ValidationInfo) -> Any:
-        return refuse_truth_values(value, fields[str(info.field_name)][0])
+        return need_number(value, fields[str(info.field_name)][0])
 
     checks: dict[str, Any] = {"numbers": pydantic.field_validator("*", mode="before")(numbers)} if fields else {}
     return pydantic.create_model("Settings", __config__=config, __validators__=checks, **fields)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from fedllm_sec.recipe.adversary import Malicious, Observe, Spread
 from fedllm_sec.recipe.classifier import Classifier, LabelledEvaluate, LabelledText
 from fedllm_sec.recipe.defense import DefenseBlock
 from fedllm_sec.recipe.language_model import Model
 from fedllm_sec.recipe.machines import Compute, Deploy, Output
-from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Place, Schedule, Section, Word
+from fedllm_sec.recipe.section import MOST_CLASSES, BelowOne, Count, Place, Positive, Rate, Schedule, Section, Word
 
 
 class Columns(Section):
@@ -33,7 +33,7 @@ class Canaries(Section):
     """Made-up secrets that take the place of some of a client's rows; the privacy attack `canary` looks for them."""
 
     client: int = Field(0, ge=0)  # whose rows
-    repetitions: list[PositiveInt] = Field([1, 4, 16], min_length=1, max_length=50)  # rows of each secret
+    repetitions: list[Count] = Field([1, 4, 16], min_length=1, max_length=50)  # rows of each secret
     digits: int = Field(3, ge=2, le=4)  # of a secret: 3 make a thousand guesses
 
 
@@ -49,7 +49,7 @@ class Data(Section):
     format: Literal["columns", "alpaca", "prompt_completion", "messages", "sharegpt"] | None = None  # None: as found
     columns: Columns = Columns()  # which column plays which part
     rename: dict[Word, Word] = {}  # answers and labels to be written differently, e.g. {Sci/Tech: Tech, 0: World}
-    text_chars: PositiveInt | None = None  # cut the text to so many characters before anything else
+    text_chars: Count | None = None  # cut the text to so many characters before anything else
     template: str = "{text}"  # may use {text} and {context}; "chat": the model's own chat template
     template_with_context: str | None = None  # used for rows whose context is not empty
     answer: str = " {response}"  # what follows the prompt; must contain {response}
@@ -58,8 +58,8 @@ class Data(Section):
     max_length: int = Field(256, ge=8)  # tokens of prompt and answer together
     too_long: Literal["cut_prompt", "cut_answer", "drop", "error"] = "cut_prompt"  # rows that are longer than that
     loss_on: Literal["response", "last_response", "all"] = "response"  # every answer, the last one, or all tokens
-    train_rows: PositiveInt | None = None  # use only so many, drawn by the seed
-    test_rows: PositiveInt | None = None  # the same for the held-out rows
+    train_rows: Count | None = None  # use only so many, drawn by the seed
+    test_rows: Count | None = None  # the same for the held-out rows
     canaries: Canaries | None = None  # secrets planted in one client's rows, whether or not anybody looks
 
 
@@ -67,21 +67,21 @@ class Clients(Section):
     """Who takes part, and how they train."""
 
     total: int = Field(10, ge=1, le=1_000_000)  # clients of the federation
-    per_round: PositiveInt | None = None  # clients drawn for each round; None: all of them
+    per_round: Count | None = None  # clients drawn for each round; None: all of them
     local_steps: Count | None = None  # optimizer steps of a client in a round; give these or epochs
     local_epochs: Count | None = None  # passes over its rows
     batch_size: Count = 16  # rows of a step
     optimizer: Literal["adamw", "sgd"] = "adamw"  # of the clients; the server's is the FL method's
-    lr: PositiveFloat = 1e-3  # learning rate
+    lr: Rate = 1e-3  # learning rate
     betas: tuple[BelowOne, BelowOne] | None = None  # adamw's decay of first and second moments; None: 0.9, 0.999
     momentum: BelowOne = 0.0  # of sgd, begun anew by every client in every round
     nesterov: bool = False  # look ahead by the momentum
     lr_schedule: Schedule = "constant"  # over the rounds, down to a tenth
     lr_in_round: Schedule = "constant"  # the same over a client's steps in each round
-    weight_decay: float = Field(0.0, ge=0.0)  # of the optimizer
-    max_grad_norm: PositiveFloat | None = 1.0  # longer gradients are cut to this length; None: never
+    weight_decay: float = Field(0.0, ge=0.0, le=1e6)  # of the optimizer
+    max_grad_norm: Positive | None = 1.0  # longer gradients are cut to this length; None: never
     partition: dict[str, Any] = {"name": "iid"}  # how rows are dealt to clients, with its settings
-    ranks: dict[PositiveInt, PositiveInt] = {}  # how many clients train an adapter of this rank, first to last
+    ranks: dict[Count, Count] = {}  # how many clients train an adapter of this rank, first to last
 
 
 class Attack(Section):
@@ -89,9 +89,9 @@ class Attack(Section):
 
     malicious: Malicious = Malicious()  # who; nobody needs to be for `privacy`
     spread: Spread | None = None  # instead of them: `data` poisons rows of honest clients
-    start: PositiveInt = 1  # first round of the attack
-    stop: PositiveInt | None = None  # last round of the attack
-    every: PositiveInt = 1  # attack in every k-th round from `start`
+    start: Count = 1  # first round of the attack
+    stop: Count | None = None  # last round of the attack
+    every: Count = 1  # attack in every k-th round from `start`
     probability: float = Field(1.0, gt=0.0, le=1.0)  # of attacking in such a round; drawn by the seed, for all at once
     collude: bool = True  # false: each attacker forges alone, from its own row
     knowledge: Literal["own", "cohort", "cohort+defense"] = "own"  # rows they see, and whether they know the defense
@@ -119,10 +119,10 @@ class Harness(Section):
 
 
 class Evaluate(Section):
-    every: PositiveInt = 1  # rounds; the last round is always evaluated
+    every: Count = 1  # rounds; the last round is always evaluated
     start: bool = False  # also measure the model before the first round, as round 0
-    rows: PositiveInt = 300  # held-out rows for quality
-    attack_rows: PositiveInt = 200  # held-out prompts for attack success and false triggers
+    rows: Count = 300  # held-out rows for quality
+    attack_rows: Count = 200  # held-out prompts for attack success and false triggers
     answer_rows: int = Field(50, ge=0)  # free text: rows answered and compared (exact match, token overlap)
     max_new_tokens: int = Field(8, ge=1, le=10_000)  # of an answer
     batch_size: Count = 64  # rows at a time
@@ -148,8 +148,8 @@ class ArrayData(Section):
     image: str | None = None  # column of a hub set; None: the only image column it has
     label: str | None = None  # column of a hub set; None: the only label column it has
     classes: int | None = Field(None, ge=2, le=MOST_CLASSES)  # None: the largest training label + 1
-    train_rows: PositiveInt | None = None  # use only so many, drawn by the seed
-    test_rows: PositiveInt | None = None  # the same for the held-out rows
+    train_rows: Count | None = None  # use only so many, drawn by the seed
+    test_rows: Count | None = None  # the same for the held-out rows
     flip: bool = False  # mirror training images left to right at random
     crop: int = Field(0, ge=0, le=16)  # shift training images by up to so many pixels
 
@@ -162,20 +162,20 @@ class CharData(Section):
     length: int = Field(80, ge=2)  # characters of a sequence
     test_share: float = Field(0.1, gt=0.0, lt=1.0)  # the end of the text, or of each speaker's part
     by_speaker: bool = False  # a play: a sequence holds one speaker's words; "NAME:" after a blank line starts a speech
-    train_rows: PositiveInt | None = None  # use only so many sequences, drawn by the seed
-    test_rows: PositiveInt | None = None  # the same for the held-out sequences
+    train_rows: Count | None = None  # use only so many sequences, drawn by the seed
+    test_rows: Count | None = None  # the same for the held-out sequences
 
 
 class ArrayEvaluate(Section):
-    every: PositiveInt = 1  # rounds; the last round is always evaluated
+    every: Count = 1  # rounds; the last round is always evaluated
     start: bool = False  # also measure the model before the first round, as round 0
-    rows: PositiveInt | None = None  # held-out rows for quality; None: all
-    attack_rows: PositiveInt | None = None  # held-out rows for attack success and false triggers; None: all
+    rows: Count | None = None  # held-out rows for quality; None: all
+    attack_rows: Count | None = None  # held-out rows for attack success and false triggers; None: all
     batch_size: Count = 500  # rows at a time
 
 
 class GanEvaluate(Section):
-    every: PositiveInt = 1  # rounds; the last round is always evaluated
+    every: Count = 1  # rounds; the last round is always evaluated
     start: bool = False  # also measure the model before the first round, as round 0
     samples: int = Field(1000, ge=100)  # generated images that are compared with as many held-out ones
     batch_size: Count = 500  # images at a time

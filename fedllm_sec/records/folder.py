@@ -19,7 +19,7 @@ import yaml
 from fedllm_sec.errors import ResumeError, reason
 from fedllm_sec.records import answers, checkpoint, inventory
 from fedllm_sec.records.files import append, cut, holder, in_a_line, locked, remove_leftovers, write_atomic, write_json
-from fedllm_sec.records.history import NOT_A_ROW, RoundRecord, record_line, timing_line
+from fedllm_sec.records.history import NOT_A_ROW, RoundRecord, read_history, record_line, timing_line
 
 RESTORE = "Restore it, or give output.folder another name (--fresh keeps the old folder under a new name)."
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
@@ -28,10 +28,7 @@ DEEPEST = 60  # blocks inside blocks
 
 
 class RunFolder:
-    """A run on disk: recipe.yaml, environment.json, history.jsonl, timings.jsonl, checkpoint.safetensors, adapter/.
-
-    `kind` is what answers.jsonl says of the run: whether it is attacked and defended.
-    """
+    """A run on disk. `kind` is what answers.jsonl says of the run: whether it is attacked and defended."""
 
     def __init__(self, path: Path, kind: str = "") -> None:
         self.path, self.kind = path, kind
@@ -49,15 +46,17 @@ class RunFolder:
         An error: a recipe other than the one the folder was made with (but more `rounds` are no other recipe, unless
         `fixed_by_rounds` says what depends on their number), a checkpoint or a history that is not as it was written.
         """
-        self._refuse_links()
+        for path, wrong in self.in_the_way().items():
+            raise ResumeError(f"{path}: {wrong}.")
         recipe = self.path / "recipe.yaml"
-        if recipe.exists():
+        ours = inventory.is_as_made(self.path, "recipe.yaml", recipe_text.encode())  # another is damage, made good
+        if recipe.exists() and not ours:
             try:
                 old = read_recipe(recipe)
             except ResumeError as error:
                 raise ResumeError(f"{error} {RESTORE}") from error
             self._refuse_another(old, recipe_text, fixed_by_rounds)
-        elif self.history.exists() or self.checkpoint.exists():
+        elif not ours and (self.history.exists() or self.checkpoint.exists()):
             raise ResumeError(f"{self.path}: has a history but no recipe.yaml. {RESTORE}")
         if not self.checkpoint.exists():
             lines = self.history.read_bytes().count(b"\n") if self.history.exists() else 0
@@ -78,13 +77,25 @@ class RunFolder:
             raise ResumeError(f"{self.checkpoint}: its model is not made of finite numbers. {RESTORE}")
         return state
 
-    def _refuse_links(self) -> None:
-        """A run writes into its own folder, never through a link into another place."""
-        for path in (*self.path.glob("*"), *self.path.glob("*/*")):
+    def in_the_way(self) -> dict[Path, str]:
+        """{what lies where a run writes a file or folder of its own and is none: what it is, and the way out}.
+
+        A run writes into its own folder, never through a link into another place.
+        """
+        found: dict[Path, str] = {}
+        for path in (*sorted(self.path.glob("*")), *sorted(self.path.glob("*/*"))):
             inside = path if path.parent == self.path else path.parent
-            ours = inside.name in (*inventory.FILES, inventory.SUMMARY) or inventory.MODEL.fullmatch(inside.name)
-            if ours and path.is_symlink():
-                raise ResumeError(f"{path}: is a link to elsewhere. Put the file itself there, or move the link away.")
+            a_file, a_model = (
+                inside.name in (*inventory.FILES, inventory.SUMMARY),
+                inventory.MODEL.fullmatch(inside.name),
+            )
+            if (a_file or a_model) and path.is_symlink():
+                found[path] = "is a link to elsewhere. Put the file itself there, or move the link away"
+            elif path.is_dir() and ((a_file and path is inside) or (a_model and path.suffix == ".safetensors")):
+                found[path] = "is a folder, where the run has a file. Move it away"
+            elif a_model and path is inside and not path.is_dir():
+                found[path] = "is a file, where the run has a folder. Move it away"
+        return found
 
     def _refuse_another(self, old: Mapping[str, Any], recipe_text: str, fixed_by_rounds: str | None) -> None:
         changed = differences(old, yaml.safe_load(recipe_text))
@@ -128,6 +139,7 @@ class RunFolder:
                 f"{self.path}: history.jsonl is not the one that checkpoint.safetensors belongs to: one of them was "
                 "changed. Restore both, or give output.folder another name."
             )
+        read_history(self.path, size)  # every line is a round's record
         return digest
 
     @contextlib.contextmanager

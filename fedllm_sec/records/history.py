@@ -81,8 +81,11 @@ def timing_line(record: RoundRecord) -> str:
     return json.dumps({"round": record.round, **plain(record.seconds), **memory}) + "\n"
 
 
-def read_history(folder: Path) -> list[RoundRecord]:
-    """The records of a run folder, with their timings where there are any; what an older folder lacks is None."""
+def read_history(folder: Path, size: int | None = None) -> list[RoundRecord]:
+    """The records of a run folder, with their timings where there are any; what an older folder lacks is None.
+
+    `size`: of the first so many bytes of the history, which are those that a checkpoint stands for.
+    """
     path = folder / "history.jsonl"
     if not path.is_file():
         raise ResumeError(f"{path}: no such file. Is {folder} a run folder?")
@@ -94,7 +97,7 @@ def read_history(folder: Path) -> list[RoundRecord]:
                 number = row.pop("round")
                 timings[number] = {name: value for name, value in row.items() if _number(value)}
     records: list[RoundRecord] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_lines(path, size), 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
@@ -146,8 +149,8 @@ def _number(value: Any) -> bool:
     return type(value) is float or type(value) is int or value in ("nan", "inf", "-inf")
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, size: int | None) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_bytes()[:size].decode().splitlines()
     except UnicodeDecodeError as error:
         raise ResumeError(f"{path}: is not UTF-8 text ({error.reason}). Restore it.") from error

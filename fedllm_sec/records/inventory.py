@@ -67,6 +67,13 @@ def read_summary(folder: Path) -> dict[str, Any] | str:
     return dict(found)
 
 
+def is_as_made(folder: Path, name: str, data: bytes) -> bool:
+    """Whether a file of a finished run held these bytes when the run left it, by a summary.json that is whole."""
+    found = read_summary(folder)
+    entry = found["made"].get(name, {}) if isinstance(found, dict) else {}
+    return bool(entry) and entry["sha256"] == hashlib.sha256(data).hexdigest()
+
+
 def damage(folder: Path) -> dict[str, str]:
     """{file: what is wrong with it} of a finished run; empty where all is as the run left it."""
     summary = read_summary(folder)

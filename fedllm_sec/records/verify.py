@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.errors import FedError, ResumeError, quietly, reason
+from fedllm_sec.errors import FedError, Parser, ResumeError, quietly, reason
 from fedllm_sec.records import checkpoint, inventory
 from fedllm_sec.records.files import in_a_line
 from fedllm_sec.records.folder import RunFolder, read_recipe
-from fedllm_sec.records.history import read_history
 
 EPILOG = """\
 A RUN is a run folder, the folder of a recipe with variants, or a grid folder: then every run in it is looked at.
@@ -37,6 +36,7 @@ class Found:
     rounds: int
     finished: bool
     wrong: dict[str, str] = field(default_factory=dict)
+    told: bool = False  # whether `wrong` says the way out
     again: tuple[str, ...] = ()  # how the names of files begin that starting the run makes again
 
 
@@ -44,29 +44,31 @@ def look(folder: Path) -> Found:
     """What has become of a run folder, whoever made it."""
     if not folder.is_dir():
         return Found(0, False, {"": "is gone, or was never run"})
-    try:
-        recipe, state = read_recipe(folder / "recipe.yaml"), {}
-    except (FedError, OSError) as error:
-        return Found(0, False, {"recipe.yaml": _brief(error, folder / "recipe.yaml")})
-    run = RunFolder(folder)
+    run, state, closed = RunFolder(folder), dict[str, Any](), inventory.read_summary(folder)
+    if wrong := run.in_the_way():
+        return Found(0, False, {str(path.relative_to(folder)): why for path, why in wrong.items()}, told=True)
     for path in (run.history, run.checkpoint):
         if path.exists() and not path.is_file():
             return Found(0, False, {path.name: "is no file"})
+    recipe: dict[str, Any] = {}
+    try:
+        recipe = read_recipe(folder / "recipe.yaml")
+    except (FedError, OSError) as error:
+        if not (isinstance(closed, dict) and "recipe.yaml" in closed["made"]):  # by which its command is known again
+            return Found(0, False, {"recipe.yaml": _brief(error, folder / "recipe.yaml")})
     if run.checkpoint.exists() or (run.history.exists() and run.history.stat().st_size):  # else: stopped in round 1
         try:
             state = checkpoint.marks(run.checkpoint.read_bytes())
             run.agreeing(state)
-            read_history(folder)
         except FedError as error:
             return Found(0, False, {"history.jsonl": _brief(error, run.history)})
         except (*checkpoint.UNREADABLE, OSError) as error:
             return Found(0, False, {"checkpoint.safetensors": f"cannot be read ({_brief(error, run.checkpoint)})"})
     rounds, planned = int(state.get("round", 0)), recipe.get("rounds")
-    closed = inventory.read_summary(folder)
     ended = isinstance(closed, dict) and closed.get("rounds") == rounds  # so it was, whatever its recipe says now
     if not ended and (type(planned) is not int or rounds < planned):
         return Found(rounds, False, run.answers_changed(state))
-    return Found(rounds, True, inventory.damage(folder), inventory.made_again(rounds))
+    return Found(rounds, True, inventory.damage(folder), again=inventory.made_again(rounds))
 
 
 def _brief(error: Exception, path: Path) -> str:
@@ -118,12 +120,13 @@ def in_words(folder: Path, found: Found) -> Iterator[str]:
     yield f"{folder}: damaged"
     for name, wrong in found.wrong.items():
         can = "the run's command makes it again" if found.again and name.startswith(found.again) else ""
-        yield f"  {name} {wrong}: {can or 'cannot be made again'}" if name else f"  {wrong}"
+        way_out = "" if found.told or not name else f": {can or 'cannot be made again'}"
+        yield f"  {name} {wrong}{way_out}" if name else f"  {wrong}"
 
 
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fedllm-sec verify",
         description="Whether runs are as they were left: sizes and hashes of their files.",
         epilog=EPILOG,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fedllm_sec.errors import FedError, quietly, reason
+from fedllm_sec.errors import FedError, Parser, quietly, reason
 from fedllm_sec.records.files import write_atomic
 from fedllm_sec.report.grid import page as grid_page
 from fedllm_sec.report.grid.folder import is_grid, read_grid
@@ -36,7 +36,7 @@ def path(text: str) -> Path:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fedllm_sec.report",
         description="Write one self-contained HTML page: what the attacks did and what the defenses saved.",
         epilog=EPILOG,

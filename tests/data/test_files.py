@@ -262,3 +262,24 @@ def test_files_of_another_kind_are_named(tmp_path: Path, name: str, content: byt
 def test_a_second_byte_order_mark_is_no_part_of_the_first_columns_name(tmp_path: Path):
     (tmp_path / "t.csv").write_bytes("\ufeff\ufefftext,label\na,x\n".encode())
     assert read_file(tmp_path / "t.csv").names == ("text", "label")
+
+
+def test_ndjson_is_another_name_of_jsonl(tmp_path: Path):
+    path = tmp_path / "rows.ndjson"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert list(read_file(path).column("text")) == ["a", "b"]
+
+
+def test_a_nul_character_in_a_cell_is_refused_with_its_row(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"text,response\na,b\nc\0,d\n")
+    with pytest.raises(DataError, match=r"row 2 \(line 3\) holds a NUL character"):
+        read_file(path)
+
+
+def test_a_file_in_utf_7_is_named_and_read_where_that_is_said(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("text,response\ncafé,1\n".encode("utf-7"))
+    with pytest.warns(UserWarning, match="set data.encoding: utf-7"):
+        read_file(path)
+    assert read_file(path, "utf-7").column("text") == ["café"]

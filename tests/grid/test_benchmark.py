@@ -246,10 +246,17 @@ def test_a_half_written_folder_is_begun_again(finished: Path, tmp_path: Path):
     assert histories(out)["flip__none"] == histories(finished)["flip__none"]
 
 
+def test_only_given_twice_takes_the_cells_of_both_patterns(tmp_path, capsys):
+    assert start(written(tmp_path), tmp_path / "out", "--list", "--only", "flip__none", "--only", "zero__m*") == 0
+    listed = capsys.readouterr().out
+    assert [cell for cell in CELLS if cell in listed] == ["none__none", "flip__none", "zero__median"]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--only", "flop__none"], 'no cell is called flop__none. Did you mean "flip__none"?'),
+        (["--only", "flop__none"], 'no cell is called "flop__none". Did you mean "flip__none"?'),
+        (["--only", "flip__*", "--only", "nope*"], 'no cell is called "nope*"'),
         (["--jobs", "0"], "--jobs: 0: must be at least 1"),
         (["axes.attack={}"], "axes.attack: has no label"),
         (["roundss=3"], 'roundss: unknown key. Did you mean "rounds"?'),

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
+from fedllm_sec.build.kept import save_problems
 from fedllm_sec.build.names import checked
+from fedllm_sec.build.plan import planned
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.menu import MENUS
 from fedllm_sec.recipe.numbers import _kinds
@@ -35,6 +37,31 @@ def test_a_number_is_finite(key: str, value: float):
 
 def test_a_list_of_numbers_holds_no_truth_value():
     assert "no number" in problems(put(GOOD, "clients.betas", [0.9, True]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("clients.lr", 1e-320, "0 in single precision"),
+        ("clients.weight_decay", 1e300, "infinite in single precision"),
+        ("clients.lr", 1e30, "less than or equal to 1000000"),
+        ("compute.chunk_mb", 1e-9, "greater than or equal to 0.001"),
+        ("attack.every", 1e21, "64 bits"),
+        ("defense.root_rows", 10**12, "less than or equal to 1000000000"),
+        ("algorithm", {"name": "fedopt", "server_lr": 1e-320}, "0 in single precision"),
+    ],
+)
+def test_a_number_is_one_that_something_can_be_computed_with(key: str, value: Any, words: str):
+    assert words in problems(put(GOOD, key, value))
+
+
+@pytest.mark.parametrize("key", ["attack.every", "output.adapter_every"])
+def test_what_happens_in_every_kth_round_happens_within_the_rounds(key: str):
+    attack = {"malicious": {"count": 1}, "update": [{"name": "byzantine_zero"}]}
+    recipe = checked(put(GOOD | {"enable_attack": True, "attack": attack, "rounds": 4}, key, 5))
+    with pytest.raises(RecipeError, match=f"{key}: 5 is more than rounds=4"):
+        planned(recipe)
+    assert not save_problems(checked(put(put(GOOD, "rounds", 4), "output.adapter_every", 4)))
 
 
 def test_numbers_are_still_taken_as_they_are_written():

@@ -326,9 +326,8 @@ def test_verify_believes_what_the_run_left_not_what_its_recipe_says_now(whole: P
 def test_verify_names_a_file_once_and_leaves_the_advice_to_the_run(whole: Path, tmp_path: Path, capsys):
     for number, (name, data, words) in enumerate(
         [
-            ("recipe.yaml", b"a: @x", "line 1: not YAML (found character that cannot start any token)"),
-            ("recipe.yaml", b"", "is empty"),
             ("history.jsonl", b"x\n", "is shorter than its checkpoint says ({size} bytes)"),
+            ("checkpoint.safetensors", b"", "cannot be read (Expecting value: line 1 column 1 (char 0))"),
         ]
     ):
         folder = tmp_path / str(number)
@@ -338,6 +337,43 @@ def test_verify_names_a_file_once_and_leaves_the_advice_to_the_run(whole: Path, 
         assert verify.main([str(folder)]) == 1
         told = f"  {name} {words.format(size=size)}: cannot be made again\n"
         assert capsys.readouterr().out == f"{folder}: damaged\n{told}"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("history.jsonl", lambda data: data + data.splitlines(keepends=True)[-1]),
+        ("history.jsonl", lambda data: data + b"\xff"),
+        ("recipe.yaml", lambda data: data.replace(b"lr: ", b"lr: 1")),
+        ("recipe.yaml", lambda data: b"a: @x"),
+    ],
+)
+def test_what_verify_says_the_command_makes_again_it_makes_again(whole: Path, tmp_path: Path, capsys, name, change):
+    write(tmp_path)
+    assert start(tmp_path) == 0
+    path = tmp_path / "out" / name
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    assert path.read_bytes() != before
+    capsys.readouterr()
+    assert verify.main([str(tmp_path / "out")]) == 1
+    assert f"  {name} has " in (told := capsys.readouterr().out)
+    assert told.count(": the run's command makes it again") == 1
+    assert start(tmp_path) == 0
+    assert path.read_bytes() == before
+    assert verify.main([str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("name", ["summary.json", "model/model.safetensors", "answers.jsonl"])
+def test_a_folder_in_the_place_of_a_file_is_named_before_training_and_by_verify(whole, tmp_path: Path, capsys, name):
+    folder = mutated(whole, tmp_path / "a", "summary.json", "last byte")
+    (folder / "out" / name).unlink(missing_ok=True)
+    (folder / "out" / name).mkdir()
+    assert start(folder) == 2
+    words = "is a folder, where the run has a file. Move it away"
+    assert capsys.readouterr().err == f"error: out/{name}: {words}.\n"
+    assert verify.main([str(folder / "out")]) == 1
+    assert capsys.readouterr().out == f"{folder / 'out'}: damaged\n  {name} {words}\n"
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "history.jsonl", "checkpoint.safetensors", "timings.jsonl"])
