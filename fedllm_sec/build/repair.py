@@ -60,7 +60,7 @@ def repair_problems(recipe: Recipe) -> list[str]:
             why = f"with model.lora.average: {way} the adapter's two factors do not hold what was learnt"
         elif lora.starts_from_base:
             why = f"init_lora_weights: {lora.init_lora_weights} puts directions of the base model into the adapter"
-        elif int(block.get("directions", 1)) >= min([lora.r, *lora.rank_pattern.values()]):
-            why = f"directions: {block.get('directions', 1)} of rank {min([lora.r, *lora.rank_pattern.values()])} leave nothing"
+        elif (taken := block.get("directions", 1)) >= (least := min([lora.r, *lora.rank_pattern.values()])):
+            why = f"directions: {taken} of rank {least} leave nothing"
         problems += [f"{place}: {why}. Change that, or repair by fine_tune."] if why is not None else []
     return problems

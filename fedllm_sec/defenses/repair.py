@@ -90,8 +90,8 @@ def prune_directions(trained: Trained, *, directions: int = 1) -> Tensor:
     of every adapted layer become 0; parameters beside the factors stay. No rows are needed and nothing is trained. Note
     `energy`: the mean share of ||B A||^2 that went.
 
-    Ours, after the list of Ye et al. 2024's readers: in the paper itself no pruning could be found. Clean training has
-    leading directions too, and loses them.
+    Ours: in Ye et al. 2024, whose repairs the other two are, no pruning could be found. Clean training has leading
+    directions too, and loses them.
     """
     need(directions >= 1, "prune_directions", "directions >= 1", "Raise it.", directions=directions)
     vector, places = trained.vector.clone(), trained.layout.slices()
