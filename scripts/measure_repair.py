@@ -36,6 +36,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "model_replacement": {},
     "unscaled": {"update": []},
     "neurotoxin": {"local": [{"name": "neurotoxin"}]},
+    "untrained": {},  # a fresh adapter that no client trained: what fine_tune does by the root rows alone
 }
 HEAD = ["seed", "attack", "repair", "asr", "false_trigger", "accuracy", "loss", "asr_after", "false_trigger_after",
         "accuracy_after", "loss_after", "repair_s"]  # fmt: skip
@@ -56,9 +57,15 @@ def measured(seed: int, attack: str, root_rows: int, target: Path) -> None:
     raw["evaluate"] = {**raw["evaluate"], "start": False, "every": raw["rounds"]}
     recipe = checked(raw)
     federation: Any = build(recipe, make_machine(recipe, Path(".")))
-    last = list(run(federation, recipe.rounds))[-1]
-    before, begun = numbers(last.quality, last.attack), federation.vector.clone()
+    if attack == "untrained":
+        before = numbers(*evaluate(federation)[:2])
+    else:
+        last = list(run(federation, recipe.rounds))[-1]
+        before = numbers(last.quality, last.attack)
+    begun = federation.vector.clone()
     for name, block in REPAIRS.items():
+        if attack == "untrained" and block["name"] != "fine_tune":
+            continue
         federation.vector = begun.clone()
         federation.repair = make(block, defenses.REPAIR_MENU, "defense.repair")
         federation.evaluation, kept = None, federation.evaluation
