@@ -20,6 +20,7 @@ from fedllm_sec.recipe.resolve import Menu, did_you_mean, settings_of
 MENUS: dict[str, Menu] = {
     "defense": defenses.MENU,
     "defense.client": defenses.CLIENT_MENU,
+    "defense.repair": defenses.REPAIR_MENU,
     "attack": attacks.MENU,
     "attack.privacy": attacks.PRIVACY_MENU,
     "algorithm": algorithms.MENU,

@@ -45,6 +45,15 @@ def test_the_quickstart_backdoor_takes_hold_and_multi_krum_removes_it():
 
 
 @pytest.mark.slow
+def test_fine_tuning_on_root_rows_after_training_takes_the_quickstart_backdoor_out():
+    defense = {"rule": {"name": "mean"}, "root_rows": 100, "repair": {"name": "fine_tune", "steps": 100}}
+    repaired = last_round(defense=defense)
+    assert repaired.repair["attack"]["asr"]["value"] >= 0.9
+    assert repaired.attack["asr"]["value"] <= 0.2
+    assert repaired.quality["loss"] < repaired.repair["quality"]["loss"]
+
+
+@pytest.mark.slow
 def test_the_quickstart_without_attack_learns_and_rarely_gives_the_attackers_answer():
     free = last_round(enable_attack=False, enable_defense=False)
     assert free.quality["accuracy"]["value"] >= 0.85

@@ -19,6 +19,7 @@ from fedllm_sec.models.saving import base_name, save_adapter, save_merged, save_
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.history import RoundRecord
 from fedllm_sec.report.measures import final, interval, kinds, plural, written
+from fedllm_sec.report.repaired import repaired
 from fedllm_sec.report.runs import Run, methods
 from fedllm_sec.report.terms import as_yaml
 from fedllm_sec.report.threat import attack_card, defense_steps, who
@@ -125,6 +126,9 @@ def measured(run: Run) -> list[str]:
     if not rows:
         return ["Nothing was measured yet."]
     table = ["| measure | value | 95 % interval | rows | after round |", "|---|---|---|---|---|", *rows]
+    table += [
+        line for text in repaired(run) for line in ("", f"{text[0].upper()}{text[1:]}. This is the repaired one.")
+    ]
     start = next((record for record in run.records if record.quality is not None), None)
     if start is not None and start.round == 0 and isinstance(start.quality, Mapping) and "loss" in start.quality:
         table += ["", f"Before training the held-out loss was {written(float(start.quality['loss']), 'number')}."]

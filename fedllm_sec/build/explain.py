@@ -180,7 +180,7 @@ def defense(plan: Plan, counted: Cost) -> list[str]:
         return _section("Defense", ["none: clients keep their own nets, so there are no rows to aggregate"])
     run = _as_run(plan.recipe)
     noise = noise_in_words(plan.methods.defense, counted.weights.trained if counted.weights else None, counted.cohort)
-    words = _meanings(run.defense, "client", "before", "rule", "after")
+    words = _meanings(run.defense, "client", "before", "rule", "after", "repair")
     spent = spent_in_words(plan.methods.guards, counted.sizes, plan.training, plan.recipe.rounds)
     return _section("Defense", [*defense_steps(run), *words, *noise, *spent])
 
@@ -218,7 +218,9 @@ def model(recipe: Recipe) -> list[str]:
 def _meanings(block: Mapping[str, Any], *kinds: str) -> list[str]:
     """What each method of a block is, by its own documentation, with the settings that were left at their defaults."""
     known = {
-        line.name: line for line in menu_lines() if line.menu in ("attack", "defense", "defense.client", "algorithm")
+        line.name: line
+        for line in menu_lines()
+        if line.menu in ("attack", "defense", "defense.client", "defense.repair", "algorithm")
     }
     found = []
     for entry in methods(block, *kinds):

@@ -22,6 +22,7 @@ from fedllm_sec.build.observing import make_observer
 from fedllm_sec.build.parts import Parts, deal, handed_out
 from fedllm_sec.build.plan import Plan, planned
 from fedllm_sec.build.rehearsal import scaled_down
+from fedllm_sec.build.repair import make_repair
 from fedllm_sec.build.smoothing import smoothing
 from fedllm_sec.build.storage import storage
 from fedllm_sec.build.text import text_parts
@@ -124,6 +125,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         storage=storage(recipe, parts.task.layout.size, machine.device),
         root=Client("server", parts.root) if parts.root is not None else None,
         facts=parts.facts(),
+        repair=make_repair(recipe),
         smoothing=smoothing(
             recipe,
             methods.defense,

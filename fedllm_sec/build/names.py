@@ -27,6 +27,7 @@ PLACES: dict[str, tuple[Menu, tuple[str, ...]]] = {
     "defense.before": (defenses.MENU, ("before",)),
     "defense.rule": (defenses.MENU, ("rule",)),
     "defense.after": (defenses.MENU, ("after",)),
+    "defense.repair": (defenses.REPAIR_MENU, ("repair",)),
 }
 
 # the same in the recipe of a language model

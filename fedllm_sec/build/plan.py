@@ -17,6 +17,7 @@ from fedllm_sec.build.judging import evaluation_problems
 from fedllm_sec.build.kept import save_problems
 from fedllm_sec.build.names import make, outside, told_in_a_line
 from fedllm_sec.build.rehearsal import UNNAMED, Rehearsal
+from fedllm_sec.build.repair import repair_problems
 from fedllm_sec.build.space import PAIRED, space_problems, spaced
 from fedllm_sec.build.start import start_problems
 from fedllm_sec.build.threat import attack_problems, attacking, client_ids, every_id, learning_problems, make_threat
@@ -81,6 +82,7 @@ def planned(recipe: Recipe, rehearsed: dict[str, list[str]] | None = None) -> Pl
     """
     problems = algorithm_problems(recipe) + attack_problems(recipe) + evaluation_problems(recipe)
     problems += learning_problems(recipe) + start_problems(recipe) + space_problems(recipe) + save_problems(recipe)
+    problems += repair_problems(recipe)
     if recipe.output.folder:  # a cell of a grid has none before all are known
         problems += filter(None, [folder_problem(recipe.output.folder)])
     defense = threat = None

@@ -213,6 +213,8 @@ def fixed_by_rounds(recipe: Recipe) -> str | None:
     """Why a run of this recipe that is given more rounds would not be the longer run; None where it would be."""
     if recipe.clients.lr_schedule != "constant":
         return f"clients.lr_schedule: {recipe.clients.lr_schedule} falls from the first round to the last"
+    if recipe.enable_defense and recipe.defense is not None and recipe.defense.repair is not None:
+        return f"defense.repair: {recipe.defense.repair['name']} has changed the model after the last round"
     stages = recipe.defense.after if recipe.enable_defense and recipe.defense is not None else []
     if any(stage["name"] == "crfl" for stage in stages):
         return "defense.after: crfl leaves out its noise in the last round"

@@ -26,6 +26,7 @@ from fedllm_sec.defenses.history import CrossRound, ThreeSigma
 from fedllm_sec.defenses.krum import bulyan, krum, multi_krum
 from fedllm_sec.defenses.latent import flare
 from fedllm_sec.defenses.prediction import FLDetector
+from fedllm_sec.defenses.repair import fine_tune, own_answers, prune_directions
 from fedllm_sec.defenses.residual import residual_reweighting
 from fedllm_sec.defenses.rflbat import rflbat
 from fedllm_sec.defenses.similarity import FoolsGold
@@ -85,5 +86,11 @@ CLIENT_MENU: dict[str, Entry] = {
     "prune_gradient": Entry(PruneGradient, "Zhu et al. 2019", "client"),
     "sign_compress": Entry(SignCompress, "Bernstein et al. 2018", "client"),
     "int8": Entry(Int8, "Dettmers et al. 2022", "client"),
+}
+
+REPAIR_MENU: dict[str, Entry] = {
+    "fine_tune": Entry(fine_tune, "Ye et al. 2024", "repair"),
+    "own_answers": Entry(own_answers, "Ye et al. 2024", "repair"),
+    "prune_directions": Entry(prune_directions, "ours", "repair"),
 }
 # fmt: on

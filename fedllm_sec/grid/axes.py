@@ -129,7 +129,7 @@ def label_of(value: Any) -> str:
         if "name" in value:
             rest = ", ".join(f"{key}={label_of(item)}" for key, item in value.items() if key != "name")
             return f"{value['name']}({rest})" if rest else str(value["name"])
-        lists = [value.get(kind) for kind in ("data", "local", "update", "before", "rule", "after", "client")]
+        lists = [value.get(kind) for kind in ("data", "local", "update", "before", "rule", "after", "client", "repair")]
         blocks = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in lists if v)
         names = [str(block.get("name")) for block in blocks if isinstance(block, dict)]
         return "+".join(names) or ", ".join(f"{key}={label_of(item)}" for key, item in value.items())

@@ -16,4 +16,5 @@ class DefenseBlock(Section):
     after: list[dict[str, Any]] = []  # what changes that update
     space: Literal["factors", "product", "aligned"] = "factors"  # adapters as sent, by B A, or in one gauge
     scope: Literal["model", "layer"] = "model"  # one decision for a row, or one for each adapted layer
+    repair: dict[str, Any] | None = None  # what the server does to the model after the last round, once
     root_rows: Count | None = None  # clean rows the server holds, taken out of the training set

@@ -56,6 +56,9 @@ class RoundRecord:
     # epsilon and delta spent so far and whom that protects, or because: why there is none; `rows`: the same of clients
     # that train by dp_sgd, epsilon by client id
     privacy: dict[str, Any] | None = None
+    # of the last round, where the server then repaired the model: quality and attack as they were before, how far the
+    # vector `moved`, and notes; `quality` and `attack` above are the repaired model's
+    repair: dict[str, Any] | None = None
     buffers_refused: dict[str, str] = field(default_factory=dict)  # id -> reason: the server's own took their place
     # The rest is not reproducible and goes to timings.jsonl. `memory_mb`: MiB that the "defense" took at its peak, and
     # the peak of the whole "process" up to then.

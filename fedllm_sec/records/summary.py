@@ -42,6 +42,9 @@ def round_line(record: RoundRecord, rounds: int, lost: int | None = None) -> str
         parts.append(f"dropped {_some(dropped) if dropped else 'none'}")
         if any(id.endswith("*") for id in dropped):
             parts[-1] += " (* malicious)"
+    if record.repair is not None:
+        rate = ((record.repair["attack"] or {}).get("asr") or {}).get("value")
+        parts.append("repaired" + (f" (ASR was {rate:.3f})" if rate is not None else ""))
     if record.quarantined:
         parts.append(f"quarantined {_some(list(record.quarantined))}")
     if record.skipped:

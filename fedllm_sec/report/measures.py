@@ -206,7 +206,7 @@ def defense_name(run: Run) -> str:
     """The stages of the defense in the order they act; "none" is a plain mean."""
     if not run.defended:
         return "none"
-    names = [name_of(entry) for entry in methods(run.defense, "client", "before", "rule", "after")]
+    names = [name_of(entry) for entry in methods(run.defense, "client", "before", "rule", "after", "repair")]
     return " → ".join(name for i, name in enumerate(names) if name != "mean" or len(names) == 1 or i == 0)
 
 

@@ -76,7 +76,7 @@ class Run:
     def defended(self) -> bool:
         """Whether there is anything but plain training and a plain mean between the clients and the model."""
         rule = _block(self.defense, "rule").get("name", "mean")
-        return any(self.defense.get(kind) for kind in ("client", "before", "after")) or rule != "mean"
+        return any(self.defense.get(kind) for kind in ("client", "before", "after", "repair")) or rule != "mean"
 
 
 def _block(parent: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ from fedllm_sec.report.measures import (
     total_seconds,
     written,
 )
+from fedllm_sec.report.repaired import repaired
 from fedllm_sec.report.runs import Run
 
 NOT_MEASURED = "n/a"
@@ -189,7 +190,7 @@ def remarks(runs: Sequence[Run]) -> list[str]:
                 texts.setdefault(f"{attack}{how} {why}", []).append(run.name)
             for why, count in (block.get("left_out") or {}).items():
                 texts.setdefault(f"in none of the attack's rates: {count:.0f} held-out ({why})", []).append(run.name)
-        for text in guarantees.guarantees(run):
+        for text in (*guarantees.guarantees(run), *repaired(run)):
             texts.setdefault(text, []).append(run.name)
     alone = len(runs) == 1
     return [f"{text}." if alone else f"{listed(names)}: {text}." for text, names in texts.items()]

@@ -113,6 +113,7 @@ def defense_steps(run: Run) -> list[str]:
             ("before", "changes the rows"),
             ("rule", "aggregates"),
             ("after", "changes the model"),
+            ("repair", "after the last round the server repairs the model"),
         )
         for entry in methods(run.defense, kind)
     ]

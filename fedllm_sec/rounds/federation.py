@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.defenses.pipeline import Pipeline
+from fedllm_sec.defenses.repair import Trained as AfterTraining
 from fedllm_sec.errors import AttackError, FedError
 from fedllm_sec.evaluation.smoothed import Smoothing, smoothed
 from fedllm_sec.matrix.shown import only_shown
@@ -27,6 +28,7 @@ from fedllm_sec.rounds.deciding import Decided, decide, refuse_diverged, undecid
 from fedllm_sec.rounds.observing import NOBODY, Observer
 from fedllm_sec.rounds.personal import hold, kept_by_clients, measured, with_own
 from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember
+from fedllm_sec.rounds.repairing import mend
 from fedllm_sec.rounds.source import Asked, Source, trained_here
 from fedllm_sec.rounds.tuning import show, tune
 from fedllm_sec.seeds import generator_for
@@ -63,6 +65,7 @@ class Federation:
     storage: Storage = ON_DEVICE  # where the rows of a round are kept
     root: Client | None = None  # clean data the server holds, for rules that need a root update
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
+    repair: Callable[[AfterTraining], Tensor] | None = None  # what changes the last model, once
     smoothing: Smoothing | None = None  # how the last model is also tested
     observer: Observer = NOBODY  # who keeps what some clients send
     buffers: Tensor | None = None  # (b,) float64 what the global model holds beside its vector, where it has buffers
@@ -235,6 +238,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         remember(algorithm, trained, machine.share(decided.parts.to(machine.device)), lr, control)
     step = federation.vector - start
     federation.last_update, federation.round = step, r
+    mended = mend(federation, evaluate, clock, seconds) if federation.repair is not None and r == rounds else None
 
     there = {c.id for c in cohort} | set(came.absent)
     ids = [c.id for c in federation.clients if c.id in there]
@@ -248,12 +252,8 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         malicious=[id for id in ids if threat is not None and id in threat.who(r)],
         attacking=threat is not None and threat.active(r),
         update_norm=float(step.norm()),
-        quality=quality,
-        attack=attack,
-        seconds=seconds,
-        answers=answers,
-        **decided.record,
-    )
+        quality=quality, attack=attack, seconds=seconds, answers=answers, repair=mended, **decided.record,
+    )  # fmt: skip
 
 
 def train_client(

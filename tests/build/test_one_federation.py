@@ -57,6 +57,7 @@ OTHER = (
     "attack.observe.others",  # of text alone
     "defense.space",  # of adapters alone
     "defense.scope",
+    "defense.repair",  # of a language model alone
     "output.save",
 )
 
