@@ -23,8 +23,8 @@ class RoundCost:
     wire: int  # of all clients together, both ways
     matrix: int  # the rows of a round where the server keeps them
     server: int  # the most that the process that decides holds beside its libraries and model
-    rank: int  # rows that each other process keeps until all clients are trained
-    exchange: int  # from the other processes to the one that decides, and its new vector to them
+    rank: int  # rows that each other process keeps until all clients are trained, where all are as fast
+    exchange: int  # from the other processes to the one that decides, and its new vector to them; the same holds
 
 
 def cost(
@@ -33,8 +33,9 @@ def cost(
     """The cost of a round of `n` clients that train `d` parameters.
 
     `wire` is deploy.wire; `rows_dtype` and `rows` ("memory" or "disk") are compute.rows_dtype and where compute.rows
-    puts the matrix; `processes` are those of a simulation, which take clients in turn. Raises FedError for what none
-    of these can be.
+    puts the matrix; `processes` are those of a simulation, of which a faster one trains, keeps and sends more rows.
+    FL methods whose clients remember something (scaffold, feddyn, share_a, local buffers) are not in it: there every
+    process gets all rows. Raises FedError for what none of these can be.
     """
     for name, count in (("n", n), ("d", d), ("processes", processes)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:

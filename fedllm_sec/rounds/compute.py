@@ -81,7 +81,7 @@ class Machine:
         Ranks count together how many clients have been begun: a fast one takes more of them, and none waits for another
         before all are begun.
         """
-        if self.alone:
+        if self.alone or n == 0:
             yield from range(n)
             return
         while (place := self._store.add(BEGUN, 1) - 1) < n:
@@ -181,7 +181,7 @@ class Machine:
             claims[place, :3] = torch.tensor([result.count, float(result.steps), result.loss], dtype=torch.float64)
             if result.buffers is not None:
                 claims[place, 3:] = result.buffers.cpu()
-        if not self.alone:
+        if n and not self.alone:
             owners = torch.zeros(n, dtype=torch.int64, device=self.device)
             owners[list(own)] = self.rank
             torch.distributed.all_reduce(owners)

@@ -13,6 +13,44 @@ import torch
 from torch import Tensor
 
 LEAST = 16  # tokens; a shorter beginning does not pay for a pass of its own
+# Families in which a token's logits were found to be those of its row alone, with masked places before it. Not mpt and
+# gpt_neo, which count distances and windows over masked places too, nor whatever nobody has tried.
+TRIED = frozenset(
+    [
+        "apertus",
+        "bloom",
+        "codegen",
+        "cohere",
+        "deepseek_v3",
+        "falcon",
+        "gemma",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "llama",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "opt",
+        "persimmon",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+    ]
+)
+BY_LENGTH = frozenset({"dynamic", "longrope"})  # rotary frequencies that depend on how long a row is
 
 
 @dataclass(frozen=True)
@@ -42,14 +80,15 @@ def common(prompts: Sequence[Sequence[int]]) -> int:
 def begun(model: Any, prompts: Sequence[list[int]], device: torch.device) -> Beginning | None:
     """The beginning of the prompts where sharing it pays and is right, else None.
 
-    It is right where every layer attends to all earlier tokens: the padding that stands between the beginning and a
-    shorter row is masked, but would count in a window of the last few tokens, and in a state that tokens pass on.
+    It is right where every layer attends to all earlier tokens and positions are those of tokens: the padding that
+    stands between the beginning and a shorter row is masked, but would count in a window of the last few places, in a
+    distance that is counted over places, and in a state that tokens pass on.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     length = common(prompts) if len(prompts) > 1 else 0
-    if length < LEAST:
+    if length < LEAST or not _told_by_tokens(model.config):
         return None
     ids = prompts[0][:length]
     found = model(
@@ -64,3 +103,10 @@ def begun(model: Any, prompts: Sequence[list[int]], device: torch.device) -> Beg
         return None
     cache.batch_repeat_interleave(len(prompts))
     return Beginning(ids, cache)
+
+
+def _told_by_tokens(config: Any) -> bool:
+    """Whether the family was tried, and its rotary frequencies are the same for rows of any length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))}
+    return config.model_type in TRIED and not kinds & BY_LENGTH

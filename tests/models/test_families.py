@@ -22,6 +22,7 @@ from fedllm_sec.models.saving import save_adapter
 from fedllm_sec.recipe.language_model import Model
 from fedllm_sec.recipe.sections import Data
 from fedllm_sec.tasks import beginning
+from fedllm_sec.tasks.beginning import _told_by_tokens
 from fedllm_sec.tasks.causal_lm import CausalLM
 from fedllm_sec.tasks.encoding import Encoded
 
@@ -126,6 +127,13 @@ def test_a_family_is_adapted_scored_saved_and_merged_alike(
     again = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits(again.merge_and_unload()), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_beginning_is_not_shared_where_places_count_or_nobody_has_tried():
+    assert _told_by_tokens(AutoConfig.for_model("llama"))
+    for family in ("mpt", "gpt_neo", "mamba"):
+        assert not _told_by_tokens(AutoConfig.for_model(family))
+    assert not _told_by_tokens(AutoConfig.for_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}))
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end(tokenizer: Any, tmp_path: Path):
