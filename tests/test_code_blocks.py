@@ -48,6 +48,9 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
             check_defense(names["norm_filter"], {"factor": 1.5})
         if "drift" in names:
             check_attack(names["drift"], kind="update", strength=("scale", 1.0, 9.0))
+        if "Corner" in names:
+            check_attack(names["Corner"], kind="data_image", target=0)
+            check_attack(names["Boost"], kind="local", factor=3.0)
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))

@@ -38,6 +38,25 @@ def test_every_subcommand_is_there_and_explains_itself(name: str, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["deploy", "clients"], 'there is no command "deploy clients". Did you mean "client"?'),
+        (["recipe", "from-fedml", "/nope"], "/nope: there is no such file. Give the YAML that FedML is started with"),
+        (["report", "/nope"], "/nope: no such folder. Give a run folder"),
+        (["scan", "adapter", "--set", "a=1", "--seeds", "9"], "--set, --seeds: acts beside --calibrate RECIPE alone."),
+        (["scan", "--calibrate", "a", "--out", "b", "--base", "c"], "--base: acts beside an ADAPTER"),
+    ],
+)
+def test_a_command_that_cannot_act_names_the_word_and_ends_with_2(words: list[str], told: str, capsys):
+    try:
+        code = main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_the_version_is_the_packages(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fedllm-sec {fedllm_sec.__version__}\n"

@@ -160,6 +160,11 @@ class Threat:
                 what = f"attack.update.{number}: round {round}: {error} The attackers send what they have."
                 warnings.warn(what, IdleAttack, stacklevel=2)
                 continue
+            if not isinstance(rows, Tensor):
+                raise AttackError(
+                    f"attack.update.{number}: gave back {type(rows).__name__}, must give a tensor of shape "
+                    f"{tuple(own.shape)}." + " Return the rows." * (rows is None)
+                )
             if tuple(rows.shape) != tuple(own.shape):
                 raise AttackError(
                     f"attack.update.{number}: gave rows of shape {tuple(rows.shape)}, must be {tuple(own.shape)}."

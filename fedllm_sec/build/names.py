@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedllm_sec import algorithms, attacks, defenses, models
+from fedllm_sec.build.called import need_to_fit
 from fedllm_sec.data import partition
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.evaluation import judges
@@ -195,23 +196,11 @@ def _settings(block: dict[str, Any], place: str) -> dict[str, Any]:
     return {k: v for k, v in block.items() if k not in ("name", *BESIDE.get(place, ()))}
 
 
-# place in the recipe -> what a method that stands there is called by, where it is no function
-CALLED = {
-    "attack.data": ("poison", "probe", "success"),
-    "attack.local": ("before_step", "after_step"),
-    "defense.client": ("before_step", "after_step"),
-}
-
-
 def make(block: dict[str, Any], menu: Menu, place: str) -> Any:
     """The method that a block {name, settings} of the recipe asks for."""
     made = resolve(block["name"], _settings(block, place), menu, place)
-    for name in CALLED.get(place.rpartition(".")[0], ()):
-        if not callable(getattr(made, name, None)):
-            raise RecipeError(
-                f"{place}.name: {block['name']}: has no method {name}, by which what stands here is called. Name a "
-                "class that has one (fedllm_sec.protocols)."
-            )
+    if block["name"] not in menu:
+        need_to_fit(made, block["name"], place)
     return made
 
 

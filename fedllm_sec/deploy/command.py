@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedllm_sec.deploy.problems import need_flower
 from fedllm_sec.errors import FedError, Parser, RecipeError, quietly
+from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.environment import typed
 from fedllm_sec.records.files import in_a_line
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in KINDS:
         asked = words[:1] in (["-h"], ["--help"])
+        if words and not asked:
+            print(f'error: there is no command "deploy {words[0]}".{did_you_mean(words[0], KINDS)}\n', file=sys.stderr)
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
     options = KINDS[words[0]]().parse_intermixed_args(words[1:])

@@ -17,6 +17,9 @@ from fedllm_sec.recipe import reading as recipes
 
 def from_fedml(config: Path, out: Path | None) -> int:
     """Translate, say what became of each key, check what came out, print or write it; gives the exit code."""
+    if not config.exists() or config.is_dir():
+        wrong = "is a folder" if config.is_dir() else "there is no such file"
+        raise RecipeError(f"{config}: {wrong}. Give the YAML that FedML is started with, usually fedml_config.yaml.")
     raw = recipes.read(config)
     if out is not None and out.exists():
         raise RecipeError(f"--out: {out} exists. Choose another name, or remove it.")

@@ -20,6 +20,9 @@ examples:
 """
 
 
+SEEDS, RATE = 30, 0.05  # of a calibration, unless said otherwise
+
+
 @quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
@@ -33,18 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bank", type=Path, help="a file that --calibrate has made (without: the shipped one)")
     parser.add_argument("--base", help="where the base model lies, if not where the adapter says")
     parser.add_argument("--calibrate", type=Path, metavar="RECIPE", help="train adapters and make a bank of them")
-    parser.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="an override of RECIPE")
-    parser.add_argument("--seeds", type=int, default=30, help="how many seeds a bank is made of, from 0 (30)")
-    parser.add_argument("--rate", type=float, default=0.05, help="of the clean ones that may be flagged (0.05)")
+    parser.add_argument("--set", action="append", metavar="key.sub=value", help="an override of RECIPE")
+    parser.add_argument("--seeds", type=int, help="how many seeds a bank is made of, from 0 (30)")
+    parser.add_argument("--rate", type=float, help="of the clean ones that may be flagged (0.05)")
     parser.add_argument("--out", type=Path, help="the file that --calibrate makes; it must not exist")
     given = parser.parse_args(argv)
     if (given.calibrate is None) == (given.adapter is None):
         parser.error("give an ADAPTER to judge, or --calibrate RECIPE to make a bank; one of them.")
+    others = ("bank", "base") if given.adapter is None else ("set", "seeds", "rate", "out")
+    if idle := [f"--{name}" for name in others if getattr(given, name) is not None]:
+        what = "an ADAPTER that is judged" if given.adapter is None else "--calibrate RECIPE"
+        parser.error(f"{', '.join(idle)}: acts beside {what} alone. Leave it out.")
     try:
         if given.calibrate is None:
             return _judge(given)
         if given.out is None or given.out.exists():
             parser.error(f"--out {given.out}: names no new file. Say where the bank is to be written.")
+        given.seeds = SEEDS if given.seeds is None else given.seeds
+        given.rate = RATE if given.rate is None else given.rate
         if given.seeds < 5 or not 0 <= given.rate < 1:
             parser.error(f"--seeds {given.seeds}, --rate {given.rate}: must be 5 or more, and in [0, 1).")
         return _calibrate(given)
@@ -69,7 +78,7 @@ def _calibrate(given: argparse.Namespace) -> int:
     from fedllm_sec.train import quiet
 
     quiet()
-    bank = calibrated(shipped.find(given.calibrate), given.set, range(given.seeds), given.rate)
+    bank = calibrated(shipped.find(given.calibrate), given.set or [], range(given.seeds), given.rate)
     try:
         write_json(given.out, bank.as_dict())
     except OSError as error:

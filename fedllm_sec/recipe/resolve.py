@@ -35,6 +35,7 @@ class Entry:
 
 
 Menu = Mapping[str, Entry]
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -81,6 +82,11 @@ def find(name: str, menu: Menu, place: str) -> Callable[..., Any]:
     found = getattr(module, attribute, None)
     if not callable(found):
         raise RecipeError(f'{place}.name: "{module_name}" has no function or class "{attribute}".')
+    if not (inspect.isclass(found) or inspect.isroutine(found) or hasattr(found, "__wrapped__")):
+        raise RecipeError(
+            f'{place}.name: "{name}" is an object of type {type(found).__name__}, and what settings it takes is not to '
+            "be seen. Name a function or a class."
+        )
     try:
         inspect.signature(found)
     except ValueError as error:  # some of those that are not written in Python
@@ -157,4 +163,10 @@ def resolve(name: str, settings: Mapping[str, Any], menu: Menu, place: str) -> A
     """A function with its settings bound, or an instance of a class made with them."""
     make = find(name, menu, place)
     checked = check_settings(make, settings, place)
+    parameters = inspect.signature(make).parameters.values()
+    if inspect.isclass(make) and (asked := [p.name for p in parameters if p.kind in BY_PLACE and p.default is p.empty]):
+        raise RecipeError(
+            f'{place}.name: "{name}" cannot be made without {", ".join(asked)}, and a recipe gives keyword-only settings '
+            "alone. Put a * before its settings: def __init__(self, *, ...)."
+        )
     return make(**checked) if inspect.isclass(make) else functools.partial(make, **checked)

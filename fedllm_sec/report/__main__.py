@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         raise  # nobody reads on
     except (FedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -28,9 +28,17 @@ class NoProbe(Data):
 class NoSuccess:
     def poison(self, rows, rng): return rows
     def probe(self, rows): return rows
+class Methodless:
+    pass
+class OneArgument(Data):
+    def poison(self, rows): return rows
+class ByPlace(Data):
+    def __init__(self, rate): pass
 class Local:
     def before_step(self, parameters, step, ctx): {}["late"]
     def after_step(self, parameters, step, ctx): pass
+def nothing(view): pass
+def nobody(): return None
 def update(view): return -view.own if view.round == 1 else {}["late"]
 def short(updates, ctx): return Decision(updates.rows.float().mean(0)[:3])
 def listed(updates, ctx): return Decision(updates.rows.float().mean(0), weights=[1, 2])
@@ -38,6 +46,8 @@ def noted(updates, ctx): return Decision(updates.rows.float().mean(0), notes={"a
 def after(vector, ctx): return None
 def split(labels, clients, rng): return [[10**9]] * clients
 def fewer(labels, clients, rng): return [[0]]
+Data.__call__ = lambda self, view: view.own
+anybody = Data()
 class Model(torch.nn.Module):
     def __init__(self, shape, classes): super().__init__()
 """
@@ -46,8 +56,22 @@ CASES = {
     "FewImages": ("attack", "data", "attack.data.0: poison gave back 3 inputs, 15 labels and 15 marks"),
     "NoProbe": ("attack", "data", "attack.data.0: probe gave back int, must give Labelled"),
     "NoSuccess": ("attack", "data", "outside_run:NoSuccess: has no method success"),
-    "Local": ("attack", "local", "outside_run.py, line 20, in before_step, which the recipe names: KeyError: 'late'"),
-    "update": ("attack", "update", "outside_run.py, line 22, in update, which the recipe names: KeyError: 'late'"),
+    "nobody": (
+        "attack",
+        "data",
+        "nobody: has no method poison, being a function. A data attack is a class with poison(",
+    ),
+    "Methodless": (
+        "attack",
+        "local",
+        "has no method before_step. A local attack is a class with before_step(parameters",
+    ),
+    "OneArgument": ("attack", "data", "poison cannot be called with (shard, rng): too many positional arguments."),
+    "ByPlace": ("attack", "data", "cannot be made without rate, and a recipe gives keyword-only settings alone."),
+    "anybody": ("attack", "update", "is an object of type Data, and what settings it takes is not to be seen."),
+    "nothing": ("attack", "update", "attack.update.0: gave back NoneType, must give a tensor of shape (1, 64). Return"),
+    "Local": ("attack", "local", "outside_run.py, line 26, in before_step, which the recipe names: KeyError: 'late'"),
+    "update": ("attack", "update", "outside_run.py, line 30, in update, which the recipe names: KeyError: 'late'"),
     "short": ("defense", "rule", "short: gave back an update of shape (3,), must be a tensor of shape (64,)"),
     "listed": ("defense", "rule", "listed: gave back weights of type list, must be a tensor of shape (4,)"),
     "noted": ("defense", "rule", "noted: its note a is of type str, no number"),

@@ -184,7 +184,7 @@ def test_tables_for_papers_write_no_page(grid: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_grid_is_given_alone(grid: Path, comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(comparison), str(grid)]) == 1
+    assert main([str(comparison), str(grid)]) == 2
     assert "is a grid folder, which has a page of its own. Give it alone." in capsys.readouterr().err
 
 

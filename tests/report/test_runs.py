@@ -24,7 +24,7 @@ def test_a_run_given_twice_and_a_page_that_cannot_be_written_are_one_line(compar
         ([str(comparison), str(one)], f"error: {one}: is given twice"),
         ([str(one), "--out", str(one)], f"error: {one}: cannot be written (Is a directory)"),
     ):
-        assert main(words) == 1
+        assert main(words) == 2
         assert capsys.readouterr().err.startswith(said)
 
 
