@@ -166,7 +166,7 @@ def resolve(name: str, settings: Mapping[str, Any], menu: Menu, place: str) -> A
     parameters = inspect.signature(make).parameters.values()
     if inspect.isclass(make) and (asked := [p.name for p in parameters if p.kind in BY_PLACE and p.default is p.empty]):
         raise RecipeError(
-            f'{place}.name: "{name}" cannot be made without {", ".join(asked)}, and a recipe gives keyword-only settings '
-            "alone. Put a * before its settings: def __init__(self, *, ...)."
+            f'{place}.name: "{name}" cannot be made without {", ".join(asked)}, and a recipe gives keyword-only '
+            "settings alone. Put a * before its settings: def __init__(self, *, ...)."
         )
     return make(**checked) if inspect.isclass(make) else functools.partial(make, **checked)
