@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fedllm_sec.deploy.replies import Expected, read_reply
-from fedllm_sec.deploy.wire import KIND, Packed, Refused, bytes_of, decode, encode
-from fedllm_sec.matrix.quantise import dequantise, quantise
+from fedllm_sec.deploy.wire import KIND, Packed, Refused, decode, encode
+from fedllm_sec.matrix.quantise import bytes_of, dequantise, quantise
 from tests.deploy.never import no_unpickling
 
 X = torch.tensor([1.0, -2.5, 0.0, 3e-5, 1e20])
