@@ -34,7 +34,7 @@ from pathlib import Path
 from fedllm_sec.deploy import local
 from fedllm_sec.deploy.command import bring_up, one_recipe
 from fedllm_sec.deploy.folder import Deployment
-from fedllm_sec.deploy.wire import bytes_of
+from fedllm_sec.matrix.quantise import bytes_of
 from fedllm_sec.records.history import read_history
 
 NUMBER = r"(\d+\.\d+)"
