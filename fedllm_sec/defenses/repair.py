@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedllm_sec.defenses.checks import need
@@ -94,20 +93,19 @@ def prune_directions(trained: Trained, *, directions: int = 1) -> Tensor:
     directions too, and loses them.
     """
     need(directions >= 1, "prune_directions", "directions >= 1", "Raise it.", directions=directions)
-    vector, places = trained.vector.clone(), trained.layout.slices()
-    shapes = dict(zip(trained.layout.names, trained.layout.shapes, strict=True))
-    pairs = product_pairs(trained.layout)
+    vector, pairs = trained.vector.clone(), product_pairs(trained.layout)
+    parts = trained.layout.split(vector)  # views: what is written into them is in the vector
     if not pairs:
         raise DefenseError("prune_directions: needs adapters with both factors trained, and there are none.")
     gone = 0.0
     for a_name, b_name in pairs:
-        a, b = (vector[places[name]].reshape(shapes[name]) for name in (a_name, b_name))
+        a, b = parts[a_name], parts[b_name]
         if directions >= len(a):
             raise DefenseError(
                 f"prune_directions: directions={directions} of an adapter of rank {len(a)} leave nothing. Lower it."
             )
-        a, b, share = without_leading(a, b, directions, trained.scales.get(a_name, 1.0))
-        vector[places[a_name]], vector[places[b_name]] = a.reshape(-1), b.reshape(-1)
+        new_a, new_b, share = without_leading(a, b, directions, trained.scales.get(a_name, 1.0))
+        a.copy_(new_a), b.copy_(new_b)
         gone += share / len(pairs)
     trained.notes["energy"] = gone
-    return torch.as_tensor(vector)
+    return vector

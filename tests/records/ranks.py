@@ -23,7 +23,7 @@ IMPORTED = (  # what a start of the smallest run takes six of its seven seconds 
     *(f"fedllm_sec.kernels.{name}" for name in ("compiled", "compiled_columns", "compiled_pairs")),
     "fedllm_sec.report.page",
 )
-MESSAGES = ("broadcast", "all_reduce", "barrier", "send", "recv")
+MESSAGES = ("broadcast", "all_gather", "all_reduce", "barrier", "send", "recv")
 LONGEST = 60.0  # seconds after which a rank is said to hang
 
 
