@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [name for name in options.name if name not in names]
     if missing:
         print(
-            "\n".join(f'menu: there is no "{name}".{did_you_mean(name, names)}' for name in missing),
+            "\n".join(f'error: menu: there is no "{name}".{did_you_mean(name, names)}' for name in missing),
             file=sys.stderr,
         )
         return 2

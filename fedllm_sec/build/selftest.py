@@ -148,6 +148,23 @@ def say_unlike(task: CausalLM, rows: Dataset) -> None:
         )
 
 
+def need_known_answers(task: CausalLM, rows: Dataset) -> None:
+    """A RecipeError where the tokenizer knows nothing of the answers; a warning where it misses a tenth of them."""
+    unknown = task.tokenizer.unk_token_id
+    looked_at = rows.select(range(min(len(rows), LOOKED_AT)))
+    tokens = [id for answer in task.tokens(looked_at).answers for id in answer if id != task.writer.end]
+    if unknown is None or not (missed := tokens.count(unknown)):
+        return
+    what = (
+        f"model.name: {task.tokenizer.name_or_path}: its tokenizer makes {task.tokenizer.unk_token!r} of {missed} of "
+        f"the {len(tokens)} tokens of {len(looked_at)} rows' answers"
+    )
+    if missed == len(tokens):
+        raise RecipeError(f"{what}: nothing could be learnt. Put the tokenizer that it was trained with in its folder.")
+    if missed > len(tokens) / 10:
+        warnings.warn(f"{what}, which are lost on the model. Take a tokenizer made for this text.", stacklevel=2)
+
+
 def generation_problems(task: CausalLM, evaluation: TextEvaluation) -> list[str]:
     """Why greedy answers to the longest prompt leave the model's positions."""
     base = base_of(task.model)

@@ -16,7 +16,7 @@ from fedllm_sec.build.judging import probes
 from fedllm_sec.build.language_model import load_task
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.build.parts import Parts, Split, poison
-from fedllm_sec.build.selftest import generation_problems, say_unlike
+from fedllm_sec.build.selftest import generation_problems, need_known_answers, say_unlike
 from fedllm_sec.build.text_classifier import load_text_classifier
 from fedllm_sec.build.threat import client_ids
 from fedllm_sec.data import canaries, sources, text
@@ -66,6 +66,7 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
     task: Any
     if recipe.task == "causal_lm":
         task = load_task(recipe, machine, loaded)
+        need_known_answers(task, train)
         say_unlike(task, train)
     else:
         task = load_text_classifier(recipe, machine, loaded, train)

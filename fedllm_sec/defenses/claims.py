@@ -20,7 +20,7 @@ def capped_shares(counts: Sequence[float], cap: float, rule: str) -> Tensor:
     not 1.
     """
     need(cap >= 1, rule, "cap >= 1 (times the median claim)", "Raise cap.", cap=cap)
-    claimed = torch.tensor(counts, dtype=torch.float64)
+    claimed = torch.tensor(counts, dtype=torch.float64, device="cpu")  # also where a rehearsal makes others on "meta"
     usable = bool(torch.isfinite(claimed).all()) and bool((claimed >= 0).all())
     need(usable, rule, "finite claimed counts >= 0", "Screen the updates first.", counts=tuple(counts))
     need(

@@ -18,5 +18,5 @@ def midpoint(values: Tensor) -> float:
 
 def capped(counts: Sequence[float] | Tensor, cap: float = CAP) -> Tensor:
     """min(count, cap * median of the counts above 0) for claimed counts (n,), of which one is above 0: (n,) float64."""
-    claimed = torch.as_tensor(counts, dtype=torch.float64)
+    claimed = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     return claimed.clamp(max=cap * midpoint(claimed[claimed > 0]))

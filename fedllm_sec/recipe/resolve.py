@@ -142,9 +142,14 @@ def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], place:
         model = (_own_model if own and inspect.isroutine(make) | inspect.isclass(make) else _model_of)(make)
     except Exception as error:  # an annotation that leads nowhere, such as one imported for type checkers alone
         raise RecipeError(f"{place}.name: its annotations cannot be read ({error}). Import what they name.") from error
+    by_place = {p.name for p in inspect.signature(make).parameters.values() if p.kind in BY_PLACE}
     problems = [
-        f"{place}.{key_as_written(key)}: {_shown(settings[key])} is set, but there is no such setting."
-        f"{did_you_mean(key_as_written(key), known)}"
+        f"{place}.{key_as_written(key)}: {_shown(settings[key])} is set, but "
+        + (
+            f'"{key}" stands among what {make.__name__} is called with. Put a * before its settings.'
+            if key in by_place and not own
+            else f"there is no such setting.{did_you_mean(key_as_written(key), known)}"
+        )
         for key in settings
         if key not in known
     ]

@@ -15,6 +15,7 @@ from fedllm_sec.build.plan import planned
 from fedllm_sec.build.rehearsal import MOST_ROWS, Rehearsal
 from fedllm_sec.build.threat import attacking, make_threat, sure
 from fedllm_sec.defenses import MENU
+from fedllm_sec.defenses.claims import capped_shares
 from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import RecipeError
@@ -129,6 +130,11 @@ def test_what_a_rule_asks_of_the_number_of_clients_is_checked_where_it_is_not_re
     assert few <= MOST_ROWS < many
     assert rehearsed(name, many, many) == rehearsed(name, few, few) != []
     assert rehearsed(name, many, 1) == []
+
+
+def test_claims_are_weighed_with_numbers_where_a_rehearsal_makes_tensors_without():
+    with torch.device("meta"):
+        assert capped_shares([1.0, 1.0, 100.0], 3.0, "mean").tolist() == [0.2, 0.2, 0.6]
 
 
 def test_no_stage_of_the_menu_makes_room_for_a_hundred_thousand_clients():

@@ -131,6 +131,29 @@ def test_a_tokenizer_that_reads_nothing_is_refused(tmp_path):
         text.load_task(recipe(model={"name": str(tmp_path)}), Machine(Accelerator(cpu=True)), text.Loaded())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [({}, "'<unk>' of .* rows' answers: nothing could be learnt"), ({"bread": 3}, None), ({"about": 3}, "are lost")],
+)
+def test_a_tokenizer_that_knows_no_word_of_the_answers_is_refused(words: dict[str, int], told: str | None):
+    task, asked = made(LlamaConfig(**FEW), data={"template": "{text}\n", "answer": "{response}"})
+    made_of = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **words}, "<unk>"))
+    made_of.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made_of, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    task.tokenizer, task.writer = tokenizer, writer_of(tokenizer, asked.data)
+    rows = as_dataset({"text": ["a", "b"], "context": ["", ""], "response": ["bread", "about that"], "label": ["", ""]})
+    if told is None:
+        rows = rows.select([0])
+        selftest.need_known_answers(task, rows)
+        return
+    with (pytest.warns if "lost" in told else pytest.raises)(
+        UserWarning if "lost" in told else RecipeError, match=told
+    ):
+        selftest.need_known_answers(task, rows)
+
+
 def test_a_model_that_is_not_finite_is_refused():
     task, asked = made(LlamaConfig(**FEW))
     with torch.no_grad():

@@ -75,6 +75,15 @@ def test_with_leave_the_code_is_imported_and_its_settings_are_checked(capsys: py
     assert Path("ran").exists()
 
 
+@pytest.mark.parametrize(
+    "code", ["def own(updates, ctx, factor=2): ...", "class own:\n    def __init__(self, factor=2): ..."]
+)
+def test_a_setting_that_is_not_keyword_only_is_told_where_it_belongs(code: str, capsys: pytest.CaptureFixture[str]):
+    Path("strange.py").write_text(code)
+    assert main([recipe(defense={"rule": {"name": "strange:own", "factor": 3}}), "--check", "--allow-code"]) == 2
+    assert '"factor" stands among what own is called with. Put a * before its settings.' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("look", [lambda: main([recipe(), "--explain"]), lambda: benchmark.main([grid(), "--list"])])
 def test_what_cannot_be_shown_without_the_code_asks_for_leave(look: Any, capsys: pytest.CaptureFixture[str]):
     assert look() == 2
