@@ -13,11 +13,15 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedllm_sec.data.jsonrows import read_json
 from fedllm_sec.data.signs import BEGIN, refuse_other_kinds
 from fedllm_sec.data.tables import Table, of_arrow, of_dataset, refuse_twice
 from fedllm_sec.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"
@@ -251,16 +255,41 @@ def shards(path: Path) -> list[Path]:
     return parts
 
 
-def read_parquet(path: Path) -> Table:
-    """A Parquet file, with its other parts; class labels that `datasets` has written keep their names."""
+def _part(path: Path) -> pa.Table:
+    """One Parquet file as it lies."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        table = pa.concat_tables([parquet.ParquetFile(part).read() for part in shards(path)])
+        return parquet.ParquetFile(path).read()
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"data: {path} cannot be read as parquet ({reason}). Copy it again.") from error
+        with path.open("rb") as file:
+            begin = file.read(4)
+        way_out = "Copy it again."
+        if begin == b"PARE" or "crypt" in reason:
+            reason, way_out = "it is encrypted", "Decrypt it first."
+        elif begin[:2] == GZIP:
+            reason, way_out = "it is packed by gzip", "Unpack it: gunzip."
+        elif begin != b"PAR1":
+            reason, way_out = "it does not begin as one", "Save it as Parquet, or give it the ending of what it is."
+        raise DataError(f"data: {path} cannot be read as parquet ({reason}). {way_out}") from error
+
+
+def read_parquet(path: Path) -> Table:
+    """A Parquet file, with its other parts; class labels that `datasets` has written keep their names."""
+    import pyarrow as pa
+
+    parts = [_part(part) for part in shards(path)]
+    for part, read in zip(shards(path), parts, strict=True):
+        if unlike := [field.name for field in read.schema if field not in parts[0].schema] or (
+            set(parts[0].column_names) - set(read.column_names)
+        ):
+            raise DataError(
+                f"data: {part} has other columns than {path.name}, or columns of another type: "
+                f"{', '.join(sorted(unlike))}. Write all parts with the same ones."
+            )
+    table = pa.concat_tables(read.select(parts[0].column_names) for read in parts)
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
         classes = {name: f["names"] for name, f in features.items() if f.get("_type") == "ClassLabel"}

@@ -26,8 +26,11 @@ def file_of(name: str, split: str) -> Path | None:
         return path
     if os.path.exists(path):  # reading a pipe would wait for ever
         raise DataError(f"data.name: {name}: is a pipe or a device. Save what comes out of it as a file.")
+    if os.path.islink(path):
+        raise DataError(f"data.name: {name}: is a link to {os.readlink(path)}, where nothing is. Mend the link.")
     if places.is_local(name) or ending(path) is not None:
-        raise DataError(f"data.name: {name}: no such folder or file in {places.here()}. Give one that exists.")
+        where = "" if path.is_absolute() else f" in {places.here()}"
+        raise DataError(f"data.name: {name}: no such folder or file{where}. Give one that exists.")
     return None
 
 
@@ -38,6 +41,8 @@ def _in_folder(folder: Path, split: str) -> Path:
     if (folder / split / SAVED).is_file():
         return folder / split
     if ending(Path(split)) is not None:
+        if (folder / split).is_dir():
+            raise DataError(f"data: {folder / split} is a folder. Name it as data.name, or write one file.")
         if not (folder / split).is_file():
             raise DataError(f"data: {folder / split}: no such file.{did_you_mean(split, _tables(folder))}")
         return folder / split
@@ -51,7 +56,10 @@ def _in_folder(folder: Path, split: str) -> Path:
     for part in (folder, folder / "data"):
         if first := sorted(part.glob(f"{glob.escape(split)}-00000-of-*.parquet")):
             return first[0]
-    raise DataError(f'data: {folder} has no file for split "{split}".{did_you_mean(split, _tables(folder))}')
+    raise DataError(
+        f'data: {folder} has no file for split "{split}".{did_you_mean(split, _tables(folder))} Name a file as '
+        f"data.train or data.test, or save the split as {split}.parquet, {split}.jsonl or {split}.csv."
+    )
 
 
 def _tables(folder: Path) -> list[str]:

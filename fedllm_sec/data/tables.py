@@ -44,6 +44,8 @@ class Table:
             try:
                 for value in self.column(name):
                     made.append(as_text(value))
+            except DataError:  # which names the row itself
+                raise
             except (ValueError, RecursionError) as error:
                 reason = "is nested too deeply." if isinstance(error, RecursionError) else str(error)
                 raise DataError(f'data: {self.place}, row {len(made) + 1}: column "{name}" {reason}') from None
@@ -142,9 +144,14 @@ def of_arrow(table: pa.Table, classes: Mapping[str, Sequence[str]], place: str) 
         try:
             values = found.to_pylist()
         except Exception as error:  # dates out of range, text that is not UTF-8: Arrow raises many kinds
-            raise ValueError(f"cannot be read ({str(error).splitlines()[0]}). Name another column.") from None
+            reason = str(error).splitlines()[0]
+            if "zoneinfo" in reason:  # what it tries where it does not know a name
+                reason = f"its time zone, {found.type.tz!r}, is not known"
+            raise DataError(f'data: {place}: column "{name}" cannot be read ({reason}). Name another column.') from None
         if name in classes:
-            return [_class(value, classes[name]) for value in values]
+            return [
+                _class(value, classes[name], f'{place}, row {i}: column "{name}"') for i, value in enumerate(values, 1)
+            ]
         if pa.types.is_float32(found.type) or pa.types.is_float16(found.type):  # 0.1, not 0.10000000149011612
             return [None if value is None else np.float32(value) for value in values]
         return values
@@ -152,11 +159,14 @@ def of_arrow(table: pa.Table, classes: Mapping[str, Sequence[str]], place: str) 
     return Table(place, tuple(table.column_names), table.num_rows, column)
 
 
-def _class(value: Any, names: Sequence[str]) -> str | None:
+def _class(value: Any, names: Sequence[str], where: str) -> str | None:
     if value is None or value == -1:  # -1: not labelled
         return None
     if not isinstance(value, int) or not 0 <= value < len(names):
-        raise ValueError(f"holds the class number {value}, but there are {len(names)} class names.")
+        raise DataError(
+            f"data: {where} holds the class number {value}, but there are {len(names)} class names, from number 0 on. "
+            "Correct it, or save the column as text."
+        )
     return names[value]
 
 

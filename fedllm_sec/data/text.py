@@ -74,7 +74,7 @@ def canonical(
 ) -> Rows:
     """The wanted rows as text, mapped and cut to `text_chars`; rows without text or answer are an error."""
     if table.size == 0:
-        raise DataError(f"data: {table.place} has zero rows.")
+        raise DataError(f"data: {table.place} has zero rows. Give a table with some.")
     kind = format or found_format(table, columns)
     keep = where(table, wanted or {}, f"data.{part}_where")
     turns = in_turns(table, columns, kind, keep)
@@ -90,7 +90,7 @@ def canonical(
         if column not in table.names and role in type(columns).model_fields
     ]
     if absent:
-        raise DataError("\n".join(absent))
+        raise DataError(" ".join(absent))
 
     def column(role: str) -> list[str]:
         if turns is not None and role in turns:

@@ -70,10 +70,18 @@ class Classify:
         self.std = torch.ones(1) if std is None else std
         self.mean, self.std = (t.to(device)[:, None, None] for t in (self.mean, self.std))
         self.flip, self.crop = flip, crop
+        self.outputs: int | None = None  # logits of a row, known when the model has run
 
     def logits(self, x: Tensor) -> Tensor:
         """Those of images as the model is given them, normalised: (b, classes) float32."""
-        return logits_of(self.model(x))
+        found = logits_of(self.model(x))
+        self.outputs = self.outputs or found.shape[-1]
+        if len(found) != len(x) or found.shape[-1] != self.outputs:
+            raise DataError(
+                f"model.name: gives {tuple(found.shape)} for {len(x)} rows, where it gave {self.outputs} logits a row "
+                "before. A model must give as many for every row at any time."
+            )
+        return found
 
     def images_of(self, rows: Labelled) -> Tensor:
         """All images of a shard as the model is given them in evaluation."""

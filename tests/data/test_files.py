@@ -136,7 +136,9 @@ def test_an_encoding_is_a_setting_and_without_it_the_line_is_named():
         ("t.json", '[{"a": 1}, 5]', "row 2: 5: must be an object"),
         ("t.json", '{"a": 1, "a": 2}', 'row 1: the key "a" is given twice'),
         ("t.json", "[" * 100_000, "nested too deeply"),
-        ("t.parquet", "PAR1 and nothing", "cannot be read as parquet"),
+        ("t.parquet", "PAR1 and nothing", "cannot be read as parquet .* Copy it again"),
+        ("t.parquet", "PARE", "it is encrypted.* Decrypt it first"),
+        ("t.parquet", "text,label", "does not begin as one.* give it the ending of what it is"),
         ("t.xlsx", "x", r'the ending "\.xlsx"; can read \.jsonl'),
     ],
 )
@@ -188,6 +190,12 @@ def test_a_saved_set_and_the_parts_of_a_parquet_set_are_read(tmp_path: Path):
     for name, split, wanted in (("one", "train", 3), ("two", "test", 1), ("two", "train", 3), (".", "train", 3)):
         table = load_table(str(tmp_path / name), None, split, 0)
         assert table.text("text") == ["a", "b", "c"][:wanted]
+    for unlike in ({"other": ["a"], "response": ["1"]}, {"text": [1], "response": ["1"]}, {"text": ["a"]}):
+        Dataset.from_dict(unlike).to_parquet(str(tmp_path / "train-00001-of-00002.parquet"))
+        with pytest.raises(
+            DataError, match=r"train-00001-of-00002\.parquet has other columns than .* of another type: "
+        ):
+            load_table(str(tmp_path), None, "train", 0)
     (tmp_path / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(DataError, match=r"1 of 2 parts are missing, first train-00001-of-00002\.parquet"):
         load_table(str(tmp_path), None, "train", 0)

@@ -32,6 +32,15 @@ def test_an_epoch_takes_every_row_once_as_tensors():
     assert torch.equal(torch.cat(batches), torch.cat(again))
 
 
+@pytest.mark.parametrize("fewer", [lambda logits: logits[:, :2], lambda logits: logits[:2]], ids=["classes", "rows"])
+def test_a_model_that_gives_fewer_logits_later_on_is_told(fewer):
+    task, shard = Classify(logistic((1, 4, 4), 3), CPU), images()
+    task.loss(shard, torch.arange(4))
+    task.model.register_forward_hook(lambda model, given, logits: fewer(logits))
+    with pytest.raises(DataError, match=r"model\.name: gives \((4, 2|2, 3)\) for 4 rows, where it gave 3 logits a row"):
+        task.loss(shard, torch.arange(4))
+
+
 def test_loss_and_gradient_equal_those_of_a_plain_model():
     shard = images()
     task = Classify(lenet((1, 4, 4), 3), CPU, mean=torch.tensor([0.5]), std=torch.tensor([0.25]))
