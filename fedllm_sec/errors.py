@@ -10,18 +10,23 @@ import argparse
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
+_FORMAT = warnings.formatwarning
 CLOSED = 141  # what a shell says of a program whose reader left: 128 + SIGPIPE
 
 
 def quietly(main: Callable[P, int]) -> Callable[P, int]:
-    """A command that ends without a word when nobody reads on, as in `fedllm-sec menu | head`."""
+    """A command whose warnings are a line each, and that ends without a word when nobody reads on (`menu | head`)."""
 
     @functools.wraps(main)
     def until_the_reader_leaves(*args: P.args, **kwargs: P.kwargs) -> int:
+        as_before = warnings.formatwarning
+        warnings.formatwarning = _warning
         try:
             try:
                 return main(*args, **kwargs)
@@ -30,8 +35,19 @@ def quietly(main: Callable[P, int]) -> Callable[P, int]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return CLOSED
+        finally:
+            warnings.formatwarning = as_before
 
     return until_the_reader_leaves
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours in a line; others' as Python writes them, with file and line of source."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"warning: {message}\n"
+    return _FORMAT(message, category, filename, lineno, line)
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 import yaml
 
 import fedllm_sec
+from fedllm_sec import errors
 from fedllm_sec.__main__ import COMMANDS, main
+from fedllm_sec.errors import quietly
 from fedllm_sec.recipe import shipped
 from fedllm_sec.recipe.__main__ import title
 from fedllm_sec.train import main as train
@@ -149,3 +152,18 @@ def test_ctrl_c_stops_a_command_that_was_started_with_sigint_ignored(module: str
         process.kill()
     assert process.returncode == 130, said
     assert "stopped; the same command goes on" in said
+
+
+def test_a_warning_of_ours_is_a_line_and_others_stay_as_python_writes_them():
+    @quietly
+    def command() -> int:
+        ours = str(Path(errors.__file__).parent / "data" / "text.py")
+        told.append(warnings.formatwarning("data: a.csv: look.", UserWarning, ours, 3))
+        told.append(warnings.formatwarning("elsewhere", UserWarning, "/lib/torch.py", 3, "x = 1"))
+        return 0
+
+    told: list[str] = []
+    before = warnings.formatwarning
+    assert command() == 0
+    assert told == ["warning: data: a.csv: look.\n", "/lib/torch.py:3: UserWarning: elsewhere\n  x = 1\n"]
+    assert warnings.formatwarning is before

@@ -7,13 +7,12 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
 
 from fedllm_sec.data.images import image_folder
-from fedllm_sec.data.signs import BEGIN, refuse_stand_ins
+from fedllm_sec.data.npz import KEYS, read_npz
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import Labelled
 from fedllm_sec.recipe import places
@@ -24,8 +23,6 @@ from fedllm_sec.seeds import seed_for
 if TYPE_CHECKING:
     from datasets import Dataset
 
-KEYS = ("x_train", "y_train", "x_test", "y_test")
-ONE = ("x", "y")  # of a file in one part
 CHANNELS = (1, 3, 4)
 SHARE = 0.1  # of the images of a set in one part
 
@@ -48,7 +45,7 @@ def load(
     Of a set in one part a share is held out, drawn by the seed.
     """
     folder = os.path.isdir(os.path.expanduser(name))
-    if name == "digits" or name.endswith(".npz") or folder:
+    if name == "digits" or name.lower().endswith(".npz") or folder:
         given: dict[str, Any] = {"config": config, "image": image, "label": label}
         if not folder:
             given |= {"train": train != "train" and train, "test": test != "test" and test}
@@ -58,8 +55,8 @@ def load(
         raw = image_folder(Path(name).expanduser(), train, test, size)
     elif name == "digits":
         raw = _digits()
-    elif name.endswith(".npz"):
-        raw = _npz(Path(name))
+    elif name.lower().endswith(".npz"):
+        raw = read_npz(Path(name))
     elif places.is_local(name) or os.path.exists(name):
         raise DataError(
             f"data.name: {name}: must be a folder with one of images for each class, or end in .npz, with the arrays "
@@ -71,11 +68,11 @@ def load(
         for part, split in (("train", train), ("test", test)):
             table = _hub_table(name, hub, config, split)
             raw[f"x_{part}"], raw[f"y_{part}"] = from_table(table, image or known_image, label or known_label, name)
-    if "x" in raw:
+    if drawn := "x" in raw:
         raw = _parted(raw, test_share, seed, name)
     elif test_share is not None:
         raise DataError(f"data.test_share: {test_share:g}: {name} has training and test rows of its own. Remove it.")
-    made = labelled(_numbered(raw, name), name, classes)
+    made = labelled(_numbered(raw, name, drawn), name, classes)
     refuse_same(raw["x_train"], raw["x_test"], name)
     return made
 
@@ -99,16 +96,19 @@ def _parted(raw: dict[str, np.ndarray], share: float | None, seed: int, place: s
     return {"x_train": x[~held], "y_train": y[~held], "x_test": x[held], "y_test": y[held]}
 
 
-def _numbered(raw: dict[str, np.ndarray], place: str) -> dict[str, np.ndarray]:
+def _numbered(raw: dict[str, np.ndarray], place: str, drawn: bool) -> dict[str, np.ndarray]:
     """Class names as numbers in the order of the names; numbers stay as they are."""
-    if any(raw[f"y_{part}"].dtype.kind not in "US" or raw[f"y_{part}"].ndim != 1 for part in ("train", "test")):
+    named = [part for part in ("train", "test") if raw[f"y_{part}"].dtype.kind in "US" and raw[f"y_{part}"].ndim == 1]
+    if len(named) == 1:
+        raise DataError(f"data: {place}: y_{named[0]} alone holds class names. Give both parts names, or numbers.")
+    if not named:
         return raw
     names = sorted(set(raw["y_train"].tolist()))
     number = {name: k for k, name in enumerate(names)}
     if strange := sorted(set(raw["y_test"].tolist()) - number.keys()):
         raise DataError(
-            f"data: {place}: test rows have the class {strange[0]!r}, which no training row has. Give training rows of "
-            "it, or other test rows."
+            f"data: {place}: test rows have the class {strange[0]!r}, which no training row has. "
+            + ("Give more rows of it, or training and test rows apart." if drawn else "Give training rows of it.")
         )
     told = ", ".join(f"{k} {name!s}" for name, k in number.items())
     warnings.warn(f"data: {place}: classes by number: {told[:500]}.", stacklevel=3)
@@ -137,9 +137,11 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
         if x.dtype != np.uint8 and x.dtype.kind != "f":
             raise DataError(f"{where} is {x.dtype}, must be uint8 from 0 to 255, or floats from 0 to 1. Convert it.")
         if x.dtype.kind == "f" and not bool(((x >= 0) & (x <= 1)).all()):
+            row, *_ = first = tuple(np.argwhere(~((x >= 0) & (x <= 1)))[0])
+            way_out = "Scale it." if np.isfinite(x[first]) else "Remove or fill what is no number."
             raise DataError(
-                f"{where} has values from {np.nanmin(x, initial=np.inf):.3g} to {np.nanmax(x, initial=-np.inf):.3g}"
-                f"{', and NaN' if bool(np.isnan(x).any()) else ''}; floats must lie from 0 to 1. Scale it."
+                f"{where} has the value {x[first]!s} in row {row} (all: {np.nanmin(x, initial=np.inf):.6g} to "
+                f"{np.nanmax(x, initial=-np.inf):.6g}); floats must lie from 0 to 1. {way_out}"
             )
         if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in CHANNELS and x.shape[1] not in CHANNELS):
             raise DataError(
@@ -176,7 +178,7 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
                 f"data: {place}: y_{part} has label {y[wrong[0]]} in row {wrong[0]} ({len(wrong)} such rows); classes "
                 f"go from 0{f' to {known - 1}' if known > 0 else ''}. Correct the labels or set data.classes."
             )
-    if known < 2:
+    if known < 2 or len(np.unique(raw["y_train"])) < 2:
         raise DataError(f"data: {place}: y_train holds one class only. Give at least two.")
     if idle and classes is None:
         warnings.warn(
@@ -214,33 +216,6 @@ def _digits() -> dict[str, np.ndarray]:
         "x_test": x[held],
         "y_test": found.target[held],
     }
-
-
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    if not path.expanduser().is_file():
-        raise DataError(f"data.name: {path}: no such file in {places.here()}. Give one that exists.")
-    if not is_zipfile(path.expanduser()):
-        with path.expanduser().open("rb") as begun:
-            refuse_stand_ins(begun.read(BEGIN), str(path))
-        raise DataError(f"data: {path} cannot be read as .npz (it is no archive). Write it with numpy.savez.")
-    try:
-        with np.load(path.expanduser(), allow_pickle=False) as file:
-            keys = KEYS if any(key in file.files for key in KEYS) or not {*ONE} <= {*file.files} else ONE
-            missing = [key for key in keys if key not in file.files]
-            if missing:
-                raise DataError(f"data: {path} lacks {', '.join(missing)}.{did_you_mean(missing[0], file.files)}")
-            found = {key: file[key] for key in keys}
-    except DataError:
-        raise
-    except Exception as error:  # anybody may have written it: numpy and zipfile raise kinds of every sort
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "allow_pickle" in reason:
-            reason = "it holds Python objects; reading those is running code. Save numbers, or text as .astype(str)"
-        raise DataError(f"data: {path} cannot be read as .npz ({reason}).") from error
-    for key, values in found.items():
-        if not isinstance(values, np.ndarray):
-            raise DataError(f"data: {path}: {key} is no array. Write the file with numpy.savez.")
-    return found
 
 
 def _hub_table(name: str, hub: str, config: str | None, split: str) -> Dataset:

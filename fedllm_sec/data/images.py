@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 GREY = {"1", "L", "LA", "I;16", "I;16L", "I;16B", "I;16N"}  # modes of images without colour
 DEEP = {"I", "F"}  # whose values have no agreed range
+OF_THE_SYSTEM = {"Thumbs.db", "desktop.ini"}
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 LARGEST = 10**8  # pixels of an image
 
@@ -64,14 +66,21 @@ def _refuse_parts(folder: Path, classes: set[str]) -> None:
 
 
 def _files(folder: Path) -> list[tuple[Path, str]]:
-    """Each image and its class, in the order of their names; what has another ending is left out."""
+    """Each image and its class, in the order of their names; what has another ending is left out, and said."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [
+    held = [
         (path, of.name)
         for of in classes
         for path in sorted(of.rglob("*"))
-        if path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith(".")
+        if not path.is_dir() and not path.name.startswith(".") and path.name not in OF_THE_SYSTEM
     ]
+    found = [(path, name) for path, name in held if path.suffix.lower() in ENDINGS and path.is_file()]
+    if found and (left := sorted({path for path, _ in held} - {path for path, _ in found})):
+        warnings.warn(
+            f"data: {folder}: {len(left)} of {len(held)} files are left out, being none of {', '.join(ENDINGS)}; first "
+            f"{left[0].relative_to(folder)}.",
+            stacklevel=3,
+        )
     if not found:
         raise DataError(
             f"data: {folder}: has no folder with images ({', '.join(ENDINGS)}). Put those of each class into a folder "

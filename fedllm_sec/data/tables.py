@@ -138,6 +138,14 @@ def of_arrow(table: pa.Table, classes: Mapping[str, Sequence[str]], place: str) 
     import pyarrow as pa
 
     refuse_twice(table.column_names, place)
+    for name in table.column_names:
+        try:
+            table.column(name).validate(full=True)  # Arrow trusts what a file says of its own lengths
+        except pa.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f'data: {place}: column "{name}" is damaged, or no UTF-8 text ({reason}). Copy or write it again.'
+            ) from None
 
     def column(name: str) -> Sequence[Any]:
         found = table.column(name)
