@@ -101,17 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _came_to(plans.values())
     except BrokenPipeError:
         raise  # nobody reads on
-    except Exception as error:
-        if (said := in_words(error, again)) is None:
-            raise
-        print(f"error: {said}", file=sys.stderr)
-        return 2
     except Terminated:
         print(f"terminated; {again} goes on from the last whole round.", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         print(f"stopped; {again} goes on from the last whole round.", file=sys.stderr)
         return 130
+    except BaseException as error:  # code that a recipe names may end the program, too: sys.exit(0)
+        if (said := in_words(error, again)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 2
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
@@ -152,7 +152,7 @@ INSTALLED = ("site-packages", "dist-packages")
 IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
-def in_words(error: Exception, again: str = "the same command") -> str | None:
+def in_words(error: BaseException, again: str = "the same command") -> str | None:
     """What the user, the disk, the memory or another process is to blame for; None: a fault of this program."""
     if isinstance(error, FedError):
         return str(error)
@@ -179,7 +179,7 @@ def in_words(error: Exception, again: str = "the same command") -> str | None:
     return f"{what}. What was written is whole: {again} goes on from there."
 
 
-def outside_code_of(error: Exception) -> tuple[str, bool] | None:
+def outside_code_of(error: BaseException) -> tuple[str, bool] | None:
     """The place in code that is not this program's where it raised the error, and whether all such code is installed.
 
     The last place that is not installed, where there is one: a user's model that a library calls. None elsewhere.

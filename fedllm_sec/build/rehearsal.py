@@ -60,7 +60,9 @@ class Rehearsal:
                 except (AttackError, DefenseError) as error:
                     if self.layout not in (UNNAMED, PAIRED) or not any(word in str(error) for word in NAMES):
                         found.append(f"{place}: {error}")
-                except (Exception, SystemExit) as error:  # a method from outside may raise anything
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # a method from outside may raise anything
                     if not (self.code or outside_frames(error)):
                         raise
                     found.append(f"{place}: {_told(error, threat.start if place == 'attack' and threat else 1)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,12 @@ def told(source: str) -> Iterator[None]:
             why = f"it contains custom code, which model.trust_remote_code: true would run: {why}"
         if "Weights only load failed" in why:
             why = "its weights are a pickle of more than tensors, which could run code; save them as safetensors"
+        if isinstance(error, struct.error):
+            why = "the file is cut off"
+        elif os.path.isdir(source) and not isinstance(
+            error, (OSError, ValueError)
+        ):  # what code says of its own matters
+            why = f"{type(error).__name__}: {why}; most likely a value in its config.json is not what it must be"
         if os.path.isdir(source) and (found := modelfolder.wrong(source)) is not None:
             raise RecipeError(f"model.name: {source}: {found}") from error
         raise RecipeError(f'model.name: "{source}" cannot be loaded ({why}). Mend it, or choose another.') from error

@@ -199,8 +199,11 @@ def lost_model(name: str, notes: list[str] | None = None) -> str | None:
         return None if lost is None else f"model.name: {name}: {lost}"
     if name.lower().endswith(".gguf") and os.path.isfile(folder):
         return None
+    if os.path.isfile(folder):
+        return f"model.name: {name}: is a file, and no GGUF file. Give the folder of config.json and weights."
     if is_local(name) or os.path.exists(folder):
-        return f"model.name: {name}: no such folder or GGUF file in {here()}. Give an existing one, a hub name or tiny."
+        where = "" if os.path.isabs(folder) else f" in {here()}"
+        return f"model.name: {name}: no such folder or GGUF file{where}. Give an existing one, a hub name or tiny."
     if (problem := _hub("model.name", name, notes, _downloaded_model(name))) is not None:
         return (
             f'model.name: "{name}": no such folder in {here()}, not downloaded before, and {problem}. Give an existing '

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedllm_sec.errors import DataError
 from fedllm_sec.protocols import turns_before
-from fedllm_sec.tasks.encoding import Encoded, Plain, end_token
+from fedllm_sec.tasks.encoding import Encoded, Plain, end_token, first_beyond
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,9 +76,11 @@ class Chat:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=self.template, **settings)
         except Exception as error:  # a template is a program, and fails as programs do
             roles = " ".join(message["role"] for message in messages)
+            begins = next((message["content"] for message in messages if message["role"] != "system"), "")[:40]
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"{self.place}: the template does not render the roles {roles} ({reason}). Bring turns into the order "
+                f"{self.place}: the template does not render the roles {roles} ({reason}) of the "
+                f"conversation that begins with {begins!r}. Bring turns into the order "
                 "it wants, leave data.system out, or give another template in data.chat_template."
             ) from error
 
@@ -155,6 +157,8 @@ class Chat:
             start = _alike(ids, asked)
             if last and start < len(asked):  # a token would reach over the border: what is asked stays as it is
                 ids, start = asked + self._ids(whole[len(before) :]), len(asked)
+            elif start < len(asked):  # earlier turns are tokens of the whole: none of the invitation's is scored
+                start = first_beyond(self.tokenizer, whole, len(before), start)
             spans.append((start, len(ids) if last else _alike(ids, self._ids(after))))
         return self._closed(ids, spans, messages)
 

@@ -81,6 +81,10 @@ class Classify:
                 f"model.name: gives {tuple(found.shape)} for {len(x)} rows, where it gave {self.outputs} logits a row "
                 "before. A model must give as many for every row at any time."
             )
+        if torch.is_grad_enabled() and self.parameters.requires_grad and not found.requires_grad:
+            raise DataError(
+                "model.name: gives logits through which no gradient comes (.detach(), no_grad()?). Mend it."
+            )
         return found
 
     def images_of(self, rows: Labelled) -> Tensor:

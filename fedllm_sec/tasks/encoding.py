@@ -135,6 +135,14 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def first_beyond(tokenizer: PreTrainedTokenizerBase, text: str, place: int, known: int) -> int:
+    """The first of a text's tokens, from number `known` on, that ends behind a place in it."""
+    if not tokenizer.is_fast:  # those alone say where a token lies
+        return known
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return next((k for k in range(known, len(found)) if found[k][1] > place), known)
+
+
 def _plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return ids

@@ -54,6 +54,21 @@ def spelt(writer: Chat, row: dict[str, str]) -> tuple[str, str, list[str]]:
     return decode(prompt), decode(answer), [decode(prompt[start:end]) for start, end in earlier]
 
 
+def test_of_an_earlier_answer_no_token_of_what_invites_it_is_scored_where_tokens_part_otherwise_before_it():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = {c: i for i, c in enumerate([*alphabet, "\u010a\u010a"])}  # two line breaks, if nothing follows
+    made = Tokenizer(models.BPE(vocab=pairs, merges=[("\u010a", "\u010a")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    assert [len(tokenizer(text)["input_ids"]) for text in ("\n\n", "\n\nA")] == [1, 3]
+    tokenizer.chat_template = (TEMPLATES / "llama3.jinja").read_text()
+    prompt, answer, earlier = spelt(writer_of(tokenizer, Data(template="chat")), TWO)
+    assert (answer, earlier) == ("A rasp.<|eot_id|>", ["A plane.<|eot_id|>"])
+    assert prompt.endswith("<|end_header_id|>\n\n")
+
+
 WRITTEN = {
     "chatml": (
         "<|im_start|>user\nName a tool.<|im_end|>\n<|im_start|>assistant\nA plane.<|im_end|>\n<|im_start|>user\n"
