@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fedllm_sec.build.begin import begin
 from fedllm_sec.data.text import as_dataset
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.evaluation.text import TextEvaluation
@@ -44,7 +45,7 @@ def tested(task: CausalLM, recipe: Recipe) -> list[str]:
     known = getattr(embeddings, "num_embeddings", base.config.vocab_size)
     whole = task.tokens(rows)
     problems = (
-        selftest.length_problems(base.config, recipe.data.max_length)
+        selftest.length_problems(base.config, recipe.data.max_length, _one_by_one(recipe))
         + selftest.token_problems(tokenizer, known)
         + ([] if recipe.data.template == "chat" else selftest.end_problems(tokenizer, whole.answers[0]))
     )
@@ -98,6 +99,10 @@ def _cut(rows: Encoded, most: int) -> Encoded:
     return Encoded(prompts, answers)
 
 
+def _one_by_one(recipe: Recipe) -> bool:
+    return recipe.clients.batch_size == recipe.evaluate.batch_size == 1
+
+
 def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list[str]]:
     """What running the model on the rows shows, and what is wrong with it."""
 
@@ -123,17 +128,16 @@ def _run(task: CausalLM, rows: Encoded, recipe: Recipe) -> tuple[list[str], list
     length, unused = selftest.gradient(task.loss(rows, range(len(rows))), trained)
     if not all(math.isfinite(number) for number in (ahead, gap, length)):
         return [], ["model.name: on two short rows logits or gradient are not finite. Choose another, or a dtype."]
-    alone = recipe.clients.batch_size == recipe.evaluate.batch_size == 1
     found = [
         f"another last token changes the logits before it by up to {ahead:.2g} nats (at most {bound:g})",
         f"a row of a padded batch scores {gap:.2g} nats apart from alone "
-        + ("(every batch is one row)" if alone else f"(at most {bound:g}, on average)"),
+        + ("(every batch is one row)" if _one_by_one(recipe) else f"(at most {bound:g}, on average)"),
         f"the {'adapter' if recipe.model.lora is not None else 'model'}'s gradient has length {length:.3g}",
     ]
     if length > 0 and (words := selftest.unused_words(unused, len(trained))):
         warnings.warn(words, stacklevel=2)
     problems = selftest.foresight_problems(ahead, bound, memory) + selftest.gradient_problems(length)
-    return found, problems + ([] if alone else selftest.padding_problems(gap, bound))
+    return found, problems + ([] if _one_by_one(recipe) else selftest.padding_problems(gap, bound))
 
 
 def say_unlike(task: CausalLM, rows: Dataset) -> None:
@@ -163,6 +167,18 @@ def need_known_answers(task: CausalLM, rows: Dataset) -> None:
         raise RecipeError(f"{what}: nothing could be learnt. Put the tokenizer that it was trained with in its folder.")
     if missed > len(tokens) / 10:
         warnings.warn(f"{what}, which are lost on the model. Take a tokenizer made for this text.", stacklevel=2)
+
+
+def say_ended(task: CausalLM, answers: Sequence[list[int]]) -> None:
+    """A warning where answers end before their end: an end token in the data, which generation would stop at."""
+    end = task.writer.end
+    if early := sum(answer.count(end) > 1 or answer == [end] for answer in answers):
+        warnings.warn(
+            f"data: {early} of {len(answers)} training rows' answers hold the end token "
+            f"{task.tokenizer.convert_ids_to_tokens(end)!r} themselves: what is behind it is learnt and never said. "
+            "Take it out of the data.",
+            stacklevel=2,
+        )
 
 
 def generation_problems(task: CausalLM, evaluation: TextEvaluation) -> list[str]:
@@ -198,6 +214,9 @@ def in_words(recipe: Recipe) -> list[str]:
         if (why := left_to_the_run(recipe)) is not None:
             return [why]
         base, tokenizer = load_base(recipe.model, torch.device("cpu"))
-        return tested(CausalLM(add_adapter(base, recipe.model, 0), tokenizer, recipe.data, torch.device("cpu")), recipe)
+        task = CausalLM(add_adapter(base, recipe.model, 0), tokenizer, recipe.data, torch.device("cpu"))
+        found = tested(task, recipe)
+        begin(recipe, task)  # what is wrong with the values of a start
+        return found
     except FedError as error:
         return [f"will be refused: {error}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedllm_sec.build.judging import probes
 from fedllm_sec.build.language_model import load_task
 from fedllm_sec.build.loaded import Loaded, data_key, poison_key, probe_key, split_key
 from fedllm_sec.build.parts import Parts, Split, poison
-from fedllm_sec.build.selftest import generation_problems, need_known_answers, say_unlike
+from fedllm_sec.build.selftest import generation_problems, need_known_answers, say_ended, say_unlike
 from fedllm_sec.build.text_classifier import load_text_classifier
 from fedllm_sec.build.threat import client_ids
 from fedllm_sec.data import canaries, sources, text
@@ -71,13 +71,20 @@ def text_parts(recipe: Recipe, machine: Machine, threat: Threat | None, split: S
     else:
         task = load_text_classifier(recipe, machine, loaded, train)
 
+    def every() -> Iterable[Dataset]:
+        return [train, *poisoned.values(), test]
+
     def fitted(place: str, key: str, rows: dict[str, Dataset]) -> dict[str, Fitted]:
         key += json.dumps(recipe.model.name)  # whose tokenizer
         return loaded.get(
-            place, key, lambda: {id: task.fit(rows, f"{place} of client {id}") for id, rows in rows.items()}
+            place,
+            key,
+            lambda: {id: task.fit(rows, f"{place} of client {id}", others=every) for id, rows in rows.items()},
         )
 
     own, changed = fitted("shard", split_key(recipe), shards), fitted("poisoned shard", poison_key(recipe), poisoned)
+    if recipe.task == "causal_lm":
+        say_ended(task, [answer for of in own.values() for answer in of.encoded.answers])
     evaluation = loaded.get(
         "evaluation",
         probe_key(recipe) + json.dumps(recipe.model.name),

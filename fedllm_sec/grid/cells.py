@@ -124,7 +124,9 @@ def walk(
                     run_one(plan, machine, ours, loaded, lambda line: between(), grid, source)
                     if store is not None:
                         tell_shared(grid, cell, store)
-                except Exception as error:  # whatever a cell dies of, the others go on
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # whatever a cell dies of, the others go on
                     loaded.clear()
                     record_error(cell, error)
             tell(cell, time.monotonic() - begun)

@@ -65,7 +65,7 @@ def told(source: str) -> Iterator[None]:
         if "Weights only load failed" in why:
             why = "its weights are a pickle of more than tensors, which could run code; save them as safetensors"
         if isinstance(error, struct.error):
-            why = "the file is cut off"
+            why = "the file is cut off or damaged"
         elif os.path.isdir(source) and not isinstance(
             error, (OSError, ValueError)
         ):  # what code says of its own matters

@@ -53,9 +53,28 @@ def positions(config: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def length_problems(config: Any, max_length: int) -> list[str]:
-    """Why rows of `max_length` tokens are more than the model can read."""
-    most = positions(config)
+def rope_types(config: Any) -> set[str | None]:
+    """The kinds of rotary frequencies that the model's layers have."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))}
+
+
+def _short_of(config: Any) -> int:
+    """Up to how many tokens a row is short, by a configuration with longrope; 0 where it does not say."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = rope.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", 0))
+    return found if isinstance(found, int) else 0
+
+
+def length_problems(config: Any, max_length: int, alone: bool) -> list[str]:
+    """Why rows of `max_length` tokens are more than the model can read, `alone` or in batches."""
+    most, text = positions(config), config.get_text_config(decoder=True)
+    if not alone and "longrope" in rope_types(text) and (short := _short_of(text)) and max_length > short:
+        return [
+            f"data.max_length: {max_length}: from {short} tokens on this model's rotary frequencies are others "
+            "(longrope, original_max_position_embeddings), for all rows of a batch: a row would score otherwise beside "
+            f"a longer one. Lower it to {short}, or set clients.batch_size and evaluate.batch_size to 1."
+        ]
     if most is None or max_length <= most:
         return []
     return [

@@ -81,6 +81,8 @@ def _brief(error: Exception, path: Path) -> str:
 
 def runs_in(folder: Path) -> list[Path]:
     """The run folders that a folder is or holds."""
+    if folder.is_file():
+        raise ResumeError(f"{folder}: is a file. Give the folder it lies in.")
     if not folder.is_dir():
         raise ResumeError(f"{folder}: no such folder. Give a run folder, for example runs/quickstart.")
     before = sorted(child for child in folder.glob(f"{inventory.PRETRAIN}/*") if _is_run(child))
@@ -105,6 +107,20 @@ def _listed(folder: Path) -> set[Path]:
     paths = {folder / name for name in named if isinstance(name, str) and "\0" not in name}
     here = Path(os.path.realpath(folder))
     return {path for path in paths if here in Path(os.path.realpath(path)).parents}
+
+
+def lost_list(folder: Path) -> str | None:
+    """What is wrong with a grid's list of its cells; None where it is right, or the folder is no grid's."""
+    path = folder / "grid.json"
+    if not (path.exists() or (folder / "cells").is_dir()):
+        return None
+    try:
+        whole = isinstance(json.loads(path.read_text(encoding="utf-8"))["cells"], list)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        whole = False
+    return (
+        None if whole else "grid.json does not list its cells: the grid's command, once it is removed, makes it again"
+    )
 
 
 def _is_run(folder: Path) -> bool:
@@ -141,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = look(folder)
                 damaged += bool(found.wrong)
                 print(_printable("\n".join(in_words(folder, found))))
+            if lost := lost_list(Path(os.path.expanduser(given))):
+                damaged += 1
+                print(_printable(f"{given}: damaged\n  {lost}"))
         except BrokenPipeError:
             raise  # nobody reads on
         except (FedError, OSError) as error:

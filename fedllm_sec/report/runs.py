@@ -196,8 +196,12 @@ def read_run(folder: Path) -> Run:
             "recipe.yaml is not as the run left it: what is said of attack and defense may be untrue. "
             "fedllm-sec verify names what has changed."
         )
-    if not (folder / "summary.json").is_file() and not warnings:
-        warnings.append("summary.json is missing: the run was stopped before it closed its folder.")
+    if isinstance(closed, str) and not warnings:
+        warnings.append(
+            f"summary.json {closed}: whether the other files are as the run left them is not known."
+            if (folder / "summary.json").exists()
+            else "summary.json is missing: the run was stopped before it closed its folder."
+        )
     return Run(folder.resolve().name, folder, recipe, recipe_text, environment, records, tuple(warnings))
 
 

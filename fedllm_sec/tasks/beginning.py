@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedllm_sec.models.selftest import rope_types
+
 LEAST = 16  # tokens; a shorter beginning does not pay for a pass of its own
 # Families in which a token's logits were found to be those of its row alone, with masked places before it. Not mpt and
 # gpt_neo, which count distances and windows over masked places too, nor whatever nobody has tried.
@@ -107,6 +109,4 @@ def begun(model: Any, prompts: Sequence[list[int]], device: torch.device) -> Beg
 
 def _told_by_tokens(config: Any) -> bool:
     """Whether the family was tried, and its rotary frequencies are the same for rows of any length."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))}
-    return config.model_type in TRIED and not kinds & BY_LENGTH
+    return config.model_type in TRIED and not rope_types(config) & BY_LENGTH

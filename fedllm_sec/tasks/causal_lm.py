@@ -6,7 +6,7 @@ computed, in training as in evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,9 +82,15 @@ class CausalLM:
         """Token ids of all rows, of any length."""
         return self.writer.tokens(rows.to_list())
 
-    def fit(self, rows: Dataset, place: str, too_long: str | None = None) -> Fitted:
+    def fit(
+        self,
+        rows: Dataset,
+        place: str,
+        too_long: str | None = None,
+        others: Callable[[], Iterable[Dataset]] = list,
+    ) -> Fitted:
         """The rows as `data.max_length` and `data.too_long`, or another way, leave them, and their tokens."""
-        return fitted(self.writer, rows, self.data.max_length, too_long or self.data.too_long, place)
+        return fitted(self.writer, rows, self.data.max_length, too_long or self.data.too_long, place, others)
 
     def encode(self, rows: Dataset, place: str) -> Encoded:
         """Token ids of the rows that `fit` leaves."""

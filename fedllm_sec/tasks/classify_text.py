@@ -8,7 +8,7 @@ earlier one says: nothing is read but the logits of the whole text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -131,9 +131,15 @@ class ClassifyText:
         """Token ids of all rows, of any length, and their classes."""
         return self.writer.tokens(rows.to_list())
 
-    def fit(self, rows: Dataset, place: str, too_long: str | None = None) -> Fitted:
+    def fit(
+        self,
+        rows: Dataset,
+        place: str,
+        too_long: str | None = None,
+        others: Callable[[], Iterable[Dataset]] = list,
+    ) -> Fitted:
         """The rows as `data.max_length` and `data.too_long`, or another way, leave them, and their tokens."""
-        return fitted(self.writer, rows, self.max_length, too_long or self.too_long, place)
+        return fitted(self.writer, rows, self.max_length, too_long or self.too_long, place, others)
 
     def encode(self, rows: Dataset, place: str) -> Encoded:
         """Token ids and classes of the rows that `fit` leaves."""

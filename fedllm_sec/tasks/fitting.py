@@ -8,7 +8,7 @@ poisoned row is never cut, as it could lose its trigger.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,17 @@ class Fitted:
     dropped: int = 0  # how many were given and left out
 
 
-def fitted(writer: Writer, rows: Dataset, most: int, too_long: str, place: str) -> Fitted:
-    """The rows, each of at most `most` tokens with its answer."""
+def fitted(
+    writer: Writer, rows: Dataset, most: int, too_long: str, place: str, others: Callable[[], Iterable[Dataset]] = list
+) -> Fitted:
+    """The rows, each of at most `most` tokens with its answer.
+
+    Where they are refused, the length that would do is that of these and of `others`, whom the same bound holds.
+    """
+
+    def enough(length: int) -> int:
+        return max([length, *(n for more in others() for n in writer.tokens(more.to_list()).lengths)])
+
     whole = writer.tokens(rows.to_list())
     sizes = whole.lengths
     for i, prompt in enumerate(whole.prompts):
@@ -50,10 +59,10 @@ def fitted(writer: Writer, rows: Dataset, most: int, too_long: str, place: str) 
         raise DataError(
             f"{place}: {len(long)} of {len(sizes)} rows are longer than data.max_length={most} tokens with their "
             f"answer: rows {[i + 1 for i in long[:FEW]]}, up to {max(sizes)} tokens. Raise data.max_length to "
-            f"{max(sizes)}, or set data.too_long to cut_prompt, cut_answer or drop."
+            f"{enough(max(sizes))}, or set data.too_long to cut_prompt, cut_answer or drop."
         )
     if too_long != "drop":
-        _refuse_cutting(rows, whole, [i for i in long if rows[i]["poisoned"]], most, place)
+        _refuse_cutting(rows, whole, [i for i in long if rows[i]["poisoned"]], most, place, enough)
     changed: dict[int, dict[str, Any]] = {}
     made: dict[int, Encoded] = {}
     gone = set()
@@ -75,11 +84,13 @@ def fitted(writer: Writer, rows: Dataset, most: int, too_long: str, place: str) 
     return Fitted(_replaced(rows, changed).select(kept), left, kept, len(long) - len(gone), len(gone))
 
 
-def _refuse_cutting(rows: Dataset, whole: Encoded, long: Sequence[int], most: int, place: str) -> None:
+def _refuse_cutting(
+    rows: Dataset, whole: Encoded, long: Sequence[int], most: int, place: str, enough: Callable[[int], int]
+) -> None:
     if not long:
         return
     lengths = whole.lengths
-    worst = max(lengths[i] for i in long)
+    worst = enough(max(lengths[i] for i in long))
     raise AttackError(
         f"{place}: {len(long)} poisoned rows are longer than data.max_length={most} and would lose part of their text, "
         f"perhaps the trigger, or of the answer that is taught: rows {[i + 1 for i in long[:FEW]]}, the first answered "

@@ -46,6 +46,9 @@ def noted(updates, ctx): return Decision(updates.rows.float().mean(0), notes={"a
 def after(vector, ctx): return None
 def split(labels, clients, rng): return [[10**9]] * clients
 def fewer(labels, clients, rng): return [[0]]
+def leaves(labels, clients, rng): raise SystemExit(0)
+class Bare(BaseException): pass
+def bare(shape, classes): raise Bare("no Exception")
 Data.__call__ = lambda self, view: view.own
 anybody = Data()
 class Model(torch.nn.Module):
@@ -78,6 +81,8 @@ CASES = {
     "after": ("defense", "after", "after: gave back a vector of type NoneType, must be a tensor of shape (64,)"),
     "split": ("clients", "partition", "partition: client 0 got what is no row's number from 0 to 59"),
     "fewer": ("clients", "partition", "partition: gave 1 parts for 4 clients"),
+    "leaves": ("clients", "partition", "in leaves, which the recipe names: SystemExit: 0. Mend it"),
+    "bare": ("model", "", "in bare, which the recipe names: Bare: no Exception. Mend it"),
     "Model": ("model", "", "outside_run:Model: is a class of models, not a function that makes one"),
 }
 BASE = {

@@ -16,6 +16,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     RwkvConfig,
@@ -27,7 +28,7 @@ from fedllm_sec.build.names import checked
 from fedllm_sec.data.text import as_dataset
 from fedllm_sec.errors import DataError, RecipeError
 from fedllm_sec.models.lora import add_adapter, load_base, load_tokenizer
-from fedllm_sec.models.selftest import gradient_problems, token_problems
+from fedllm_sec.models.selftest import gradient_problems, length_problems, token_problems
 from fedllm_sec.recipe import reading
 from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.tasks.causal_lm import CausalLM
@@ -129,6 +130,24 @@ def test_a_tokenizer_that_reads_nothing_is_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=mute, eos_token="</s>").save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=r"its tokenizer makes nothing but '</s>' of two short rows"):
         text.load_task(recipe(model={"name": str(tmp_path)}), Machine(Accelerator(cpu=True)), text.Loaded())
+
+
+def test_rows_beyond_the_short_frequencies_of_longrope_may_not_share_a_batch():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+    config = Phi3Config(
+        **FEW, max_position_embeddings=96, original_max_position_embeddings=24, rope_parameters=rope, pad_token_id=0
+    )
+    problems = "data.max_length: 96: from 24 tokens on this model's rotary frequencies are others"
+    assert length_problems(config, 96, alone=False)[0].startswith(problems)
+    assert length_problems(config, 24, alone=False) == length_problems(config, 96, alone=True) == []
+
+
+def test_answers_that_hold_the_end_token_are_counted_and_said():
+    task = task_of()
+    rows = as_dataset({**selftest.TWO, "response": ["a</s> b", "It is about bread."]})
+    with pytest.warns(UserWarning, match="1 of 2 training rows' answers hold the end token '</s>' themselves"):
+        selftest.say_ended(task, task.tokens(rows).answers)
+    selftest.say_ended(task, task.tokens(as_dataset(selftest.TWO)).answers)  # nothing
 
 
 @pytest.mark.parametrize(

@@ -400,3 +400,16 @@ def test_verify_misses_a_cell_that_the_grid_has(grid: Path, tmp_path: Path, caps
     shutil.rmtree(lost)
     assert verify.main([str(tmp_path / "out")]) == 1
     assert f"{lost}: damaged\n  is gone, or was never run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"cells": 3}'])
+def test_verify_names_a_list_of_cells_that_is_damaged(grid: Path, tmp_path: Path, capsys, content: str | None):
+    shutil.copytree(grid / "out", tmp_path / "out")
+    if content is None:
+        (tmp_path / "out" / "grid.json").unlink()
+    else:
+        (tmp_path / "out" / "grid.json").write_text(content)
+    assert verify.main([str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().out
+    assert "out: damaged\n  grid.json does not list its cells: the grid's command, once it is removed, makes it" in told
+    assert told.count(": whole, 2 rounds\n") == 3

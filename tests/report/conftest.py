@@ -18,6 +18,7 @@ from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.intervals import wilson
 from fedllm_sec.records.files import write_json
 from fedllm_sec.records.history import RoundRecord, record_line, timing_line
+from fedllm_sec.records.inventory import sealed
 from fedllm_sec.report.page import render
 from fedllm_sec.report.runs import read_runs
 
@@ -94,7 +95,7 @@ def write_run(
             times.append(timing_line(record))
     (folder / "history.jsonl").write_text("".join(lines))
     (folder / "timings.jsonl").write_text("".join(times))
-    write_json(folder / "summary.json", {"rounds": rounds})
+    (folder / "summary.json").write_bytes(sealed({"rounds": rounds, "made": {}}))
     return folder
 
 

@@ -18,6 +18,7 @@ from fedllm_sec.grid import cells, grid
 from fedllm_sec.recipe import reading
 from fedllm_sec.records.files import plain, write_json
 from fedllm_sec.records.history import RoundRecord, record_line, timing_line
+from fedllm_sec.records.inventory import sealed
 from fedllm_sec.records.summary import summary
 
 BASE: dict[str, Any] = {
@@ -138,7 +139,7 @@ def write_cell(cell: grid.Cell, text: str, fate: Fate, rng: random.Random) -> No
     attack = recipe.attack if recipe.enable_attack else None
     stop = attack.stop if attack is not None else None
     found = summary(folder, "train", attacked=attack is not None, stop=stop)
-    (folder / "summary.json").write_text(json.dumps(plain(found)))
+    (folder / "summary.json").write_bytes(sealed({**plain(found), "made": {}}))
 
 
 def history(recipe: Any, fate: Fate, rng: random.Random) -> Any:

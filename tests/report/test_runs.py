@@ -94,6 +94,13 @@ def test_a_recipe_that_is_not_as_the_run_left_it_is_said(make_run: MakeRun, tmp_
     assert any("recipe.yaml is not as the run left it" in warning for warning in read_runs([folder])[0].warnings)
 
 
+@pytest.mark.parametrize(("content", "words"), [("", "cannot be read"), ('{"sha256": "0"}', "holds other bytes")])
+def test_a_summary_that_is_damaged_is_said(content: str, words: str, make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rounds=1)
+    (folder / "summary.json").write_text(content)
+    assert any(f"summary.json {words}" in warning for warning in read_runs([folder])[0].warnings)
+
+
 @pytest.mark.parametrize("content", ["", "junk", "[]", "null"])
 def test_a_run_whose_environment_is_damaged_is_shown_with_a_word_about_it(
     content: str, make_run: MakeRun, tmp_path: Path

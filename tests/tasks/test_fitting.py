@@ -83,6 +83,13 @@ def test_long_rows_are_dropped_or_refused_where_that_is_asked_for():
         fit([row("a" * 50)], 40, "drop")
 
 
+@pytest.mark.parametrize(("too_long", "poisoned"), [("error", False), ("cut_prompt", True)])
+def test_the_length_that_would_do_is_that_of_all_rows(too_long: str, poisoned: bool):
+    rows, others = (Dataset.from_list([row("a" * n, poisoned=poisoned)]) for n in (50, 90))
+    with pytest.raises((DataError, AttackError), match=rf"Raise data\.max_length to {OVERHEAD + 93},"):
+        fitted(WRITER, rows, OVERHEAD + 10, too_long, "shard of c1", lambda: [rows, others])
+
+
 @pytest.mark.parametrize("too_long", ["cut_prompt", "cut_answer"])
 def test_a_poisoned_row_is_never_cut(too_long: str):
     rows = [row(), row("a" * 50 + " cf", poisoned=True)]

@@ -108,7 +108,10 @@ def read_grid(folder: Path) -> Grid:
             f"{folder}: a half-written grid folder: it has cells/ but no grid.json. "
             "Start the benchmark again with the same command; it writes grid.json and skips the cells that are done."
         )
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ReportError as error:
+        raise ReportError(f"{error} Remove it, and start the benchmark again: it writes grid.json anew.") from error
     version = str(content.get("version", "unknown"))
     if content.get("format") != FORMAT:
         raise ReportError(
