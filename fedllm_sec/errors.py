@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 P = ParamSpec("P")
 _FORMAT = warnings.formatwarning
@@ -53,7 +53,20 @@ def _warning(
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are told in a line, without the usage before them."""
 
+    _words: tuple[str, ...] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = tuple(sys.argv[1:] if args is None else args)
+        if "" in self._words:
+            self.error("one of the arguments is empty")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        strange = [
+            w for w in self._words if w.startswith("--") and w.partition("=")[0] not in self._option_string_actions
+        ]
+        if strange and "required" in message:  # it was meant for something, which is then missing
+            message = f"there is no option {strange[0]}"
         self.exit(2, f"error: {message.rstrip('.')}. ({self.prog} --help)\n")
 
 

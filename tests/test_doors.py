@@ -167,3 +167,18 @@ def test_a_warning_of_ours_is_a_line_and_others_stay_as_python_writes_them():
     assert command() == 0
     assert told == ["warning: data: a.csv: look.\n", "/lib/torch.py:3: UserWarning: elsewhere\n  x = 1\n"]
     assert warnings.formatwarning is before
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["report", "--nope"], "there is no option --nope"),
+        (["verify", ""], "one of the arguments is empty"),
+        (["verify"], "the following arguments are required: RUN"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_told_first(words: list[str], told: str, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err

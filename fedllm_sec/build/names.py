@@ -99,9 +99,9 @@ def menu_problems(raw: dict[str, Any], allow_code: bool = True) -> list[str]:
     code = [] if allow_code else [where for where, _ in outside(raw)]
     for where, block, menu, kinds in _blocks(raw):
         if not isinstance(block, dict) or not isinstance(block.get("name"), str):
-            problems.append(
-                f"{where}: {block!r}: must be a block with a name, e.g. {{name: {sorted(menu or ['x'])[0]}}}."
-            )
+            fitting = sorted(name for name, entry in menu.items() if not kinds or entry.kind in kinds)
+            example = block if block in fitting else (fitting or ["x"])[0]
+            problems.append(f"{where}: {block!r}: must be a block with a name, e.g. {{name: {example}}}.")
         elif where not in code:
             problems += _block_problems(block, menu, kinds, where)
         elif block["name"].count(":") > 1 or not all(map(str.isidentifier, re.split("[.:]", block["name"]))):

@@ -81,8 +81,11 @@ def _wrong_weights(path: Path) -> Iterator[str]:
         begin = file.read(max(8, len(POINTER)))
     if begin.startswith(POINTER):
         yield f"its {path.name} is a pointer of Git LFS, not the weights. Fetch them with `git lfs pull`."
-    elif path.suffix == ".safetensors" and not _whole(path):
-        yield f"its {path.name} is cut off, or no safetensors file. {AGAIN}."
+    elif path.suffix == ".safetensors":
+        if (header := _header(path)) is None:
+            yield f"its {path.name} is cut off, or no safetensors file. {AGAIN}."
+        elif (whole := _whole_numbers(header)) is not None and not _packed(path.parent):
+            yield f"its {path.name} holds {whole}, whole numbers where weights are fractions. {AGAIN}."
 
 
 def _lost_parts(folder: Path, name: str, index: dict[str, Any]) -> Iterator[str]:
@@ -93,16 +96,36 @@ def _lost_parts(folder: Path, name: str, index: dict[str, Any]) -> Iterator[str]
         yield f"{len(lost)} of the {len(named)} files that {name} names are not there, first {lost[0]}. Download them."
 
 
-def _whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+def _header(path: Path) -> dict[str, Any] | None:
+    """What a safetensors file says of its tensors; None where it is not as long as that says."""
     size = os.path.getsize(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            return False
+            return None
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return bool(8 + length + max(ends, default=0) == size)
+            return dict(header) if 8 + length + max(ends, default=0) == size else None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return False
+            return None
+
+
+def _whole_numbers(header: dict[str, Any]) -> str | None:
+    """The first weight that is kept as whole numbers, and how."""
+    return next(
+        (
+            f"{name} ({kind})"
+            for name, entry in header.items()
+            if name.endswith(".weight") and (kind := str(entry.get("dtype")))[:1] in "IUB" and kind != "BF16"
+        ),
+        None,
+    )
+
+
+def _packed(folder: Path) -> bool:
+    """Whether the configuration says that weights are packed, as GPTQ and bitsandbytes do."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return True  # said by what reads the whole of it

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.models.lora import load_tokenizer, source_of, told
@@ -48,6 +50,10 @@ def indexed(folder: Path) -> None:
         ),
         (lambda folder: shorten(folder / WEIGHTS), "its model.safetensors is cut off, or no safetensors file. Downl"),
         (
+            lambda folder: save_file({"a.weight": torch.ones(2, dtype=torch.int32)}, folder / WEIGHTS),
+            "its model.safetensors holds a.weight (I32), whole numbers where weights are fractions. Download it",
+        ),
+        (
             lambda folder: (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n"),
             "`git lfs pull`",
         ),
@@ -68,6 +74,15 @@ def test_the_broken_file_is_named(tmp_path: Path, damage: Callable[[Path], objec
     assert words in found
     with pytest.raises(RecipeError, match=f"^model.name: {folder}: "), told(str(folder)):
         raise OSError("what a library says")
+
+
+def test_whole_numbers_are_weights_where_the_configuration_says_that_they_are_packed(tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    save_file({"a.weight": torch.ones(2, dtype=torch.uint8)}, folder / WEIGHTS)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+    assert modelfolder.wrong(str(folder)) is None
 
 
 def shorten(path: Path) -> None:
