@@ -24,7 +24,7 @@ from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.records.environment import typed
 from fedllm_sec.records.files import remove_leftovers, write_json
 from fedllm_sec.records.outcomes import numbers
-from fedllm_sec.train import OLD, heed_ctrl_c, in_words
+from fedllm_sec.train import OLD, Terminated, heed_ctrl_c, in_words
 
 # what launchers set for one process of several; accelerate would make them work on one run together
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -91,15 +91,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0 or not isinstance(error, FedError):
             print(f"error: {said}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last whole round of every cell.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("stopped", 130)
+        print(f"{how}; the same command goes on from the last whole round of every cell.", file=sys.stderr)
+        return code
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 def take_ranks() -> tuple[int, int, int, int]:

@@ -35,6 +35,9 @@ def quietly(main: Callable[P, int]) -> Callable[P, int]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return CLOSED
+        except KeyboardInterrupt:  # before a command has begun that says more
+            print("stopped.", file=sys.stderr)
+            return 130
         finally:
             warnings.formatwarning = as_before
 

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.explain and options.fresh:
         parser.error("--explain stops before anything is done, so --fresh has no part in it. Give one of them.")
     again = "the same command" + (" without --fresh" if options.fresh else "")
+    goes_on = "" if options.check or options.explain else f"; {again} goes on from the last whole round"
     heed_ctrl_c()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -102,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise  # nobody reads on
     except Terminated:
-        print(f"terminated; {again} goes on from the last whole round.", file=sys.stderr)
+        print(f"terminated{goes_on}.", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print(f"stopped; {again} goes on from the last whole round.", file=sys.stderr)
+        print(f"stopped{goes_on}.", file=sys.stderr)
         return 130
     except BaseException as error:  # code that a recipe names may end the program, too: sys.exit(0)
         if (said := in_words(error, again)) is None:

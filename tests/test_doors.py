@@ -182,3 +182,12 @@ def test_what_is_wrong_with_a_command_line_is_told_first(words: list[str], told:
         main(words)
     assert stopped.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_ctrl_c_before_a_command_has_begun_is_a_word(capsys):
+    @quietly
+    def command() -> int:
+        raise KeyboardInterrupt
+
+    assert command() == 130
+    assert capsys.readouterr().err == "stopped.\n"

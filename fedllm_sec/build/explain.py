@@ -13,6 +13,7 @@ from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.build import text_classifier
 from fedllm_sec.build.audit_cost import observer_in_words
 from fedllm_sec.build.cost import FLOAT, Cost, cost, size
+from fedllm_sec.build.federation import build
 from fedllm_sec.build.judging import most_answers
 from fedllm_sec.build.noise import noise_in_words, spent_in_words
 from fedllm_sec.build.plan import Plan
@@ -23,7 +24,7 @@ from fedllm_sec.build.start import start_of
 from fedllm_sec.build.storage import accelerator, kept_in_words
 from fedllm_sec.build.text import rows_in_words
 from fedllm_sec.build.threat import active_rounds
-from fedllm_sec.errors import RecipeError
+from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.menu import lines as menu_lines
 from fedllm_sec.models.lora import load_tokenizer
 from fedllm_sec.recipe import reading as recipes
@@ -32,6 +33,7 @@ from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records import answers
 from fedllm_sec.report.runs import Run, methods
 from fedllm_sec.report.threat import attack_card, defense_steps
+from fedllm_sec.rounds.compute import Machine
 from fedllm_sec.tasks.chat import writer_of
 from fedllm_sec.tasks.encoding import room
 
@@ -212,7 +214,20 @@ def model(recipe: Recipe) -> list[str]:
     if recipe.task == "classify_text":
         train = rows_in_words(recipe)[1]
         return [] if train is None else text_classifier.in_words(recipe, train)
-    return in_words(recipe) if recipe.task == "causal_lm" else []
+    return in_words(recipe) if recipe.task == "causal_lm" else _begun(recipe)
+
+
+def _begun(recipe: Recipe) -> list[str]:
+    """Why a small model would not begin from its `model.start`, whose values are compared with the model's."""
+    from accelerate import Accelerator
+
+    if start_of(recipe) is None:
+        return []
+    try:
+        build(recipe, Machine(Accelerator()))
+    except FedError as error:
+        return [f"will be refused: {error}"]
+    return ["its start fits"]
 
 
 def _meanings(block: Mapping[str, Any], *kinds: str) -> list[str]:

@@ -239,6 +239,7 @@ def _cell_conflicts(cell: Cell) -> list[str]:
             f"{error} So it is not known which run {place} holds. Restore the file, or move the folder "
             f"{folder} away: then that cell is run anew, and the others stay as they are."
         ]
+    different.pop("output.folder", None)  # a grid's folder may be moved
     if different:
         return [
             f"{place} was made with another recipe: {'; '.join(as_words(different)[:3])}. Undo the change, move the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from fedllm_sec.build.begin import begin
+from fedllm_sec.build.explain import explain
 from fedllm_sec.build.federation import assemble
 from fedllm_sec.build.language_model import load_task
 from fedllm_sec.build.loaded import Loaded
@@ -154,6 +156,14 @@ def test_a_small_model_starts_from_a_run_or_a_state_dict(tmp_path: Path, machine
         bare: Any = assemble(planned(checked(no_statistics)), machine, LOADED)
         assert torch.equal(bare.vector, known["vector"])
         assert bare.buffers is None
+
+    save_file(
+        {name: tensor * math.nan for name, tensor in saved.items() if tensor.is_floating_point()}, tmp_path / "nan"
+    )
+    told = [explain({"": planned(checked({**raw, "model": {**BATCHNORM, "start": str(tmp_path / name)}}))})[1]
+            for name in ("first", "nan.safetensors")]  # fmt: skip
+    assert told[0] == []
+    assert "model.start" in told[1][0]
 
     again = {**raw, "model": {**BATCHNORM, "start": str(tmp_path / "first")}}
     said = play(again, tmp_path / "second", machine)

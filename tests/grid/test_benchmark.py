@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fedllm_sec.benchmark import main, take_ranks
 from fedllm_sec.grid import cells, grid
 from fedllm_sec.grid.results import leaks
 from fedllm_sec.records import RunFolder
+from fedllm_sec.train import Terminated
 from tests.grid.test_grid import BASE
 
 GRID: dict[str, Any] = {
@@ -100,6 +102,12 @@ def test_cells_that_are_done_are_left_alone(finished: Path, capsys):
     assert stamps(finished) == before
 
 
+def test_a_grid_whose_folder_was_moved_goes_on_there(finished: Path, tmp_path: Path, capsys):
+    shutil.copytree(finished, tmp_path / "elsewhere")
+    assert start(written(finished.parent), tmp_path / "elsewhere") == 0
+    assert "5 cells, 5 done, 0 to run" in capsys.readouterr().out
+
+
 def test_a_run_of_its_own_gives_the_bytes_of_the_cell_that_shared_model_and_data(finished: Path, tmp_path: Path):
     assert start(written(tmp_path), tmp_path / "out", "--only", "zero__median") == 0
     alone = histories(tmp_path / "out")
@@ -110,16 +118,19 @@ def test_a_run_of_its_own_gives_the_bytes_of_the_cell_that_shared_model_and_data
     }
 
 
-def test_an_interrupted_grid_goes_on_and_ends_as_the_straight_one(finished: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_interrupted_grid_goes_on_and_ends_as_the_straight_one(
+    stop: type[KeyboardInterrupt], code: int, finished: Path, tmp_path: Path, monkeypatch
+):
     append = RunFolder.append
 
     def dies(self: RunFolder, record: Any, state: Any) -> None:
         append(self, record, state)
         if self.path.name == "flip__median" and record.round == 1:
-            raise KeyboardInterrupt
+            raise stop
 
     monkeypatch.setattr(RunFolder, "append", dies)
-    assert start(written(tmp_path), tmp_path / "out") == 130
+    assert start(written(tmp_path), tmp_path / "out") == code
     monkeypatch.setattr(RunFolder, "append", append)
     states = {slug: row["status"] for slug, row in rows(tmp_path / "out").items()}
     assert states == dict(zip(CELLS, ["done", "done", "unfinished", "not started", "not started"], strict=True))
