@@ -48,14 +48,15 @@ def _in_folder(folder: Path, split: str) -> Path:
         return folder / split
     kinds = (*ENDINGS, *(f"{kind}{PACKED}" for kind in ENDINGS))
     found = [path for kind in kinds if (path := folder / f"{split}{kind}").is_file()]
+    parts = f"{glob.escape(split)}-00000-of-*.parquet"
+    found += [first[0] for part in (folder, folder / "data") if (first := sorted(part.glob(parts)))]
     if len(found) > 1:
-        names = ", ".join(path.name for path in found)
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
         raise DataError(f'data: {folder} has {names} for split "{split}". Name the file, as data.train or data.test.')
     if found:
         return found[0]
-    for part in (folder, folder / "data"):
-        if first := sorted(part.glob(f"{glob.escape(split)}-00000-of-*.parquet")):
-            return first[0]
+    if inner := next((path for path in sorted(folder.iterdir()) if path.is_dir() and any(path.glob(parts))), None):
+        raise DataError(f'data: {folder} has no file for split "{split}", its folder {inner.name} has. Name that.')
     raise DataError(
         f'data: {folder} has no file for split "{split}".{did_you_mean(split, _tables(folder))} Name a file as '
         f"data.train or data.test, or save the split as {split}.parquet, {split}.jsonl or {split}.csv."
