@@ -190,9 +190,9 @@ def test_a_saved_set_and_the_parts_of_a_parquet_set_are_read(tmp_path: Path):
     for name, split, wanted in (("one", "train", 3), ("two", "test", 1), ("two", "train", 3), (".", "train", 3)):
         table = load_table(str(tmp_path / name), None, split, 0)
         assert table.text("text") == ["a", "b", "c"][:wanted]
+    (tmp_path / "over" / "hub").mkdir(parents=True)
+    made.to_parquet(str(tmp_path / "over" / "hub" / "train-00000-of-00001.parquet"))
     with pytest.raises(DataError, match=r'no file for split "train", its folder hub has\. Name that\.'):
-        (tmp_path / "over" / "hub").mkdir(parents=True)
-        made.to_parquet(str(tmp_path / "over" / "hub" / "train-00000-of-00001.parquet"))
         load_table(str(tmp_path / "over"), None, "train", 0)
     (tmp_path / "train.csv").write_text("text,response\na,b\n")
     with pytest.raises(DataError, match=r"has train\.csv, train-00000-of-00002\.parquet for split"):
