@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedllm_sec.build.parts import of_rows
 from fedllm_sec.build.pictures import png
 from fedllm_sec.data.arrays import subset
 from fedllm_sec.errors import AttackError
@@ -36,6 +37,7 @@ def pairs(attack: Any, test: Labelled, seed: int) -> tuple[Labelled, Labelled] |
             made = attack.probe(one)
         except AttackError:  # some need more than a row to find theirs
             continue
+        made = of_rows(made, one, "attack.data.0: probe")
         if len(made.y) == 1 and not torch.equal(made.x, one.x):
             found.append((one, made))
         if len(found) == SHOWN:

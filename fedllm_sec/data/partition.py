@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -119,10 +120,18 @@ def split_rows(partition: Partition, labels: np.ndarray, clients: int, rng: np.r
     """Apply a partition and refuse what would leave a client without data."""
     if len(labels) < clients:
         raise DataError(f"data: {len(labels)} training rows for {clients} clients. Lower clients.total or add rows.")
-    parts = [np.asarray(part) for part in partition(labels, clients, rng)]
+    given: Any = partition(labels.copy(), clients, rng)  # one that writes into them must not change the data
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise DataError(
+            f"partition: gave back {type(given).__name__}, must give a list with an array of row numbers for each "
+            "client. Mend it."
+        )
+    parts = [np.asarray(part) for part in given]
     if len(parts) != clients:
         raise DataError(f"partition: gave {len(parts)} parts for {clients} clients. Give one for each.")
     for i, part in enumerate(parts):
+        if part.ndim != 1:
+            raise DataError(f"partition: client {i} got an array of shape {part.shape}, must be (rows,). Flatten it.")
         if len(part) and (part.dtype.kind not in "iu" or part.min() < 0 or part.max() >= len(labels)):
             raise DataError(f"partition: client {i} got what is no row's number from 0 to {len(labels) - 1}.")
     empty = [i for i, part in enumerate(parts) if len(part) == 0]

@@ -294,9 +294,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         known = "Give the path of one, or the name of a recipe that is shipped: `fedllm-sec recipe list`."
         raise RecipeError(f"{path}: there is no such file. {known}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path}: cannot be read ({reason(error)}). Give the file of a recipe, UTF-8 text."
-        ) from error
+        raise RecipeError(f"{path}: cannot be read ({reason(error)}). Give a recipe's file, UTF-8 text.") from error
     if len(data) > MOST_BYTES:
         raise RecipeError(f"{path}: is longer than {MOST_BYTES:,} bytes. A recipe has a few thousand.")
     raw = parse(text, str(path))

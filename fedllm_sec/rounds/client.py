@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.defenses.dp_sgd import DpSgd
+from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix.shown import copied
 from fedllm_sec.protocols import Client, LocalContext, LocalResult, LocalRule, LocalTraining, Task
 from fedllm_sec.seeds import generator_for, seed_for
@@ -144,6 +145,8 @@ def train_locally(
         stepper.unscale(optimizer)
         for rule in rules:
             rule.before_step(parameters, step, context)
+            if parameters.grad is None:
+                raise RecipeError(f"{type(rule).__name__}: before_step took parameters.grad away. Change it in place.")
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_([parameters], training.max_grad_norm)
         for group in optimizer.param_groups:

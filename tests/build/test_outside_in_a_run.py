@@ -12,6 +12,7 @@ from fedllm_sec.train import in_words, main
 
 CODE = """
 from dataclasses import replace
+import numpy as np
 import torch
 from fedllm_sec.protocols import Decision
 
@@ -25,6 +26,14 @@ class FewImages(Data):
     def poison(self, rows, rng): return replace(rows, x=rows.x[:3])
 class NoProbe(Data):
     def probe(self, rows): return 5
+class NoProbeLater(Data):
+    calls = 0
+    def probe(self, rows):
+        self.calls += 1
+        return rows if self.calls < 2 else None
+class NoGradient:
+    def before_step(self, parameters, step, ctx): parameters.grad = None
+    def after_step(self, parameters, step, ctx): pass
 class NoSuccess:
     def poison(self, rows, rng): return rows
     def probe(self, rows): return rows
@@ -46,6 +55,8 @@ def noted(updates, ctx): return Decision(updates.rows.float().mean(0), notes={"a
 def after(vector, ctx): return None
 def split(labels, clients, rng): return [[10**9]] * clients
 def fewer(labels, clients, rng): return [[0]]
+def columns(labels, clients, rng): return [np.arange(4)[:, None]] * clients
+def table(labels, clients, rng): return {0: [1]}
 def leaves(labels, clients, rng): raise SystemExit(0)
 class Bare(BaseException): pass
 def bare(shape, classes): raise Bare("no Exception")
@@ -58,6 +69,8 @@ CASES = {
     "NoPoison": ("attack", "data", "attack.data.0: poison gave back NoneType, must give Labelled"),
     "FewImages": ("attack", "data", "attack.data.0: poison gave back 3 inputs, 15 labels and 15 marks"),
     "NoProbe": ("attack", "data", "attack.data.0: probe gave back int, must give Labelled"),
+    "NoProbeLater": ("attack", "data", "attack.data.0: probe gave back NoneType, must give Labelled"),
+    "NoGradient": ("attack", "local", "NoGradient: before_step took parameters.grad away. Change it in place."),
     "NoSuccess": ("attack", "data", "outside_run:NoSuccess: has no method success"),
     "nobody": (
         "attack",
@@ -73,14 +86,16 @@ CASES = {
     "ByPlace": ("attack", "data", "cannot be made without rate, and a recipe gives keyword-only settings alone."),
     "anybody": ("attack", "update", "is an object of type Data, and what settings it takes is not to be seen."),
     "nothing": ("attack", "update", "attack.update.0: gave back NoneType, must give a tensor of shape (1, 64). Return"),
-    "Local": ("attack", "local", "outside_run.py, line 26, in before_step, which the recipe names: KeyError: 'late'"),
-    "update": ("attack", "update", "outside_run.py, line 30, in update, which the recipe names: KeyError: 'late'"),
+    "Local": ("attack", "local", "outside_run.py, line 35, in before_step, which the recipe names: KeyError: 'late'"),
+    "update": ("attack", "update", "outside_run.py, line 39, in update, which the recipe names: KeyError: 'late'"),
     "short": ("defense", "rule", "short: gave back an update of shape (3,), must be a tensor of shape (64,)"),
     "listed": ("defense", "rule", "listed: gave back weights of type list, must be a tensor of shape (4,)"),
     "noted": ("defense", "rule", "noted: its note a is of type str, no number"),
     "after": ("defense", "after", "after: gave back a vector of type NoneType, must be a tensor of shape (64,)"),
     "split": ("clients", "partition", "partition: client 0 got what is no row's number from 0 to 59"),
     "fewer": ("clients", "partition", "partition: gave 1 parts for 4 clients"),
+    "columns": ("clients", "partition", "partition: client 0 got an array of shape (4, 1), must be (rows,)"),
+    "table": ("clients", "partition", "partition: gave back dict, must give a list with an array of row numbers"),
     "leaves": ("clients", "partition", "in leaves, which the recipe names: SystemExit: 0. Mend it"),
     "bare": ("model", "", "in bare, which the recipe names: Bare: no Exception. Mend it"),
     "Model": ("model", "", "outside_run:Model: is a class of models, not a function that makes one"),

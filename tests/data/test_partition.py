@@ -68,3 +68,13 @@ def test_what_cannot_be_partitioned_is_named(labels, clients, rule, words):
 def test_a_dirichlet_draw_that_leaves_a_client_short_is_an_error():
     with pytest.raises(DataError, match="left a client with"):
         dirichlet(np.arange(40) % 2, 10, np.random.default_rng(0), alpha=0.01, min_rows=3)
+
+
+def test_a_partition_that_writes_into_the_labels_changes_no_data():
+    def writes(labels: np.ndarray, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+        labels[:] = 0
+        return list(np.arange(len(labels)).reshape(clients, -1))
+
+    labels = np.arange(6)
+    split_rows(writes, labels, 2, np.random.default_rng(0))
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5]
