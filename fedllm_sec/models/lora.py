@@ -66,9 +66,7 @@ def told(source: str) -> Iterator[None]:
             why = "its weights are a pickle of more than tensors, which could run code; save them as safetensors"
         if isinstance(error, struct.error):
             why = "the file is cut off or damaged"
-        elif os.path.isdir(source) and not isinstance(
-            error, (OSError, ValueError)
-        ):  # what code says of its own matters
+        elif os.path.isdir(source) and not isinstance(error, (OSError, ValueError)):  # code that stumbles over a value
             why = f"{type(error).__name__}: {why}; most likely a value in its config.json is not what it must be"
         if os.path.isdir(source) and (found := modelfolder.wrong(source)) is not None:
             raise RecipeError(f"model.name: {source}: {found}") from error

@@ -38,11 +38,12 @@ def fitted(
 ) -> Fitted:
     """The rows, each of at most `most` tokens with its answer.
 
-    Where they are refused, the length that would do is that of these and of `others`, whom the same bound holds.
+    Where they are refused, the length that would do is that of these and of those `others` that would be refused too.
     """
 
-    def enough(length: int) -> int:
-        return max([length, *(n for more in others() for n in writer.tokens(more.to_list()).lengths)])
+    def enough(length: int, poisoned_alone: bool = False) -> int:
+        more = [row for table in others() for row in table.to_list() if row.get("poisoned") or not poisoned_alone]
+        return max([length, *writer.tokens(more).lengths])
 
     whole = writer.tokens(rows.to_list())
     sizes = whole.lengths
@@ -85,12 +86,12 @@ def fitted(
 
 
 def _refuse_cutting(
-    rows: Dataset, whole: Encoded, long: Sequence[int], most: int, place: str, enough: Callable[[int], int]
+    rows: Dataset, whole: Encoded, long: Sequence[int], most: int, place: str, enough: Callable[[int, bool], int]
 ) -> None:
     if not long:
         return
     lengths = whole.lengths
-    worst = enough(max(lengths[i] for i in long))
+    worst = enough(max(lengths[i] for i in long), True)
     raise AttackError(
         f"{place}: {len(long)} poisoned rows are longer than data.max_length={most} and would lose part of their text, "
         f"perhaps the trigger, or of the answer that is taught: rows {[i + 1 for i in long[:FEW]]}, the first answered "

@@ -86,6 +86,8 @@ def test_long_rows_are_dropped_or_refused_where_that_is_asked_for():
 @pytest.mark.parametrize(("too_long", "poisoned"), [("error", False), ("cut_prompt", True)])
 def test_the_length_that_would_do_is_that_of_all_rows(too_long: str, poisoned: bool):
     rows, others = (Dataset.from_list([row("a" * n, poisoned=poisoned)]) for n in (50, 90))
+    if poisoned:  # a clean row may be longer: it would be cut
+        others = Dataset.from_list([*others.to_list(), row("a" * 120)])
     with pytest.raises((DataError, AttackError), match=rf"Raise data\.max_length to {OVERHEAD + 93},"):
         fitted(WRITER, rows, OVERHEAD + 10, too_long, "shard of c1", lambda: [rows, others])
 
