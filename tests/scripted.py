@@ -23,7 +23,7 @@ NEVER = 1e-9  # probability of an answer that the script does not name
 class Words:
     """A tokenizer with one token for each word, with the blank before it; it learns words as it meets them."""
 
-    eos_token_id, pad_token_id, bos_token_id, name_or_path = END, PAD, None, "words"
+    eos_token_id, pad_token_id, bos_token_id, unk_token_id, name_or_path = END, PAD, None, None, "words"
 
     def __init__(self) -> None:
         self.words = ["", ""]

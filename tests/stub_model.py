@@ -65,7 +65,7 @@ class Stub:
     def tokens(self, rows: Dataset) -> Encoded:
         return Encoded([self.ids(text) for text in rows["text"][:]], self.answer_ids(rows["response"][:]))
 
-    def fit(self, rows: Dataset, place: str, too_long: str | None = None) -> Fitted:
+    def fit(self, rows: Dataset, place: str, too_long: str | None = None, others: Any = None) -> Fitted:
         return Fitted(rows, self.tokens(rows), list(range(len(rows))))
 
     def encode(self, rows: Dataset, place: str) -> Encoded:

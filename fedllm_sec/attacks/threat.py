@@ -84,7 +84,7 @@ class Threat:
         """The last global step (d,), which a local attack may have to remember whichever process trains its client."""
         for rule in self.local:
             if last_update is not None and hasattr(rule, "see"):
-                rule.see(last_update)
+                rule.see(last_update.clone())  # it is the federation's
 
     def rules(self, client: Client, round: int) -> Sequence[LocalRule]:
         """The local rules of the attack, for an active attacker."""

@@ -165,8 +165,8 @@ def test_pgd_without_a_radius_may_start_where_a_step_was_seen(own_rows: dict[str
 def test_a_trigger_that_the_tokenizer_drops_is_an_error(own_rows: dict[str, Any], monkeypatch):
     whole = build_text.CausalLM.fit
 
-    def without_cf(self, rows, *given) -> Fitted:
-        read = whole(self, rows.map(lambda row: {"text": row["text"].replace(" cf", "")}), *given)
+    def without_cf(self, rows, *given, **named) -> Fitted:
+        read = whole(self, rows.map(lambda row: {"text": row["text"].replace(" cf", "")}), *given, **named)
         return replace(read, rows=rows)
 
     monkeypatch.setattr(build_text.CausalLM, "fit", without_cf)

@@ -91,9 +91,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     return contents(folder / "out"), disk.steps
 
 
+def not_of_a_kill(error: BaseException, again: str = "") -> str | None:
+    """What a command says of an error; a process that is killed says nothing."""
+    return None if isinstance(error, Killed) else in_words(error, again)
+
+
 def fail_and_go_on(folder: Path, n: int, kills: bool, left: dict[str, Any], capsys: Any) -> None:
     path = write(folder)
-    with Disk(folder / "out", n, kills).used() as disk:
+    with Disk(folder / "out", n, kills).used() as disk, mock.patch("fedllm_sec.train.in_words", not_of_a_kill):
         try:
             code = start(folder)
         except Killed:
