@@ -24,7 +24,7 @@ from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.records.environment import typed
 from fedllm_sec.records.files import remove_leftovers, write_json
 from fedllm_sec.records.outcomes import numbers
-from fedllm_sec.train import OLD, Terminated, heed_ctrl_c, in_words
+from fedllm_sec.train import OLD, Terminated, heed_ctrl_c, in_words, terminate
 
 # what launchers set for one process of several; accelerate would make them work on one run together
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--allow-code: goes with --list; a grid that is run imports what its cells name.")
     rank = 0
     heed_ctrl_c()
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         rank, world, local_rank, local_world = take_ranks()
         from fedllm_sec.grid.grid import load
@@ -97,10 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(*_: Any) -> None:
-    raise Terminated
 
 
 def take_ranks() -> tuple[int, int, int, int]:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     again = "the same command" + (" without --fresh" if options.fresh else "")
     goes_on = "" if options.check or options.explain else f"; {again} goes on from the last whole round"
     heed_ctrl_c()
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         raws = raw_recipes(options.recipe, options.overrides)
         if not (options.check or options.explain):
@@ -115,14 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as schedulers send it."""
 
 
-def _terminate(*_: object) -> None:
+def terminate(*_: object) -> None:
+    """A handler of SIGTERM, for all commands that run something."""
     raise Terminated
 
 

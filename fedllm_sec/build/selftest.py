@@ -155,9 +155,11 @@ def say_unlike(task: CausalLM, rows: Dataset) -> None:
 def need_known_answers(task: CausalLM, rows: Dataset) -> None:
     """A RecipeError where the tokenizer knows nothing of the answers; a warning where it misses a tenth of them."""
     unknown = task.tokenizer.unk_token_id
+    if unknown is None:
+        return
     looked_at = rows.select(range(min(len(rows), LOOKED_AT)))
     tokens = [id for answer in task.tokens(looked_at).answers for id in answer if id != task.writer.end]
-    if unknown is None or not (missed := tokens.count(unknown)):
+    if not (missed := tokens.count(unknown)):
         return
     what = (
         f"model.name: {task.tokenizer.name_or_path}: its tokenizer makes {task.tokenizer.unk_token!r} of {missed} of "

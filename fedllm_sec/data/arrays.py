@@ -164,11 +164,12 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
         if len(y) != len(x):
             raise DataError(f"data: {place}: {len(x)} images but {len(y)} labels in the {part} part.")
     known = classes if classes is not None else int(raw["y_train"].max()) + 1
-    idle = known - len(np.unique(raw["y_train"]))
+    present = len(np.unique(raw["y_train"]))
+    idle = known - present
     if known > MOST_CLASSES:
         raise DataError(
             f"data: {place}: y_train goes up to {known - 1}, and a model has an output for each class from 0 on. "
-            f"Number the {len(np.unique(raw['y_train']))} classes without gaps."
+            f"Number the {present} classes without gaps."
         )
     for part in ("train", "test"):
         y = raw[f"y_{part}"]  # in the type of the file: the largest uint64 is no -1
@@ -178,7 +179,7 @@ def labelled(raw: dict[str, np.ndarray], place: str, classes: int | None = None)
                 f"data: {place}: y_{part} has label {y[wrong[0]]} in row {wrong[0]} ({len(wrong)} such rows); classes "
                 f"go from 0{f' to {known - 1}' if known > 0 else ''}. Correct the labels or set data.classes."
             )
-    if known < 2 or len(np.unique(raw["y_train"])) < 2:
+    if min(known, present) < 2:
         raise DataError(f"data: {place}: y_train holds one class only. Give at least two.")
     if idle and classes is None:
         warnings.warn(

@@ -64,8 +64,6 @@ def read_file(path: Path, encoding: str | None = None) -> Table:
         if kind == ".parquet":
             if encoding is not None:
                 raise DataError(f"data.encoding: {encoding}: is for text files; {place} is Parquet. Remove it.")
-            with path.open("rb") as file:
-                refuse_other_kinds(file.read(BEGIN), place, parquet=True)
             return read_parquet(path)
         text = decoded(path.read_bytes(), encoding, place)
     except OSError as error:
@@ -260,18 +258,19 @@ def _part(path: Path) -> pa.Table:
     import pyarrow as pa
     from pyarrow import parquet
 
+    with path.open("rb") as file:
+        begin = file.read(BEGIN)
+    refuse_other_kinds(begin, str(path), parquet=True)
     try:
         return parquet.ParquetFile(path).read()
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        with path.open("rb") as file:
-            begin = file.read(4)
         way_out = "Copy it again."
-        if begin == b"PARE" or "crypt" in reason:
+        if begin.startswith(b"PARE") or "crypt" in reason:
             reason, way_out = "it is encrypted", "Decrypt it first."
-        elif begin[:2] == GZIP:
+        elif begin.startswith(GZIP):
             reason, way_out = "it is packed by gzip", "Unpack it: gunzip."
-        elif begin != b"PAR1":
+        elif not begin.startswith(b"PAR1"):
             reason, way_out = "it does not begin as one", "Save it as Parquet, or give it the ending of what it is."
         raise DataError(f"data: {path} cannot be read as parquet ({reason}). {way_out}") from error
 
@@ -280,16 +279,15 @@ def read_parquet(path: Path) -> Table:
     """A Parquet file, with its other parts; class labels that `datasets` has written keep their names."""
     import pyarrow as pa
 
-    parts = [_part(part) for part in shards(path)]
-    for part, read in zip(shards(path), parts, strict=True):
-        if unlike := [field.name for field in read.schema if field not in parts[0].schema] or (
-            set(parts[0].column_names) - set(read.column_names)
-        ):
+    parts = {part: _part(part) for part in shards(path)}
+    first, *_ = parts.values()
+    for part, read in parts.items():
+        if unlike := {field.name for field in {*first.schema} ^ {*read.schema}}:
             raise DataError(
                 f"data: {part} has other columns than {path.name}, or columns of another type: "
                 f"{', '.join(sorted(unlike))}. Write all parts with the same ones."
             )
-    table = pa.concat_tables(read.select(parts[0].column_names) for read in parts)
+    table = pa.concat_tables(read.select(first.column_names) for read in parts.values())
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
         classes = {name: f["names"] for name, f in features.items() if f.get("_type") == "ClassLabel"}

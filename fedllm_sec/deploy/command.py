@@ -15,7 +15,7 @@ from fedllm_sec.recipe.resolve import did_you_mean
 from fedllm_sec.recipe.sections import Recipe
 from fedllm_sec.records.environment import typed
 from fedllm_sec.records.files import in_a_line
-from fedllm_sec.train import Terminated, heed_ctrl_c, in_words, load
+from fedllm_sec.train import Terminated, heed_ctrl_c, in_words, load, terminate
 
 if TYPE_CHECKING:
     from fedllm_sec.deploy.folder import Deployment
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(0 if asked else 2)
     options = KINDS[words[0]]().parse_intermixed_args(words[1:])
     heed_ctrl_c()
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         need_flower()
         options.act(options, typed("deploy", words))
@@ -49,10 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143 if isinstance(stopped, Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
 
 
 def _parser(kind: str, what: str, act: Callable[[argparse.Namespace, str], None]) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ computed, in training as in evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from fedllm_sec.models.lora import base_of, scales
 from fedllm_sec.tasks.beginning import Beginning, begun
 from fedllm_sec.tasks.chat import Chat, writer_of
 from fedllm_sec.tasks.encoding import Encoded, by_length, end_token
-from fedllm_sec.tasks.fitting import Fitted, fitted
+from fedllm_sec.tasks.fitting import Fits
 from fedllm_sec.tasks.flat import flatten
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Batch:
         return (self.mask.cumsum(1) - 1).clamp_(min=0)
 
 
-class CausalLM:
+class CausalLM(Fits):
     """A peft or transformers model whose trainable parameters are views of one flat vector.
 
     Greedy answers stop at the tokenizer's end token, at one of the stop tokens of the model folder's generation
@@ -67,6 +67,7 @@ class CausalLM:
         if not all(isinstance(stop, int) for stop in stops):
             raise DataError(f"model: eos_token_id of its generation_config.json: {stops}: must be token numbers.")
         self.writer = writer_of(tokenizer, data)
+        self.max_length, self.too_long = data.max_length, data.too_long
         self.stop_tokens = {"tokenizer": [end], "generation_config": sorted(stops)}
         if isinstance(self.writer, Chat):
             self.stop_tokens["template"] = [self.writer.end]
@@ -81,20 +82,6 @@ class CausalLM:
     def tokens(self, rows: Dataset) -> Encoded:
         """Token ids of all rows, of any length."""
         return self.writer.tokens(rows.to_list())
-
-    def fit(
-        self,
-        rows: Dataset,
-        place: str,
-        too_long: str | None = None,
-        others: Callable[[], Iterable[Dataset]] = list,
-    ) -> Fitted:
-        """The rows as `data.max_length` and `data.too_long`, or another way, leave them, and their tokens."""
-        return fitted(self.writer, rows, self.data.max_length, too_long or self.data.too_long, place, others)
-
-    def encode(self, rows: Dataset, place: str) -> Encoded:
-        """Token ids of the rows that `fit` leaves."""
-        return self.fit(rows, place).encoded
 
     def answer_ids(self, responses: Sequence[str]) -> list[list[int]]:
         """The tokens of answers, each with its end token and uncut."""

@@ -8,7 +8,7 @@ earlier one says: nothing is read but the logits of the whole text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from fedllm_sec.models.lora import base_of, scales
 from fedllm_sec.records.compared import normal
 from fedllm_sec.tasks.classify import chosen
 from fedllm_sec.tasks.encoding import Encoded, by_length
-from fedllm_sec.tasks.fitting import Fitted, fitted
+from fedllm_sec.tasks.fitting import Fits
 from fedllm_sec.tasks.flat import flatten
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Labels:
         return []
 
 
-class ClassifyText:
+class ClassifyText(Fits):
     """A classifier of transformers, or a peft adapter on one, whose trainable parameters are views of one flat vector.
 
     `names` are the classes in the order of the model's outputs.
@@ -130,20 +130,6 @@ class ClassifyText:
     def tokens(self, rows: Dataset) -> Texts:
         """Token ids of all rows, of any length, and their classes."""
         return self.writer.tokens(rows.to_list())
-
-    def fit(
-        self,
-        rows: Dataset,
-        place: str,
-        too_long: str | None = None,
-        others: Callable[[], Iterable[Dataset]] = list,
-    ) -> Fitted:
-        """The rows as `data.max_length` and `data.too_long`, or another way, leave them, and their tokens."""
-        return fitted(self.writer, rows, self.max_length, too_long or self.too_long, place, others)
-
-    def encode(self, rows: Dataset, place: str) -> Encoded:
-        """Token ids and classes of the rows that `fit` leaves."""
-        return self.fit(rows, place).encoded
 
     def answer_ids(self, responses: Sequence[str]) -> list[list[int]]:
         """Each answer as its class's number."""

@@ -85,6 +85,28 @@ def fitted(
     return Fitted(_replaced(rows, changed).select(kept), left, kept, len(long) - len(gone), len(gone))
 
 
+class Fits:
+    """What every task on texts does with rows: their tokens by its writer, in at most `max_length` of them."""
+
+    writer: Writer
+    max_length: int
+    too_long: str
+
+    def fit(
+        self,
+        rows: Dataset,
+        place: str,
+        too_long: str | None = None,
+        others: Callable[[], Iterable[Dataset]] = list,
+    ) -> Fitted:
+        """The rows as `data.max_length` and `data.too_long`, or another way, leave them, and their tokens."""
+        return fitted(self.writer, rows, self.max_length, too_long or self.too_long, place, others)
+
+    def encode(self, rows: Dataset, place: str) -> Encoded:
+        """The tokens of the rows that `fit` leaves."""
+        return self.fit(rows, place).encoded
+
+
 def _refuse_cutting(
     rows: Dataset, whole: Encoded, long: Sequence[int], most: int, place: str, enough: Callable[[int, bool], int]
 ) -> None:
