@@ -5,9 +5,13 @@ scikit-learn and SciPy are imported where they are used: they take a second, whi
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +22,7 @@ from fedllm_sec.defenses.filters import by_id
 from fedllm_sec.defenses.noise import each_value, noise_like, note_noise
 from fedllm_sec.defenses.similarity import cosines
 from fedllm_sec.defenses.spectral import draw_coordinates, inside
+from fedllm_sec.kernels import team
 from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
@@ -109,6 +114,7 @@ def flame(updates: UpdateMatrix, ctx: RoundContext, *, noise: float = 0.01, abso
 
 # ---------------------------------------------------------------- FreqFed
 
+TOGETHER = 4  # rows of one call: the library takes 49 ms for a row of 4.2M values then, alone 106
 EXACT = 2**24  # numbers in all rows, below which their transforms are done in float64
 
 
@@ -121,32 +127,55 @@ def twiddles(d: int, kind: torch.dtype) -> Tensor:
 
 
 def low_frequencies(row: Tensor, count: int, turn: Tensor | None = None) -> Tensor:
-    """The first `count` coefficients of the orthonormal DCT-II of a row / its largest value: (count,) float32.
+    """The first `count` coefficients of the orthonormal DCT-II of a row / its largest value: (count,) float32."""
+    low = torch.empty(1, count)
+    LowFrequencies(1, len(row), twiddles(len(row), torch.float64) if turn is None else turn).put([row], low)
+    return low[0]
 
-    By a real FFT in the precision of `turn`, the row's `twiddles` (float64 if not given): with v the values in even
-    places, then those in odd ones backwards, coefficient k is the real part of FFT(v)_k turn_k, and coefficient d - k
-    the negative imaginary one (Makhoul 1980). Beside an infinite value the finite ones are nothing, as they are beside
-    a growing one in the limit.
+
+class LowFrequencies:
+    """Room for the transforms of up to `m` rows (d,): fresh memory for each would cost as much as they do.
+
+    By real FFTs in the precision of `turn`, the rows' `twiddles`: with v the values in even places, then those in odd
+    ones backwards, coefficient k of the orthonormal DCT-II is the real part of FFT(v)_k turn_k, and coefficient d - k
+    the negative imaginary one (Makhoul 1980).
     """
-    turn = twiddles(len(row), torch.float64) if turn is None else turn
-    values = row.detach().cpu().to(turn.real.dtype)
-    top = float(values.abs().max())
-    if math.isinf(top):
-        values = torch.where(values.isinf(), values.sign(), 0.0)
-    elif top > 0:
-        values = values / top
-    found = torch.fft.rfft(torch.cat([values[::2], values[1::2].flip(0)])).mul_(turn)
-    d, tail = len(row), count - len(turn)
-    low = found.real[:count]
-    if tail > 0:
-        low = torch.cat([low, -found.imag[(d + 1) // 2 - tail : (d + 1) // 2].flip(0)])
-    first: Tensor = low.float()
-    return first
+
+    def __init__(self, m: int, d: int, turn: Tensor) -> None:
+        self.turn = turn
+        self.signal = torch.empty(m, d, dtype=turn.real.dtype)
+        self.found = torch.empty(m, len(turn), dtype=turn.dtype)
+
+    def put(self, rows: Sequence[Tensor], low: Tensor) -> None:
+        """The first coefficients of each row / its largest value into `low`, (rows, count) float32.
+
+        Beside an infinite value the finite ones are nothing, as they are beside a growing one in the limit.
+        """
+        m, d, count = len(rows), self.signal.shape[1], low.shape[1]
+        middle, tail = (d + 1) // 2, count - len(self.turn)
+        for row, signal in zip(rows, self.signal.numpy(), strict=False):
+            values = row.detach().cpu().to(self.turn.real.dtype)
+            least, most = (float(value) for value in torch.aminmax(values))
+            top = max(-least, most)
+            if math.isinf(top):
+                values, top = torch.where(values.isinf(), values.sign(), 0.0), 1.0
+            there = values.numpy()
+            np.divide(there[::2], top or 1.0, out=signal[:middle])
+            np.divide(there[1::2][::-1], top or 1.0, out=signal[middle:])
+        found = torch.fft.rfft(self.signal[:m], out=self.found[:m]).mul_(self.turn)
+        low[:, : count - max(0, tail)] = found.real[:, :count]
+        if tail > 0:
+            low[:, -tail:] = -found.imag[:, middle - tail : middle].flip(1)
+
+
+def _lie_in_memory(updates: UpdateMatrix) -> bool:
+    """Whether each row is one that is stored in this process' memory."""
+    return updates.picked is not None and updates.file is None and updates.owners is None
 
 
 def _row(updates: UpdateMatrix, i: int) -> Tensor:
     """One row, without a copy where it lies in memory."""
-    if updates.picked is not None and updates.file is None and updates.owners is None:
+    if updates.picked is not None and _lie_in_memory(updates):
         return updates.rows[updates.picked[i]]
     return kernels.combine(updates, torch.eye(updates.n, dtype=torch.float64)[i])
 
@@ -159,8 +188,8 @@ def freqfed(updates: UpdateMatrix, ctx: RoundContext, *, fraction: float = 0.5) 
     the largest cluster are averaged. As in FLAME a cluster must hold more than half of the rows: the paper
     asks for the majority and names no size. If there is none, all rows are averaged (note `fallback` = 1).
 
-    The kept coefficients of all rows are held at once (n * fraction * d float32 values), and every row is
-    read by itself: lower `fraction` where memory is short.
+    The kept coefficients of all rows are held at once (n * fraction * d float32 values), and each thread transforms
+    four rows at a time, in twice their memory: lower `fraction` where it is short.
     """
     need(0 < fraction <= 1, "freqfed", "0 < fraction <= 1", "Change it.", fraction=fraction)
     updates.need_columns()
@@ -168,8 +197,17 @@ def freqfed(updates: UpdateMatrix, ctx: RoundContext, *, fraction: float = 0.5) 
     order = by_id(updates.ids)
     turn = twiddles(updates.d, torch.float64 if updates.n * updates.d < EXACT else torch.float32)
     low = torch.empty(updates.n, count)
-    for place, i in enumerate(order.tolist()):
-        low[place] = low_frequencies(_row(updates, i), count, turn)
+
+    rooms = list[LowFrequencies]()  # one for each thread
+
+    def transform(start: int) -> None:
+        chosen = order[start : start + TOGETHER].tolist()
+        room = rooms.pop() if rooms else LowFrequencies(min(TOGETHER, updates.n), updates.d, turn)
+        room.put([_row(updates, i) for i in chosen], low[start : start + TOGETHER])
+        rooms.append(room)
+
+    jobs = (functools.partial(transform, start) for start in range(0, updates.n, TOGETHER))
+    deque(team.results(jobs, team.size() if _lie_in_memory(updates) else 1), maxlen=0)
     distances = cosine_distances(kernels.gram(UpdateMatrix.of(low, chunk_mb=updates.chunk_mb)))
     core = majority_core(distances)
     kept = torch.ones(updates.n, dtype=torch.bool)

@@ -53,6 +53,9 @@ class RowMemory:
         for name in (updates.ids[i] for i in picked):
             if name not in self.rows:
                 self.rows[name] = new_rows(updates.d)  # later rounds write where the first one did
+        if (fast := kernels.for_rules(updates)) is not None:
+            fast.keep(updates, [self.rows[name] if chosen[i] else None for i, name in enumerate(updates.ids)])
+            return
         for place, block in updates.blocks():
             for i in picked:
                 self.rows[updates.ids[i]][place] = block[i].cpu()
@@ -205,8 +208,8 @@ class CrossRound:
     def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> Decision:
         need_reach("cross_round", updates.n, self.k, self.estimate)
         start = ctx.global_vector.detach().float().cpu() if self.compare == "models" else None
-        lengths = kernels.row_norms(updates)
-        suspects = self._turned(updates, start, ctx.last_update) | self._longer(updates.ids, lengths)
+        turned, lengths = self._turned(updates, start, ctx.last_update)
+        suspects = turned | self._longer(updates.ids, lengths)
         scores = distances_to_median(updates)
         kept = ~suspects | within(scores, upper_bound(scores, self.k, self.estimate))
         self.last.store(updates, kept)
@@ -230,19 +233,37 @@ class CrossRound:
         own = torch.tensor([self.lengths.get(name, math.inf) for name in ids], dtype=torch.float64)
         return lengths > self.longer * own.clamp_max(midpoint(lengths))
 
-    def _turned(self, updates: UpdateMatrix, start: Tensor | None, last_update: Tensor | None) -> Tensor:
-        """Who points elsewhere than before: (n,) bool, in one read. `start` (d,) is added where models are compared."""
+    def _turned(self, updates: UpdateMatrix, start: Tensor | None, last_update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Who points elsewhere than before, (n,) bool, and the rows' lengths, (n,), in one read.
+
+        `start` (d,) is added where models are compared; the lengths are of the rows alone.
+        """
         own = self.last.of(updates)
         whole = last_update if start is None else start
         known = torch.tensor([row is not None for row in own])
-        if start is None and (fast := kernels.for_rules(updates)) is not None:
-            squares, own_dots, own_squares, _ = fast.beside(updates, own).unbind(1)
-            suspects = ~known | (cosine_to(own_dots, squares, own_squares) < self.threshold)
+        fast = kernels.for_rules(updates) if start is None else None
+        whole_square = torch.zeros((), dtype=torch.float64)
+        if fast is not None:
+            common = None if whole is None else whole.detach().to("cpu", torch.float32).contiguous()
+            squares, own_dots, own_squares, _, dots = fast.beside(updates, own, common).unbind(1)
+            lengths = squares.sqrt()
+            if common is not None:
+                whole_square = fast.inner_products([common], [common])[0, 0]
+        else:
+            lengths = kernels.row_norms(updates)
+            squares, own_dots, own_squares, dots = self._beside(updates, own, start, whole)
             if whole is not None:
-                dots, _, length, _ = beside_vector(updates, whole)
-                squared = torch.full_like(squares, length**2)
-                suspects |= cosine_to(dots, squares, squared) < self.threshold
-            return suspects
+                whole_square = whole.double().square().sum().cpu()
+        suspects = ~known | (cosine_to(own_dots, squares, own_squares) < self.threshold)
+        if whole is not None:
+            suspects |= cosine_to(dots, squares, whole_square.expand(updates.n)) < self.threshold
+        return suspects, lengths
+
+    @staticmethod
+    def _beside(
+        updates: UpdateMatrix, own: Sequence[Tensor | None], start: Tensor | None, whole: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """<x, x>, <x, y>, <y, y> and <x, whole> of each row x, to which `start` is added, and its own y: (n,) each."""
         squares, own_dots, own_squares, dots = (torch.zeros(updates.n, dtype=torch.float64) for _ in range(4))
         for place, block in updates.blocks():
             wide = block.cpu().double()
@@ -256,11 +277,7 @@ class CrossRound:
                     own_squares[i] += part @ part
             if whole is not None:
                 dots += wide @ whole[place].cpu().double()
-        suspects = ~known | (cosine_to(own_dots, squares, own_squares) < self.threshold)
-        if whole is not None:
-            whole_square = whole.double().square().sum().cpu().expand(updates.n)
-            suspects |= cosine_to(dots, squares, whole_square) < self.threshold
-        return suspects
+        return squares, own_dots, own_squares, dots
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": dict(self.last.rows), "lengths": dict(self.lengths)}

@@ -23,10 +23,8 @@ FEWEST = 4  # scores among which a second group can be told
 def hessian_times(steps: Sequence[Tensor] | Tensor, changes: Sequence[Tensor] | Tensor, vector: Tensor) -> Tensor:
     """L-BFGS approximation of H v from k pairs (step, change of the update) of (d,), oldest first: (d,) float64.
 
-    Compact form (Byrd, Nocedal and Schnabel 1994, theorem 2.3): with sigma = s y / s s of the newest pair and
-    L, D the strictly lower and the diagonal part of S Y^T, H = sigma I - [sigma S; Y]^T M^-1 [sigma S; Y],
-    M = [[sigma S S^T, L], [L^T, -D]]. A singular M is taken by its pseudo-inverse. The result is a combination of the
-    vectors, so they are read twice, a few columns at a time: for their inner products and for the sum.
+    The result is a combination of the vectors (`hessian_weights`), so they are read twice, a few columns at a time: for
+    their inner products and for the sum.
     """
     k, d = len(steps), len(vector)
     places = [slice(start, min(start + COLUMNS, d)) for start in range(0, d, COLUMNS)]
@@ -40,23 +38,34 @@ def hessian_times(steps: Sequence[Tensor] | Tensor, changes: Sequence[Tensor] | 
         block = wide(place)
         products += block[:k] @ block[: 2 * k].T
         inner += block[: 2 * k] @ block[2 * k]
-    length = float(products[k - 1, k - 1])
-    if length == 0.0:
-        return torch.zeros(d, dtype=torch.float64)
-    sigma = float(products[k - 1, 2 * k - 1]) / length
-    lower = products[:, k:].tril(-1)
-    upper_half = torch.cat([sigma * products[:, :k], lower], dim=1)
-    lower_half = torch.cat([lower.T, -torch.diag(products[:, k:].diagonal())], dim=1)
-    inner[:k] *= sigma
-    size = inner.abs().max()
-    solved = torch.zeros_like(inner)
-    if float(size) > 0.0:
-        solved = torch.linalg.pinv(torch.cat([upper_half, lower_half]), rtol=1e-10) @ (inner / size) * size
-    weights = torch.cat([-sigma * solved[:k], -solved[k:], torch.tensor([sigma], dtype=torch.float64)])
+    weights = hessian_weights(products, inner)
     product = torch.empty(d, dtype=torch.float64)
     for place in places:
         product[place] = weights @ wide(place)
     return product
+
+
+def hessian_weights(products: Tensor, inner: Tensor) -> Tensor:
+    """H v as a combination of k steps S, k changes Y and v, (2k + 1,), from S [S; Y]^T (k, 2k) and [S; Y] v (2k,).
+
+    Compact form (Byrd, Nocedal and Schnabel 1994, theorem 2.3): with sigma = s y / s s of the newest pair and
+    L, D the strictly lower and the diagonal part of S Y^T, H = sigma I - [sigma S; Y]^T M^-1 [sigma S; Y],
+    M = [[sigma S S^T, L], [L^T, -D]]. A singular M is taken by its pseudo-inverse; no step at all gives 0.
+    """
+    k = len(products)
+    length = float(products[k - 1, k - 1])
+    if length == 0.0:
+        return torch.zeros(2 * k + 1, dtype=torch.float64)
+    sigma = float(products[k - 1, 2 * k - 1]) / length
+    lower = products[:, k:].tril(-1)
+    upper_half = torch.cat([sigma * products[:, :k], lower], dim=1)
+    lower_half = torch.cat([lower.T, -torch.diag(products[:, k:].diagonal())], dim=1)
+    scaled = torch.cat([sigma * inner[:k], inner[k:]])
+    size = scaled.abs().max()
+    solved = torch.zeros_like(scaled)
+    if float(size) > 0.0:
+        solved = torch.linalg.pinv(torch.cat([upper_half, lower_half]), rtol=1e-10) @ (scaled / size) * size
+    return torch.cat([-sigma * solved[:k], -solved[k:], torch.tensor([sigma], dtype=torch.float64)])
 
 
 def split_in_two(ordered: Tensor) -> tuple[float, int]:
@@ -172,16 +181,12 @@ class FLDetector:
         known = [i for i in by_id(updates.ids).tolist() if rows[i] is not None]
         if not known:
             return fresh
-        shifts = {
-            made: self._shift(vector - self.vectors[str(made)])
-            for made in {self.made_at[updates.ids[i]] for i in known}
-        }
+        moves = {made: vector - self.vectors[str(made)] for made in {self.made_at[updates.ids[i]] for i in known}}
         if (fast := kernels.for_rules(updates)) is not None:  # the new rows are stored in the same pass
-            made = sorted(shifts)
-            which = [made.index(self.made_at[updates.ids[i]]) if rows[i] is not None else 0 for i in range(updates.n)]
-            squares = fast.forecast(updates, rows, torch.stack([shifts[at] for at in made]), which)
+            squares = self._forecast(updates, rows, moves, fast)
             fresh[torch.tensor(known)] = False
         else:
+            shifts = {made: self._shift(step) for made, step in moves.items()}
             squares = torch.zeros(updates.n, dtype=torch.float64)
             for place, block in updates.blocks():
                 wide = block.cpu().double()
@@ -203,6 +208,28 @@ class FLDetector:
         if not self.steps:
             return torch.zeros(len(step), dtype=torch.float64)
         return hessian_times(self.steps, self.changes, step)
+
+    def _forecast(
+        self, updates: UpdateMatrix, rows: Sequence[Tensor | None], moves: Mapping[int, Tensor], fast: Any
+    ) -> Tensor:
+        """Squared distances of the rows to their forecasts, (n,); the last rows become the new ones.
+
+        `moves` are the steps of the global vector since the round that a row was made in.
+        """
+        k, made = len(self.steps), sorted(moves)
+        vectors = [*self.steps, *self.changes, *(moves[at] for at in made)]
+        weights = torch.zeros(len(made), len(vectors), dtype=torch.float64)
+        if k:
+            of_steps = fast.inner_products(vectors[: 2 * k], vectors[:k]).T
+            of_moves = fast.inner_products(vectors[: 2 * k], vectors[2 * k :]).T
+            for at, inner in enumerate(of_moves):
+                found = hessian_weights(of_steps, inner)
+                weights[at, : 2 * k], weights[at, 2 * k + at] = found[:-1], found[-1]
+        which = [
+            made.index(self.made_at[i]) if row is not None else 0 for i, row in zip(updates.ids, rows, strict=True)
+        ]
+        squares: Tensor = fast.forecast(updates, rows, vectors, weights, which)
+        return squares
 
     def once(self) -> None:
         """There will be no other round: keep nothing of this one."""

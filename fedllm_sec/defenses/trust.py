@@ -41,7 +41,7 @@ def beside_vector(updates: UpdateMatrix, vector: Tensor) -> tuple[Tensor, Tensor
     fast = None if updates.products is not None else kernels.for_rules(updates)
     if fast is not None:
         flat = vector.detach().to("cpu", torch.float32).contiguous()
-        own, dots, other, apart = fast.beside(updates, [flat] * updates.n).unbind(1)
+        own, dots, other, apart, _ = fast.beside(updates, [flat] * updates.n).unbind(1)
         return dots, own.sqrt(), float(other[0].sqrt()), apart.sqrt()
     found = kernels.geometry(updates, extra=vector)
     return found.gram[:-1, -1], found.norms[:-1], float(found.norms[-1]), found.sq_distances[:-1, -1].sqrt()

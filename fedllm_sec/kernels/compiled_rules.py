@@ -51,34 +51,89 @@ def row_at(full, half, kind, offsets, i, extra, place, width, tile, bits):
     return tile[0, :width]
 
 
+@compiled_sums
+def dot(x, y):
+    """<x, y> in float64."""
+    total = 0.0
+    for c in range(x.size):
+        total += np.float64(x[c]) * np.float64(y[c])
+    return total
+
+
 @compiled
-def beside(full, half, kind, offsets, extra, start, stop, partners, place, out):
-    """Sums of `four_sums` of each row and the float32 vector at the address partners[i] (0: none), (n, 4)."""
+def beside(full, half, kind, offsets, extra, start, stop, partners, common, place, out):
+    """Sums of `four_sums` of each row and the float32 vector at the address partners[i] (0: none), (n, 5).
+
+    The fifth is the inner product with the vector at `common`, if there is one.
+    """
     tile = np.zeros((1, TILE), np.float32)
     bits = tile.view(np.uint32)
     for i in range(offsets.size):
         for at in range(start, stop, TILE):
-            width = min(TILE, stop - at)
+            width, begin = min(TILE, stop - at), place + at - start
             x = row_at(full, half, kind, offsets, i, extra, at, width, tile, bits)
-            y = x if partners[i] == 0 else window(partners[i] + (place + at - start) * 4, width)
+            y = x if partners[i] == 0 else window(partners[i] + begin * 4, width)
             four_sums(x, y, out[i])
+            if common != 0:
+                out[i, 4] += dot(x, window(common + begin * 4, width))
 
 
 @compiled
-def forecast(full, half, kind, offsets, extra, start, stop, partners, shifts, which, place, out):
-    """|x_i - y_i - shift|^2 for the vector y_i at partners[i] and row which[i] of shifts; y_i then becomes x_i."""
+def keep(full, half, kind, offsets, extra, start, stop, targets, place):
+    """Each row into the float32 vector at the address targets[i] (0: none)."""
     tile = np.zeros((1, TILE), np.float32)
     bits = tile.view(np.uint32)
+    for i in range(offsets.size):
+        if targets[i] == 0:
+            continue
+        for at in range(start, stop, TILE):
+            width = min(TILE, stop - at)
+            x = row_at(full, half, kind, offsets, i, extra, at, width, tile, bits)
+            y = window(targets[i] + (place + at - start) * 4, width)
+            for c in range(width):
+                y[c] = x[c]
+
+
+@compiled
+def inner_products(left, right, start, stop, out):
+    """Add <v_i, w_j> over columns start..stop of the float32 vectors at these addresses to (left, right)."""
+    for at in range(start, stop, TILE):
+        width = min(TILE, stop - at)
+        for j in range(right.size):
+            y = window(right[j] + at * 4, width)
+            for i in range(left.size):
+                out[i, j] += dot(window(left[i] + at * 4, width), y)
+
+
+@compiled
+def forecast(full, half, kind, offsets, extra, start, stop, partners, sources, weights, which, place, out):
+    """|x_i - y_i - shift|^2 for the vector y_i at partners[i]; y_i then becomes x_i.
+
+    The shift is row which[i] of `weights` times the float32 vectors at `sources`.
+    """
+    tile = np.zeros((1, TILE), np.float32)
+    bits = tile.view(np.uint32)
+    shifts = np.zeros((weights.shape[0], stop - start))
+    for k in range(weights.shape[0]):
+        for j in range(sources.size):
+            if weights[k, j] != 0:
+                add_scaled(weights[k, j], window(sources[j] + place * 4, stop - start), shifts[k])
     for i in range(offsets.size):
         if partners[i] == 0:
             continue
         for at in range(start, stop, TILE):
-            width, begin = min(TILE, stop - at), place + at - start
+            width, begin = min(TILE, stop - at), at - start
             x = row_at(full, half, kind, offsets, i, extra, at, width, tile, bits)
-            y = window(partners[i] + begin * 4, width)
+            y = window(partners[i] + (place + begin) * 4, width)
             out[i] += square_from(x, y, shifts[which[i], begin : begin + width])
             for c in range(width):
                 y[c] = x[c]
+
+
+@compiled
+def add_scaled(weight, x, out):
+    for c in range(x.size):
+        out[c] += weight * np.float64(x[c])
 
 
 @compiled
@@ -107,7 +162,7 @@ def turned_mean(full, half, kind, offsets, extra, start, stop, theta, place, out
 
 @compiled
 def sampled_signs(full, half, kind, offsets, extra, start, stop, drawn, place, out):
-    """Add each row's sum of squares, and its positive, zero and negative values, each as often as drawn: (n, 4)."""
+    """Add each row's sum of squares, and its positive and negative values, each as often as drawn: (n, 3)."""
     tile = np.zeros((1, TILE), np.float32)
     bits = tile.view(np.uint32)
     for i in range(offsets.size):
@@ -115,15 +170,13 @@ def sampled_signs(full, half, kind, offsets, extra, start, stop, drawn, place, o
             width, begin = min(TILE, stop - at), place + at - start
             x = row_at(full, half, kind, offsets, i, extra, at, width, tile, bits)
             times = drawn[begin : begin + width]
-            up = zero = down = np.int32(0)
+            up = down = np.int32(0)
             for c in range(width):
                 up += np.int32(times[c]) * np.int32(x[c] > 0)
-                zero += np.int32(times[c]) * np.int32(x[c] == 0)
                 down += np.int32(times[c]) * np.int32(x[c] < 0)
             out[i, 0] += square(x)
             out[i, 1] += up
-            out[i, 2] += zero
-            out[i, 3] += down
+            out[i, 2] += down
 
 
 @compiled_sums

@@ -8,6 +8,7 @@ Letters: n rows, d columns. Rows of a matrix that truly mixes are formed block b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,29 +19,65 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedllm_sec.kernels import compiled_lines, compiled_rules, networks
-from fedllm_sec.kernels.cpu_backend import NO_ROWS, Segment, stream
+from fedllm_sec.kernels import compiled_lines, compiled_rules, networks, team
+from fedllm_sec.kernels.cpu_backend import NO_ROWS, SEGMENT, Segment, stream
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.matrix.updates import new_rows
 
 
-def beside(updates: UpdateMatrix, vectors: Sequence[Tensor | None]) -> Tensor:
-    """<x_i, x_i>, <x_i, y_i>, <y_i, y_i>, |x_i - y_i|^2, y_i float32 vectors (none: x_i itself): (n, 4) float64."""
-    partners = np.array([0 if v is None else v.data_ptr() for v in vectors], np.int64)
+def beside(updates: UpdateMatrix, vectors: Sequence[Tensor | None], common: Tensor | None = None) -> Tensor:
+    """<x_i, x_i>, <x_i, y_i>, <y_i, y_i>, |x_i - y_i|^2, y_i float32 vectors (none: x_i itself), and <x_i, c>: (n, 5).
+
+    In float64, c the `common` vector; without one the last column is 0.
+    """
+    partners, whole = _addresses(vectors), _addresses([common])[0]
 
     def add(s: Segment, some: NDArray[np.float64]) -> None:
-        compiled_rules.beside(*_rows(s), partners, s.place.start, some)
+        compiled_rules.beside(*_rows(s), partners, whole, s.place.start, some)
 
-    return _summed(updates, (updates.n, 4), add)
+    return _summed(updates, (updates.n, 5), add)
 
 
-def forecast(updates: UpdateMatrix, last: Sequence[Tensor | None], shifts: Tensor, which: Sequence[int]) -> Tensor:
-    """|x_i - last_i - shifts[which_i]|^2 (0 without a last row), (n,) float64; the last rows become the new ones."""
-    partners = np.array([0 if v is None else v.data_ptr() for v in last], np.int64)
-    moved, choice = shifts.numpy(), np.array(which, np.int64)
+def keep(updates: UpdateMatrix, targets: Sequence[Tensor | None]) -> None:
+    """Write each row into a float32 vector (d,); none: it is left out."""
+    places = _addresses(targets)
+    deque(stream(updates, lambda s: compiled_rules.keep(*_rows(s), places, s.place.start)), maxlen=0)
+
+
+def inner_products(vectors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """<v_i, w_j> of float32 vectors (d,) in float64, one read of each: (vectors, others)."""
+    left, right = _addresses(vectors), _addresses(others)
+
+    def work(start: int, stop: int) -> NDArray[np.float64]:
+        some = np.zeros((len(left), len(right)))
+        compiled_rules.inner_products(left, right, start, stop, some)
+        return some
+
+    d = len(vectors[0])
+    jobs = (functools.partial(work, at, min(at + SEGMENT, d)) for at in range(0, d, SEGMENT))
+    return torch.from_numpy(sum(team.results(jobs, team.size()), np.zeros((len(left), len(right)))))
+
+
+def forecast(
+    updates: UpdateMatrix,
+    last: Sequence[Tensor | None],
+    vectors: Sequence[Tensor],
+    weights: Tensor,
+    which: Sequence[int],
+) -> Tensor:
+    """|x_i - last_i - sum_j weights[which_i, j] v_j|^2 (0 without a last row), (n,); the last rows become the new ones.
+
+    In float64; `vectors` are float32 ones (d,).
+    """
+    partners, sources, shares, choice = (
+        _addresses(last),
+        _addresses(vectors),
+        weights.numpy(),
+        np.array(which, np.int64),
+    )
 
     def add(s: Segment, some: NDArray[np.float64]) -> None:
-        compiled_rules.forecast(*_rows(s), partners, moved, choice, s.place.start, some)
+        compiled_rules.forecast(*_rows(s), partners, sources, shares, choice, s.place.start, some)
 
     return _summed(updates, (updates.n,), add)
 
@@ -65,7 +102,8 @@ def sampled_signs(updates: UpdateMatrix, columns: Tensor) -> Tensor:
     def add(s: Segment, some: NDArray[np.float64]) -> None:
         compiled_rules.sampled_signs(*_rows(s), times, s.place.start, some)
 
-    return _summed(updates, (updates.n, 4), add)
+    squares, up, down = _summed(updates, (updates.n, 3), add).unbind(1)
+    return torch.stack([squares, up, len(columns) - up - down, down], 1)
 
 
 SAMPLE = 2**14  # values of a row that say about where its threshold lies
@@ -216,6 +254,11 @@ def _summed(
 
 def _rows(s: Segment) -> tuple[Any, ...]:
     return s.full, s.half, s.kind, s.offsets, NO_ROWS, s.start, s.stop
+
+
+def _addresses(vectors: Sequence[Tensor | None]) -> NDArray[np.int64]:
+    """Where contiguous float32 vectors lie; 0 for none."""
+    return np.array([0 if v is None else v.data_ptr() for v in vectors], np.int64)
 
 
 def _steps(network: networks.Network) -> NDArray[np.int64]:
