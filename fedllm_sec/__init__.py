@@ -45,6 +45,8 @@ _PUBLIC = {
 def __getattr__(name: str) -> Any:
     if name == "kernels":
         return importlib.import_module("fedllm_sec.kernels")
+    if name in ("aggregate", "aggregate_state_dicts"):  # so that their first call takes no longer than a later one
+        importlib.import_module("fedllm_sec.kernels").load()
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'fedllm_sec' has no attribute {name!r}")

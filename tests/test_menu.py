@@ -71,7 +71,12 @@ def test_importing_the_package_stays_light_and_offers_the_public_names():
         "assert 'torch' not in sys.modules\n"
         "names = {'aggregate', 'forge', 'Decision', 'UpdateMatrix', 'Layout', 'RoundContext', 'kernels'}\n"
         "assert names <= set(dir(fedllm_sec))\n"
+        "assert 'numba' not in sys.modules\n"
         "assert callable(fedllm_sec.aggregate)\n"
+        "import numpy\n"
+        "loaded = set(sys.modules)\n"
+        "assert len(fedllm_sec.aggregate(numpy.ones((2, 1)), 'mean').update) == 1\n"
+        "assert not {name for name in set(sys.modules) - loaded if name.startswith('numba')}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

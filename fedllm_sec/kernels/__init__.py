@@ -270,6 +270,12 @@ def for_rules(updates: UpdateMatrix) -> Any:
     return _module("cpu_rules") if usable and not plain() and _installed("numba") else None
 
 
+def load() -> None:
+    """Load the library of the compiled code now, which takes about a second, once in a process, and not in a call."""
+    if not plain() and _installed("numba"):
+        _module("cpu_backend").ready()
+
+
 @cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
@@ -27,6 +28,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FULL, BFLOAT16, FLOAT16 = 0, 1, 2  # what the stored rows are
 LINE = 64  # bytes that come from memory together
+
+
+def ready() -> None:
+    """Have numba look up what it knows of types and functions, as it else does in the first call of any of them."""
+    context: Any = cpu_target.typing_context  # untyped
+    context.refresh()
 
 
 def compiled(function: F) -> F:

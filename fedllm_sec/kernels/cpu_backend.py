@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedllm_sec.kernels import compiled_columns, compiled_pairs, team
 from fedllm_sec.kernels.compiled import BFLOAT16, FLOAT16, FULL
+from fedllm_sec.kernels.compiled import ready as ready
 from fedllm_sec.kernels.networks import Network
 from fedllm_sec.kernels.torch_backend import WIDE, symmetric
 from fedllm_sec.matrix import UpdateMatrix
