@@ -13,6 +13,7 @@ from torch import Tensor
 from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix.shown import copied
+from fedllm_sec.matrix.updates import new_rows
 from fedllm_sec.protocols import Client, LocalContext, LocalResult, LocalRule, LocalTraining, Task
 from fedllm_sec.seeds import generator_for, seed_for
 
@@ -155,7 +156,8 @@ def train_locally(
         for rule in rules:
             rule.after_step(parameters, step, context)
     task.model.eval()
-    delta = parameters.detach() - start
+    delta = new_rows(len(start), device=start.device, dtype=start.dtype)
+    torch.sub(parameters.detach(), start, out=delta)
     mean_loss = float("nan")
     if any(weights):
         found = torch.stack(losses).double().cpu()
