@@ -25,6 +25,7 @@ from fedllm_sec.defenses.spectral import draw_coordinates, inside
 from fedllm_sec.kernels import team
 from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
+from fedllm_sec.matrix.updates import new_rows
 from fedllm_sec.protocols import Decision, RoundContext
 
 
@@ -114,7 +115,7 @@ def flame(updates: UpdateMatrix, ctx: RoundContext, *, noise: float = 0.01, abso
 
 # ---------------------------------------------------------------- FreqFed
 
-TOGETHER = 4  # rows of one call: the library takes 49 ms for a row of 4.2M values then, alone 106
+TOGETHER, ROOM = 4, 2**25  # rows of one call, values in them: of four rows of 4.2M one takes 49 ms, alone 106
 EXACT = 2**24  # numbers in all rows, below which their transforms are done in float64
 
 
@@ -188,25 +189,25 @@ def freqfed(updates: UpdateMatrix, ctx: RoundContext, *, fraction: float = 0.5) 
     the largest cluster are averaged. As in FLAME a cluster must hold more than half of the rows: the paper
     asks for the majority and names no size. If there is none, all rows are averaged (note `fallback` = 1).
 
-    The kept coefficients of all rows are held at once (n * fraction * d float32 values), and each thread transforms
-    four rows at a time, in twice their memory: lower `fraction` where it is short.
+    The kept coefficients of all rows are held at once (n * fraction * d float32 values, where rows are kept), and each
+    thread transforms up to four rows at a time, in twice their memory: lower `fraction` where it is short.
     """
     need(0 < fraction <= 1, "freqfed", "0 < fraction <= 1", "Change it.", fraction=fraction)
     updates.need_columns()
     count = max(1, int(fraction * updates.d))
     order = by_id(updates.ids)
     turn = twiddles(updates.d, torch.float64 if updates.n * updates.d < EXACT else torch.float32)
-    low = torch.empty(updates.n, count)
+    low, together = new_rows(updates.n, count), max(1, min(TOGETHER, ROOM // updates.d))
 
     rooms = list[LowFrequencies]()  # one for each thread
 
     def transform(start: int) -> None:
-        chosen = order[start : start + TOGETHER].tolist()
-        room = rooms.pop() if rooms else LowFrequencies(min(TOGETHER, updates.n), updates.d, turn)
-        room.put([_row(updates, i) for i in chosen], low[start : start + TOGETHER])
+        chosen = order[start : start + together].tolist()
+        room = rooms.pop() if rooms else LowFrequencies(min(together, updates.n), updates.d, turn)
+        room.put([_row(updates, i) for i in chosen], low[start : start + together])
         rooms.append(room)
 
-    jobs = (functools.partial(transform, start) for start in range(0, updates.n, TOGETHER))
+    jobs = (functools.partial(transform, start) for start in range(0, updates.n, together))
     deque(team.results(jobs, team.size() if _lie_in_memory(updates) else 1), maxlen=0)
     distances = cosine_distances(kernels.gram(UpdateMatrix.of(low, chunk_mb=updates.chunk_mb)))
     core = majority_core(distances)
