@@ -115,7 +115,7 @@ def flame(updates: UpdateMatrix, ctx: RoundContext, *, noise: float = 0.01, abso
 
 # ---------------------------------------------------------------- FreqFed
 
-TOGETHER, ROOM = 4, 2**25  # rows of one call, values in them: of four rows of 4.2M one takes 49 ms, alone 106
+TOGETHER, ROOM = 4, 2**24  # rows of one call, values in them: of four rows of 4.2M one takes 49 ms, alone 106
 EXACT = 2**24  # numbers in all rows, below which their transforms are done in float64
 
 

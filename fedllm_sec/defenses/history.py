@@ -18,14 +18,14 @@ from fedllm_sec.defenses.trust import beside_vector
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels.claims import midpoint
 from fedllm_sec.matrix import UpdateMatrix
-from fedllm_sec.matrix.updates import new_rows
+from fedllm_sec.matrix.storage import remembered
 from fedllm_sec.protocols import Decision, RoundContext
 
 TINY = torch.finfo(torch.float64).tiny
 
 
 class RowMemory:
-    """One float32 row (d,) on the CPU for each client id; a client that was never seen has none."""
+    """One float32 row (d,) for each client id that was seen, in host memory, or on disk where the round's rows are."""
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
@@ -52,7 +52,7 @@ class RowMemory:
         picked = [i for i in range(updates.n) if bool(chosen[i])]
         for name in (updates.ids[i] for i in picked):
             if name not in self.rows:
-                self.rows[name] = new_rows(updates.d)  # later rounds write where the first one did
+                self.rows[name] = remembered(updates.d)  # later rounds write where the first one did
         if (fast := kernels.for_rules(updates)) is not None:
             fast.keep(updates, [self.rows[name] if chosen[i] else None for i, name in enumerate(updates.ids)])
             return

@@ -12,7 +12,7 @@ from fedllm_sec import kernels
 from fedllm_sec.defenses.checks import need
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.kernels.products import ProductSums
-from fedllm_sec.kernels.sums import new_sums
+from fedllm_sec.kernels.sums import joined, new_sums
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 
@@ -74,7 +74,7 @@ class RowSums:
         new = [name for name in updates.ids if name not in self.place]
         if new:
             fresh = new_sums(len(new), updates.d, updates.compute_device)
-            self.sums = fresh if self.sums is None else torch.cat([self.sums.to(fresh.device), fresh], dim=1)
+            self.sums = fresh if self.sums is None else joined(self.sums, fresh)
             self.place |= {name: len(self.place) + i for i, name in enumerate(new)}
             self.d = updates.d
         assert self.sums is not None

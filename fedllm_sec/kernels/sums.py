@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedllm_sec.matrix.storage import new_rows
+
 TILE = 512  # columns
 
 
@@ -18,8 +20,14 @@ def tiles(d: int) -> int:
 
 
 def new_sums(m: int, d: int, device: torch.device | str = "cpu") -> Tensor:
-    """Zeros for m clients of d values; the last tile is padded. More clients: torch.cat along dimension 1."""
-    return torch.zeros(tiles(d), m, TILE, device=device)
+    """Zeros for m clients of d values; the last tile is padded."""
+    return new_rows(tiles(d), m, TILE, device=device).zero_()
+
+
+def joined(sums: Tensor, more: Tensor) -> Tensor:
+    """The sums of further clients beside those that there are, where the further ones lie."""
+    out = new_rows(sums.shape[0], sums.shape[1] + more.shape[1], TILE, device=more.device)
+    return torch.cat([sums.to(more.device), more], dim=1, out=out)
 
 
 def plain_rows(sums: Tensor, d: int) -> Tensor:

@@ -91,6 +91,12 @@ def new_rows(*shape: int, device: torch.device | str = "cpu", dtype: torch.dtype
     return torch.empty(shape, device=device, dtype=dtype)
 
 
+def remembered(d: int) -> Tensor:
+    """An unwritten float32 row (d,) in host memory that a rule keeps from round to round, on disk where rows are."""
+    folder = _IN_FOLDER.get()
+    return new_rows(d) if folder is None else _unnamed((1, d), torch.float32, folder)[0]
+
+
 def taken(rows: Tensor, places: list[int]) -> Tensor:
     """A copy of some rows (n, d), kept where such rows are kept: one row at a time is in memory besides."""
     out = new_rows(len(places), rows.shape[1], device=rows.device, dtype=rows.dtype)

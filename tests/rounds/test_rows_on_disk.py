@@ -15,7 +15,7 @@ from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build import storage as build_storage
 from fedllm_sec.errors import FedError
 from fedllm_sec.matrix import storage
-from fedllm_sec.matrix.storage import Storage, fitting, new_rows, taken
+from fedllm_sec.matrix.storage import Storage, fitting, new_rows, remembered, taken
 from fedllm_sec.recipe.resolve import resolve
 from fedllm_sec.rounds.federation import run
 from tests.rounds.test_federation import federation
@@ -39,7 +39,7 @@ def played(rule: str, attack: str, kept: Storage, **settings: Any) -> tuple[torc
 @pytest.mark.parametrize(
     ("rule", "attack"),
     [("multi_krum", "alie"), ("median", "min_max"), ("geometric_median", "fang"), ("flame", "mimic"),
-     ("centered_clipping", "tailored"), ("freqfed", "ipm")],
+     ("centered_clipping", "tailored"), ("freqfed", "ipm"), ("cross_round", "ipm"), ("foolsgold", "ipm")],
 )  # fmt: skip
 def test_rows_on_disk_and_in_host_memory_give_the_rounds_of_rows_on_the_device(rule, attack, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "MOST_BYTES", -(2**60))  # pages are given back all the time
@@ -60,7 +60,7 @@ def test_bfloat16_rows_are_what_the_rule_and_the_attackers_get(tmp_path):
     assert len(records) == 2
 
 
-def test_within_a_storage_on_disk_two_rows_and_more_lie_in_a_file_and_one_does_not(tmp_path):
+def test_within_a_storage_on_disk_two_rows_and_more_and_histories_lie_in_files_and_one_row_does_not(tmp_path):
     with Storage("disk", folder=tmp_path).in_use():
         two, one = new_rows(2, 5), new_rows(1, 5)
         two.copy_(torch.arange(10.0).view(2, 5))
@@ -69,8 +69,11 @@ def test_within_a_storage_on_disk_two_rows_and_more_lie_in_a_file_and_one_does_n
         assert taken(two, [1, 0, 1])[:, 0].tolist() == [5, 0, 5]
         assert len(list(storage._MAPPED)) == 1
         assert one.shape == (1, 5)
+        history = remembered(5)
+        assert len(list(storage._MAPPED)) == 2
+        assert history.fill_(2.0).tolist() == [2.0] * 5
     assert os.listdir(tmp_path) == []
-    del two
+    del two, history
     assert len(list(storage._MAPPED)) == 0  # the space is free again
 
 
