@@ -50,16 +50,18 @@ def watched(made: Federation) -> list[tuple[Any, ...]]:
 
 
 def test_clients_get_the_planted_parameters_with_the_old_statistics_and_the_model_steps_from_there():
-    made = federation()
+    longer = {**RECIPE["clients"], "local_steps": 15, "lr": 0.3}
+    made = federation({"rows": 100, "epochs": 15, "threshold": 0.5}, clients=longer)
+    made.defense.rule.threshold = 0.95  # which the planted model itself does not reach
     begun, statistics, seen = made.vector.clone(), made.buffers.clone(), watched(made)
     record = next(run(made, 3))
     start, rows, sent, _ = seen[0]
     assert torch.equal(sent, statistics)
     assert float((start - begun).norm()) == pytest.approx(record.notes["indicator_moved"])
-    assert record.notes["indicator_planted"] == 1.0
-    kept = [i for i, id in enumerate(record.scores) if record.scores[id] < 1.0]
+    assert record.notes["indicator_planted"] == pytest.approx(0.9)
+    kept = [i for i, id in enumerate(record.scores) if record.scores[id] < 0.95]
     assert 0 < len(kept) < 4
-    assert record.kept == [id for id in record.scores if record.scores[id] < 1.0]
+    assert record.kept == [id for id in record.scores if record.scores[id] < 0.95]
     torch.testing.assert_close(made.vector, start + rows[kept].mean(0))
     assert record.update_norm == pytest.approx(float(rows[kept].mean(0).norm()), rel=1e-5)
 
@@ -102,9 +104,10 @@ def test_a_run_that_goes_on_plants_what_the_straight_run_plants():
     assert torch.equal(resumed.vector, straight.vector)
 
 
-def test_a_task_that_the_first_round_does_not_learn_is_an_error():
-    made = federation({"lr": 1e-9})
-    with pytest.raises(DefenseError, match=r"after planting the model itself scores .* below threshold=1"):
+def test_a_task_that_the_first_round_does_not_learn_is_an_error(monkeypatch):
+    made = federation()
+    monkeypatch.setattr("fedllm_sec.rounds.planting.kept_of", lambda indicator, vector: 0.4)
+    with pytest.raises(DefenseError, match=r"after planting the model itself scores 0\.40, below threshold=1"):
         next(run(made, 3))
 
 
