@@ -127,21 +127,22 @@ class Bench:
         return dict(zip(COLUMNS, (source, planted, *(f"{value:.3f}" for value in found)), strict=True))
 
 
-def table(bench: Bench, source: str) -> Iterator[dict[str, Any]]:
+def table(bench: Bench, source: str, rounds: int) -> Iterator[dict[str, Any]]:
     for planted in (False, True):
-        yield bench.row(source, planted)
+        yield bench.row(source, planted, rounds=rounds)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the two .npz files")
     parser.add_argument("--source", choices=SOURCES, default="classes", help="where the indicator's images are from")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--csv", type=Path, help="where the table is kept")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench, lines = Bench(options.data, Path(folder)), []
         print(f"begins with an accuracy of {bench.warm()[2]:.3f}", flush=True)
-        for line in table(bench, options.source):
+        for line in table(bench, options.source, options.rounds):
             print(", ".join(f"{key} {value}" for key, value in line.items()), flush=True)
             lines.append(line)
     if options.csv is not None:

@@ -27,13 +27,14 @@ def best_label(logits: Tensor, y: Tensor) -> float:
     if not bool(logits.isfinite().all()):
         return 1.0
     right, labels = (logits.argmax(1) == y).cpu(), y.cpu()
-    return max(float(right[labels == label].double().mean()) for label in labels.unique())
+    return max(float(right[labels == label].double().mean()) for label in sorted(set(labels.tolist())))
 
 
 def kept_of(indicator: Indicator, vector: Tensor) -> float:
     """How much of the indicator task the model of a vector (d,) still does, under the planted model's statistics."""
     with torch.no_grad():
-        parts = [indicator.classifier.logits(vector, x) for x in indicator.x.split(AT_ONCE)]
+        firsts = range(0, len(indicator.y), AT_ONCE)
+        parts = [indicator.classifier.logits(vector, indicator.x[at : at + AT_ONCE]) for at in firsts]
     return best_label(torch.cat(parts), indicator.y)
 
 
