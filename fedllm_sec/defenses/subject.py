@@ -51,7 +51,7 @@ class StandIn:
         return self.features(vector, x)[:, :3]
 
 
-PLANTED = Indicator(EXAMPLES.x, EXAMPLES.y, StandIn())  # type: ignore[arg-type]
+PLANTED = Indicator(EXAMPLES.x - 0.5, EXAMPLES.y, StandIn())  # type: ignore[arg-type]  # of both signs: of all labels
 
 
 KINDS = ("rule", "before", "after")

@@ -15,7 +15,7 @@ DATA = ROOT.parent / "shared" / "data"
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "cifar10_jpeg_10k.npz").is_file(), reason="needs ../shared/data/cifar10_jpeg_10k.npz")
 def test_attackers_keep_more_of_a_planted_task_than_honest_clients_do(tmp_path: Path):
-    """Pooled over three seeds and two rounds: AUC 0.73 planted, 0.59 where nothing is planted (one round: 0.73, 0.70)."""
+    """Pooled over three seeds and two rounds: AUC 0.73 planted, 0.59 with nothing planted (one round: 0.73, 0.70)."""
     found = importlib.util.spec_from_file_location("measure_indicator", ROOT / "scripts" / "measure_indicator.py")
     assert found is not None
     assert found.loader is not None
