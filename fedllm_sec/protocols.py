@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.matrix import Layout, UpdateMatrix
-from fedllm_sec.models.function import Classifier
+from fedllm_sec.models.function import Classifier, Indicator
 
 # ---------------------------------------------------------------- clients and tasks
 
@@ -205,6 +205,7 @@ class RoundContext:
     root_update: Tensor | None = None  # (d,) the server's own update on clean data, if the recipe gives it some
     root_rows: Labelled | None = None  # these data, where they are images
     classifier: Classifier | None = None  # the server's model, where it is one of images
+    indicator: Indicator | None = None  # what the server has planted in it, where it plants
     notes: dict[str, float] = field(default_factory=dict)  # what a stage wants recorded; a rule has Decision.notes
 
 

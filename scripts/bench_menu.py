@@ -40,7 +40,8 @@ LIMITS = {
     (40, 150): "residual_reweighting",
 }  # fmt: skip
 LIMIT = {name: pair for pair, names in LIMITS.items() for name in names.split()}
-NO_ROWS = {"flare": "n forward passes of a model and no pass over the matrix"}
+PASSES = "n forward passes of a model and no pass over the matrix"
+NO_ROWS = {"flare": PASSES, "backdoor_indicator": PASSES}
 
 
 def lora_layout(columns: int) -> Layout:

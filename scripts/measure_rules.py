@@ -40,7 +40,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "mimic": {},
 }
 SETTINGS = {"robust_learning_rate": {"theta": 8}, "trimmed_mean": {"f": BAD}, "slsgd": {"f": BAD, "alpha": 1.0}}
-WITH_A_MODEL = {"flare"}  # which these rows are not of
+WITH_A_MODEL = {"flare", "backdoor_indicator"}  # which these rows are not of
 SETTINGS["flame"] = {"noise": 0.0}
 SETTINGS["signguard"] = {"similarity": "cosine"}
 

@@ -17,6 +17,7 @@ from fedllm_sec.build.batches import need_batches, need_whole_batches
 from fedllm_sec.build.begin import begin
 from fedllm_sec.build.card import save_language_model
 from fedllm_sec.build.characters import character_parts
+from fedllm_sec.build.indicator import make_planting
 from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.observing import make_observer
 from fedllm_sec.build.parts import Parts, deal, handed_out
@@ -124,6 +125,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         chunk_mb=recipe.compute.chunk_mb,
         storage=storage(recipe, parts.task.layout.size, machine.device),
         root=Client("server", parts.root) if parts.root is not None else None,
+        planting=make_planting(recipe, methods.defense, next(iter(shards.values())), machine.device),
         facts=parts.facts(),
         repair=make_repair(recipe),
         smoothing=smoothing(

@@ -13,6 +13,7 @@ from fedllm_sec.algorithms.gkt import KnowledgeTransfer
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.build.averaging import BY_PRODUCTS, averaging_problems, way_of
 from fedllm_sec.build.drawn import drawn_problems, named_clients
+from fedllm_sec.build.indicator import indicator_problems
 from fedllm_sec.build.judging import evaluation_problems
 from fedllm_sec.build.kept import save_problems
 from fedllm_sec.build.names import make, outside, told_in_a_line
@@ -82,7 +83,7 @@ def planned(recipe: Recipe, rehearsed: dict[str, list[str]] | None = None) -> Pl
     """
     problems = algorithm_problems(recipe) + attack_problems(recipe) + evaluation_problems(recipe)
     problems += learning_problems(recipe) + start_problems(recipe) + space_problems(recipe) + save_problems(recipe)
-    problems += repair_problems(recipe)
+    problems += repair_problems(recipe) + indicator_problems(recipe)
     if recipe.output.folder:  # a cell of a grid has none before all are known
         problems += filter(None, [folder_problem(recipe.output.folder)])
     defense = threat = None

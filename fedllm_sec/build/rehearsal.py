@@ -21,7 +21,7 @@ from fedllm_sec.defenses.before import bucketing
 from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline, name_of
 from fedllm_sec.defenses.privacy import settings_if
-from fedllm_sec.defenses.subject import EXAMPLES, StandIn
+from fedllm_sec.defenses.subject import EXAMPLES, PLANTED, StandIn
 from fedllm_sec.errors import AttackError, DefenseError, IdleAttack
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
@@ -95,6 +95,7 @@ class Rehearsal:
             root_update=rows.rows[0] if self.root else None,
             root_rows=EXAMPLES if self.root else None,
             classifier=StandIn() if self.images else None,  # type: ignore[arg-type]
+            indicator=PLANTED if self.images else None,
         )
 
     def _defend(self, defense: Pipeline, threat: Threat | None) -> None:

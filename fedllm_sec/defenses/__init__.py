@@ -5,9 +5,10 @@ global vector to the one that is kept). `CLIENT_MENU` lists what clients run on 
 any task, `client_rows` where each row has a loss of its own, `client_image` for classifiers of images.
 
 Methods: before, columns, krum, geometric, similarity, cluster, deepsight, rflbat, filters, alignment, adapters,
-spectral, history, prediction, residual, trust, latent, after, client_side, compression, dp_sgd, space, layers, spectrum
-(of saved adapters). Around them: screen (what is checked on a row), pipeline (the stages of a recipe), checks and
-claims (what rules ask of rows), privacy and accountant (epsilon), conformance and subject (`fedllm_sec.testing`).
+spectral, history, prediction, residual, trust, latent, indicator, after, client_side, compression, dp_sgd, space,
+layers, spectrum (of saved adapters). Around them: screen (what is checked on a row), pipeline (the stages of a recipe),
+checks and claims (what rules ask of rows), privacy and accountant (epsilon), conformance and subject
+(`fedllm_sec.testing`).
 """
 
 from fedllm_sec.defenses.adapters import clair, horus
@@ -23,6 +24,7 @@ from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.defenses.filters import lasa, mda, meamed
 from fedllm_sec.defenses.geometric import CenteredClipping, geometric_median, rfa
 from fedllm_sec.defenses.history import CrossRound, ThreeSigma
+from fedllm_sec.defenses.indicator import BackdoorIndicator
 from fedllm_sec.defenses.krum import bulyan, krum, multi_krum
 from fedllm_sec.defenses.latent import flare
 from fedllm_sec.defenses.prediction import FLDetector
@@ -71,6 +73,7 @@ MENU: dict[str, Entry] = {
     "freqfed": Entry(freqfed, "Fereidooni et al. 2024", "rule"),
     "rflbat": Entry(rflbat, "Wang et al. 2022 (RFLBAT)", "rule"),
     "flare": Entry(flare, "Wang et al. 2022 (FLARE)", "rule"),
+    "backdoor_indicator": Entry(BackdoorIndicator, "Li and Dai 2024 (BackdoorIndicator)", "rule"),
     "lasa": Entry(lasa, "Xu et al. 2025", "rule"),
     "alignins": Entry(alignins, "Xu et al. 2025 (AlignIns)", "rule"),
     "clair": Entry(clair, "He et al. 2026 (CLAIR)", "rule"),

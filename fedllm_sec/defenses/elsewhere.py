@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedllm_sec.defenses.subject import EXAMPLES, StandIn, Subject
+from fedllm_sec.defenses.subject import EXAMPLES, PLANTED, StandIn, Subject
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.protocols import Decision, RoundContext
 from fedllm_sec.seeds import generator_for
@@ -97,7 +97,7 @@ def _gap(subject: Subject, times: int) -> float:
     step, noise = torch.randn(FEW, generator=rng), torch.randn(n, FEW, generator=rng)
     rows, along = (part.repeat(1, times) / layout.size**0.5 for part in (step + 0.5 * noise, step[None]))
     known: dict[str, Any] = {"rounds": 10, "last_update": along[0], "root_update": along[0]}
-    known |= {"root_rows": EXAMPLES, "classifier": StandIn()}
+    known |= {"root_rows": EXAMPLES, "classifier": StandIn(), "indicator": PLANTED}
     ctx = RoundContext(1, torch.zeros(layout.size), layout, generator_for(7, "rule"), **known)
     pipeline = subject.make()
     with warnings.catch_warnings():

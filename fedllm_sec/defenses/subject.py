@@ -16,6 +16,7 @@ from fedllm_sec.defenses.columns import mean
 from fedllm_sec.defenses.pipeline import Pipeline
 from fedllm_sec.errors import FedError, RecipeError
 from fedllm_sec.matrix import Layout, UpdateMatrix
+from fedllm_sec.models.function import Indicator
 from fedllm_sec.protocols import Decision, Labelled, RoundContext
 from fedllm_sec.recipe.resolve import did_you_mean, resolve, settings_of
 from fedllm_sec.seeds import generator_for
@@ -44,6 +45,13 @@ class StandIn:
         """(k, 4)."""
         parts = vector[: len(vector) // 4 * 4].view(4, -1) if len(vector) >= 4 else vector.expand(4, -1)
         return x.flatten(1).mean(1, keepdim=True) * parts.mean(1) + x.flatten(1)[:, :1] * parts[:, 0]
+
+    def logits(self, vector: Tensor, x: Tensor) -> Tensor:
+        """(k, 3)."""
+        return self.features(vector, x)[:, :3]
+
+
+PLANTED = Indicator(EXAMPLES.x - 0.5, EXAMPLES.y, StandIn())  # type: ignore[arg-type]  # of both signs: of all labels
 
 
 KINDS = ("rule", "before", "after")
@@ -98,6 +106,7 @@ class Subject:
             root_update=factor * (step - 0.1 * start),
             root_rows=EXAMPLES,
             classifier=StandIn(),  # type: ignore[arg-type]
+            indicator=PLANTED,
         )
 
     def run(

@@ -23,6 +23,7 @@ from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.plan import Methods, Plan, planned
 from fedllm_sec.build.running import make_machine
 from fedllm_sec.build.threat import client_ids
+from fedllm_sec.defenses.columns import mean
 from fedllm_sec.deploy.problems import layout_hash, recipe_hash, refuse_undeployable
 from fedllm_sec.errors import RecipeError
 from fedllm_sec.matrix import UpdateMatrix
@@ -40,6 +41,7 @@ class OnDevice(Plan):
 
     def fresh(self) -> Methods:
         methods = super().fresh()
+        methods.defense.rule = mean  # what the server decides by, and what it plants for that, is its own affair
         return dataclasses.replace(methods, threat=self._alone(methods.threat))
 
     def _alone(self, threat: Threat | None) -> Threat | None:

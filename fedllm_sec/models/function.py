@@ -71,3 +71,14 @@ class Classifier:
             return self.read(torch.func.functional_call(self.model, state, ((x - self.mean) / self.std,)))
         finally:
             self.model.train(training)
+
+
+@dataclass(frozen=True)
+class Indicator:
+    """A task that the server has trained into the model it sent, and how it looks for it in what comes back."""
+
+    x: Tensor  # (k, channels, height, width) in [0, 1]
+    y: Tensor  # (k,) int64
+    classifier: Classifier  # with the running statistics that planting has left
+    planted: float = 1.0  # how much of it the planted model does itself, as clients are judged
+    moved: float = 0.0  # how far planting has moved the model

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedllm_sec import kernels
 from fedllm_sec.defenses.buffers import combined, refused
+from fedllm_sec.defenses.dp_sgd import DpSgd
 from fedllm_sec.errors import DefenseError, DivergedError
 from fedllm_sec.evaluation.detection import detection
 from fedllm_sec.evaluation.robustness import measure_rows
@@ -25,6 +26,8 @@ from fedllm_sec.rounds.source import Came
 
 if TYPE_CHECKING:
     from fedllm_sec.rounds.federation import Federation
+
+NOBODY_PROTECTED = "nobody: the recipe's public seed draws the noise"  # beside an epsilon, which asks for a secret one
 
 
 def undecided() -> dict[str, Any]:
@@ -48,11 +51,12 @@ class Decided:
 
 
 def at_hand(federation: Federation) -> dict[str, Any]:
-    """The server's model and clean rows, where they are of images."""
+    """The server's model and clean rows, where they are of images, and what it has planted."""
     task, root = federation.task, federation.root.shard if federation.root is not None else None
     return {
         "root_rows": root if isinstance(root, Labelled) else None,
         "classifier": task.function(federation.buffers) if hasattr(task, "function") else None,
+        "indicator": federation.indicator,
     }
 
 
@@ -170,6 +174,19 @@ def decide(
         record |= measure_rows(clean, decision.update, bad)
     seconds["evaluate"] = clock.lap()
     return decided
+
+
+def private_so_far(federation: Federation, rows: DpSgd | None, control: Tensor | None) -> dict[str, Any]:
+    """What a record says of privacy: of clients, and of their rows where `rows` counts them."""
+    sent = "the FL method sends clients a second vector, made of rows without noise"
+    spent = federation.defense.privacy(sent=sent if control is not None else None)
+    own = {"rows": rows.told(federation.guards)} if rows is not None else {}
+    for one in [spent, *own.values()]:
+        if federation.before and one["epsilon"] is not None:
+            because = f"the {federation.before} rounds of pretrain were made of the clients' rows without noise"
+            one |= {"epsilon": None, "because": because}
+    protected = {"protects": NOBODY_PROTECTED} if spent["epsilon"] is not None else {}
+    return {**spent, **protected, **own}
 
 
 def refuse_diverged(vector: Tensor, start: Tensor, r: int) -> None:

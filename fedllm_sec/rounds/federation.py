@@ -16,6 +16,7 @@ from fedllm_sec.errors import AttackError, FedError
 from fedllm_sec.evaluation.smoothed import Smoothing, smoothed
 from fedllm_sec.matrix.shown import only_shown
 from fedllm_sec.matrix.storage import ON_DEVICE, Storage
+from fedllm_sec.models.function import Indicator
 from fedllm_sec.models.shifted import Shifted
 from fedllm_sec.protocols import Algorithm, Client, LocalResult, LocalRule, LocalTraining, Task, tensors_of
 from fedllm_sec.records.history import RoundRecord
@@ -24,16 +25,15 @@ from fedllm_sec.rounds.client import make_optimizer, private_of, train_locally
 from fedllm_sec.rounds.clock import Clock
 from fedllm_sec.rounds.cohort import sample
 from fedllm_sec.rounds.compute import Machine
-from fedllm_sec.rounds.deciding import Decided, decide, refuse_diverged, undecided
+from fedllm_sec.rounds.deciding import Decided, decide, private_so_far, refuse_diverged, undecided
 from fedllm_sec.rounds.observing import NOBODY, Observer
 from fedllm_sec.rounds.personal import hold, kept_by_clients, measured, with_own
+from fedllm_sec.rounds.planting import Planting, plant
 from fedllm_sec.rounds.remembering import OWN_BUFFERS, Trained, keep_own, own_training, remember
 from fedllm_sec.rounds.repairing import mend
 from fedllm_sec.rounds.source import Asked, Source, trained_here
 from fedllm_sec.rounds.tuning import show, tune
 from fedllm_sec.seeds import generator_for
-
-NOBODY_PROTECTED = "nobody: the recipe's public seed draws the noise"  # beside an epsilon, which asks for a secret one
 
 
 class Evaluation(Protocol):
@@ -64,6 +64,8 @@ class Federation:
     chunk_mb: float | None = None
     storage: Storage = ON_DEVICE  # where the rows of a round are kept
     root: Client | None = None  # clean data the server holds, for rules that need a root update
+    planting: Planting | None = None  # what the server trains into the model before it sends it
+    indicator: Indicator | None = None  # what it has planted in this round
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was made of data and model, for summary.json
     repair: Callable[[AfterTraining], Tensor] | None = None  # what changes the last model, once
     smoothing: Smoothing | None = None  # how the last model is also tested
@@ -167,7 +169,10 @@ def measure_start(federation: Federation) -> RoundRecord:
 def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.optim.Optimizer) -> RoundRecord:
     """Clients train, attackers forge, the defense decides, the server steps, the model is measured."""
     task, machine, threat, algorithm = federation.task, federation.machine, federation.threat, federation.algorithm
-    start, seconds, clock = federation.vector, {}, Clock()
+    kept, seconds, clock = federation.vector, {}, Clock()
+    if federation.planting is not None:
+        plant(federation, r)
+    start = federation.vector
     lr = federation.training.lr_at(r, rounds)
     control = machine.share(algorithm.control(start)) if algorithm.control is not None else None
 
@@ -213,15 +218,9 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
     elif machine.main and collected is not None:
         decided = decide(federation, came, root, r, rounds, clock, seconds)
     if machine.main:
-        sent = "the FL method sends clients a second vector, made of rows without noise"
-        spent = federation.defense.privacy(sent=sent if control is not None else None)
-        rows = {"rows": private.told(federation.guards)} if private is not None else {}
-        for one in [spent, *rows.values()]:
-            if federation.before and one["epsilon"] is not None:
-                because = f"the {federation.before} rounds of pretrain were made of the clients' rows without noise"
-                one |= {"epsilon": None, "because": because}
-        protected = {"protects": NOBODY_PROTECTED} if spent["epsilon"] is not None else {}
-        decided.record["privacy"] = {**spent, **protected, **rows}
+        decided.record["privacy"] = private_so_far(federation, private, control)
+    if (skipped := decided.record["skipped"]) is not None:
+        decided.vector = kept.clone()
     vector = machine.share(decided.vector)
     refuse_diverged(vector, start, r)
     federation.vector = vector
@@ -251,7 +250,7 @@ def play_round(federation: Federation, r: int, rounds: int, optimizer: torch.opt
         cohort=ids,
         malicious=[id for id in ids if threat is not None and id in threat.who(r)],
         attacking=threat is not None and threat.active(r),
-        update_norm=float(step.norm()),
+        update_norm=float(step.norm()) if skipped is None else 0.0,
         quality=quality, attack=attack, seconds=seconds, answers=answers, repair=mended, **decided.record,
     )  # fmt: skip
 

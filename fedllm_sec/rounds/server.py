@@ -16,7 +16,7 @@ from fedllm_sec.defenses.screen import screen
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import Layout, UpdateMatrix
 from fedllm_sec.matrix.shown import copied
-from fedllm_sec.models.function import Classifier
+from fedllm_sec.models.function import Classifier, Indicator
 from fedllm_sec.protocols import Decision, Labelled, RoundContext, ServerContext, ServerRule
 from fedllm_sec.rounds.averaging import without
 from fedllm_sec.seeds import generator_for
@@ -44,6 +44,7 @@ class ServerRound:
     frozen: Sequence[slice] = ()  # what of a row is not taken in this round
     root_rows: Labelled | None = None  # the server's clean data, where they are images
     classifier: Classifier | None = None  # its model, where it is one of images
+    indicator: Indicator | None = None  # what it has planted in what it sent
 
     def context(self, purpose: str = "defense") -> RoundContext:
         """What a defense may know, in copies: whatever it does with them, the model is the server's own.
@@ -60,6 +61,7 @@ class ServerRound:
             root_update=copied(self.root_update),
             root_rows=self.root_rows,
             classifier=self.classifier,
+            indicator=self.indicator,
         )
 
     def receive(self, updates: UpdateMatrix) -> tuple[UpdateMatrix, dict[str, str]]:

@@ -116,7 +116,7 @@ def test_attackers_who_are_present_take_part_in_every_round_of_the_attack_and_ar
 
 def rehearsed(name: str, n: int, f: int) -> list[str]:
     entry = MENU[name]
-    known = {"f": f, "rho": 5.0, "theta": 1, "trusted": "c1"}
+    known = {"f": f, "rho": 5.0, "theta": 1, "trusted": "c1", "source": "noise"}
     settings = {key: value for key, value in known.items() if key in settings_of(entry.make)}
     part = resolve(name, settings, MENU, "defense")
     stages = {"before": ([part], mean, []), "after": ([], mean, [part])}.get(entry.kind, ([], part, []))

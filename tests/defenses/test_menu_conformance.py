@@ -22,6 +22,7 @@ SETTINGS = {
     "slsgd": {"f": 2},
     "robust_learning_rate": {"theta": 4},
     "crfl": {"rho": 9.0},
+    "backdoor_indicator": {"source": "noise"},
 }
 # update(rows + t) = update(rows) + t
 MOVES_ALONG = {

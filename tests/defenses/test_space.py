@@ -24,7 +24,8 @@ READ_COLUMNS = {
     "horus",
 }  # fmt: skip
 LOOK_AT_NOTHING = {"mean", "bucketing"}  # their weights do not depend on what the rows hold
-JUDGE_MODELS = {"flare"}  # what an adapter makes of images is the same in any gauge; the kit's model is no adapter's
+# what an adapter makes of images is the same in any gauge; the kit's model is no adapter's
+JUDGE_MODELS = {"flare", "backdoor_indicator"}
 OTHERS = READ_COLUMNS | JUDGE_MODELS
 ROWS = [name for name, entry in MENU.items() if entry.kind != "after" and name not in OTHERS]
 

@@ -10,7 +10,7 @@ import torch
 
 from fedllm_sec.defenses import MENU, bucketing, flame, krum, mean, nnm, norm_clipping, weak_dp, weak_dp_client
 from fedllm_sec.defenses.pipeline import Pipeline, keys_of, mixture, state_of
-from fedllm_sec.defenses.subject import EXAMPLES, StandIn
+from fedllm_sec.defenses.subject import EXAMPLES, PLANTED, StandIn
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.recipe.resolve import resolve, settings_of
@@ -19,7 +19,7 @@ from fedllm_sec.testing import check_defense
 from tests.defenses.defense_rows import ON_ADAPTERS
 from tests.defenses.small import context, formed, matrix
 
-NEEDED = {"f": 1, "theta": 3, "rho": 9.0}  # settings without a default
+NEEDED = {"f": 1, "theta": 3, "rho": 9.0, "source": "noise"}  # settings without a default
 RULES = [name for name, entry in MENU.items() if entry.kind == "rule" and name not in ON_ADAPTERS]
 BEFORE = [name for name, entry in MENU.items() if entry.kind == "before"]
 MIXING = ("nnm", "bucketing")
@@ -41,7 +41,8 @@ def sixteen(d=30):
 
 
 def ctx(d=30):
-    return replace(context(d, rounds=10), root_update=torch.ones(d), root_rows=EXAMPLES, classifier=StandIn())
+    known = {"root_update": torch.ones(d), "root_rows": EXAMPLES, "classifier": StandIn(), "indicator": PLANTED}
+    return replace(context(d, rounds=10), **known)
 
 
 def is_combination(decision, rows):

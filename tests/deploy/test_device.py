@@ -98,6 +98,11 @@ SAME = {
     "averaged statistics": {**NET, "model": {**NET["model"], "buffers": "average"}},
     "a guard": {"enable_defense": True, "defense": {"client": [{"name": "wbc"}], "rule": {"name": "median"}}},
     "a root update": {"enable_defense": True, "defense": {"rule": {"name": "fltrust"}, "root_rows": 10}},
+    "a planted indicator": {
+        **NET,
+        "enable_defense": True,
+        "defense": {"rule": {"name": "backdoor_indicator", "source": "noise", "rows": 20, "epochs": 20, "lr": 0.1}},
+    },
     "a poisoner that is projected and scaled up": {
         "enable_attack": True,
         "attack": {**MALICIOUS, "start": 2, "data": PATCH, "local": [{"name": "pgd"}],

@@ -178,7 +178,10 @@ def test_buffers_are_combined_by_the_weights_of_every_rule(name: str, monkeypatc
         return combined(buffers, floats, weights)
 
     monkeypatch.setattr(deciding, "combined", noted)
-    settings: dict[str, Any] = {"robust_learning_rate": {"theta": 2}, "monna": {"trusted": "c00"}}.get(name, {})
+    settings: dict[str, Any] = {
+        "robust_learning_rate": {"theta": 2}, "monna": {"trusted": "c00"},
+        "backdoor_indicator": {"source": "noise", "rows": 20, "epochs": 30, "lr": 0.1, "threshold": 1.0},
+    }.get(name, {})  # fmt: skip
     if "f" in inspect.signature(defenses.MENU[name].make).parameters:
         settings = settings | {"f": 1}
     made = federation(

@@ -16,7 +16,7 @@ from fedllm_sec.attacks import received
 from fedllm_sec.attacks.threat import Threat
 from fedllm_sec.defenses import MENU
 from fedllm_sec.defenses.pipeline import Pipeline
-from fedllm_sec.defenses.subject import EXAMPLES, LAYOUT, StandIn
+from fedllm_sec.defenses.subject import EXAMPLES, LAYOUT, PLANTED, StandIn
 from fedllm_sec.errors import AttackError
 from fedllm_sec.matrix import UpdateMatrix
 from fedllm_sec.protocols import Algorithm, Client, Decision, LocalTraining, ThreatView
@@ -28,7 +28,10 @@ from fedllm_sec.seeds import generator_for
 from tests.toy import Quadratic
 
 BAD = ("c01", "c04", "c07")
-SETTINGS = {"slsgd": {"f": 1}, "robust_learning_rate": {"theta": 4}, "crfl": {"rho": 0.5}, "trimmed_mean": {"f": 1}}
+SETTINGS = {
+    "slsgd": {"f": 1}, "robust_learning_rate": {"theta": 4}, "crfl": {"rho": 0.5}, "trimmed_mean": {"f": 1},
+    "backdoor_indicator": {"source": "noise"},
+}  # fmt: skip
 ONE_STEP = LocalTraining(batch_size=100, steps=1, optimizer="sgd", lr=0.5, max_grad_norm=None)
 
 
@@ -56,7 +59,8 @@ def seen(monkeypatch) -> Seen:
         return vector, took
 
     monkeypatch.setattr(server.ServerRound, "step", watched)
-    monkeypatch.setattr(deciding, "at_hand", lambda made: {"root_rows": EXAMPLES, "classifier": StandIn()})
+    known = {"root_rows": EXAMPLES, "classifier": StandIn(), "indicator": PLANTED}
+    monkeypatch.setattr(deciding, "at_hand", lambda made: known)
     monkeypatch.setattr(server, "generator_for", lambda seed, round, purpose: generator_for(seed, round, "defense"))
     return both
 

@@ -1,0 +1,58 @@
+"""Before a round the server plants its indicator task in the model that it sends (defenses/indicator.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedllm_sec.defenses.indicator import kept_of
+from fedllm_sec.errors import DefenseError
+from fedllm_sec.models.function import Indicator
+from fedllm_sec.protocols import Client, Labelled, LocalRule, LocalTraining
+from fedllm_sec.rounds.client import make_optimizer, train_locally
+
+if TYPE_CHECKING:
+    from fedllm_sec.rounds.federation import Federation
+
+SERVER = "indicator"  # whose draws they are: no client's
+
+
+@dataclass(frozen=True)
+class Planting:
+    """The task, how it is trained, and from which score on a client is refused."""
+
+    rows: Labelled
+    training: LocalTraining
+    rules: Sequence[LocalRule]
+    threshold: float
+
+
+def plant(federation: Federation, r: int) -> None:
+    """Train the task into the federation's vector; its running statistics stay, those of planting are for judging.
+
+    Every rank trains the same steps and takes the first one's. What is planted follows from vector, seed and round
+    alone, so a resumed run plants the same. `last_update` becomes the difference of two models that clients were sent.
+    A DefenseError where the first planted model is not refused itself: then hardly any client could be.
+    """
+    known, task, machine, start = federation.planting, federation.task, federation.machine, federation.vector
+    assert known is not None
+    done = train_locally(
+        task, Client(SERVER, known.rows), start, optimizer=make_optimizer(task, known.training), stepper=machine,
+        training=known.training, rules=known.rules, round=r, rounds=r, seed=federation.seed,
+        buffers=federation.buffers, before=federation.before,
+    )  # fmt: skip
+    moved = machine.share(done.delta)
+    left: Any = None if done.buffers is None else machine.share(done.buffers.to(machine.device))
+    federation.vector = start + moved
+    if federation.last_update is not None:
+        federation.last_update = federation.last_update + moved
+    x, y, function = known.rows.x, known.rows.y, task.function(left)  # type: ignore[attr-defined]
+    score = kept_of(Indicator(x, y, function), federation.vector)
+    federation.indicator = Indicator(x, y, function, score, float(moved.norm()))
+    if r == 1 and not score >= known.threshold:
+        raise DefenseError(
+            f"backdoor_indicator: after planting the model itself scores {score:.2f}, below threshold="
+            f"{known.threshold:g}: the task was not learnt, so that nobody could be told by it. Raise epochs or lr, "
+            "lower mu, take fewer rows, or begin with a trained model (pretrain, model.start)."
+        )
