@@ -82,9 +82,9 @@ class Shared:
     found: int = 0
 
     def in_words(self, others: str) -> dict[str, str]:
-        """What was taken from the `others`, where something was."""
+        """What was taken from the `others`, where something was; a run may also repeat a pass of its own."""
         rows = f"{self.trained:,} trained, {self.taken:,} taken from {others}" if self.taken else ""
-        passes = f"{self.measured:,} made, {self.found:,} taken from {others}" if self.found else ""
+        passes = f"{self.measured:,} made, {self.found:,} not made again" if self.found else ""
         said = {"clients' rows": rows, "passes over held-out rows": passes}
         return {what: words for what, words in said.items() if words}
 
