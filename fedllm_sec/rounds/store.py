@@ -166,6 +166,9 @@ class Store:
 
     def _room(self, needed: int) -> bool:
         """Whether so many bytes have room, after the oldest have gone."""
+        full = self.limit - self.limit // SPARED
+        if needed > full:
+            return False
         if needed <= self._left:
             self._left -= needed
             return True
@@ -175,7 +178,6 @@ class Store:
                 stat = entry.stat()
                 there.append((stat.st_mtime_ns, stat.st_size, entry.path))
         used = sum(size for _, size, _ in there)
-        full = self.limit - self.limit // SPARED
         for _, size, path in sorted(there):
             if used + needed <= full:
                 break
