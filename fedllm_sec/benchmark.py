@@ -50,7 +50,7 @@ def arguments() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--list", "--dry-run", action="store_true", help="check the grid, list its cells and stop")
     parser.add_argument(
-        "--no-share", action="store_true", help="train every row anew, also those that another cell has trained"
+        "--no-share", action="store_true", help="train and measure anew what another cell has trained or measured"
     )
     parser.add_argument(
         "--allow-code", action="store_true", help="with --list: import the code that cells name as package.module:name"
@@ -136,7 +136,7 @@ def run(
 ) -> int:  # fmt: skip
     """Run what is left of the chosen cells, then write tables and report; 1 where a cell failed."""
     from fedllm_sec.grid import cells, results, workers
-    from fedllm_sec.report.grid.folder import shared_rows
+    from fedllm_sec.report.grid.folder import read_shared
     from fedllm_sec.train import quiet
 
     quiet()
@@ -179,8 +179,9 @@ def run(
     counts = Counter(cells.status(cell) for cell in chosen)
     total = ", ".join(f"{n} {what}" for what, n in counts.items())
     print(f"\n{_cells(len(chosen))}: {total}; {time.monotonic() - begun:.0f} s")
-    if (rows := shared_rows(grid.folder)) is not None and rows[1] > 0:
-        print(f"clients' rows: {rows[0]:,} trained, {rows[1]:,} taken from other cells")
+    if (told := read_shared(grid.folder)) is not None:
+        for what, words in told.in_words("other cells").items():
+            print(f"{what}: {words}")
     for cell in chosen:
         if cells.status(cell) == "failed":
             print(f"  failed: {cell.slug}: {cells.error_of(cell).get('message', '')}  ({cell.folder}/error.json)")

@@ -1,16 +1,24 @@
 """What a grid costs beyond its cells: its wall time against their training and evaluation run bare, and a warm start.
 
     python scripts/bench_grid.py
+    python scripts/bench_grid.py --sharing late|quick [--cells 20] [KEY=VALUE ...]
 
 31 small cells on the model `tiny` (5 attacks x 6 defenses and the twin). Printed are (a) the wall time of the whole
 command, from the start of Python to the written page, over the seconds that training and evaluation of its cells took,
 these scaled by what the same cells take in a bare loop without folder, checkpoint or table; and (b) what a cell of a
 warm process takes beside its rounds: to start, to save its adapter and to close its folder. About three minutes.
+
+With --sharing: the processor time of the whole command, in one process, over that with --no-share, where every cell
+makes all of its rows and passes over held-out rows by itself. `late` is 5 attacks x 6 defenses on scikit-learn's digits
+(LeNet, 10 clients, 6 rounds, evaluated after each) whose attacks begin in round 4, `quick` recipes/grids/quick.yaml.
+`--cells` runs the first so many, KEY=VALUE changes the recipe. `late` takes some eight minutes of a core.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +34,7 @@ from fedllm_sec.build.loaded import Loaded
 from fedllm_sec.build.running import make_machine
 from fedllm_sec.grid import cells, grid
 from fedllm_sec.records.history import read_history
+from fedllm_sec.report.grid.folder import read_shared
 from fedllm_sec.train import quiet
 
 QUICK = Path(__file__).parents[1] / "recipes" / "grids" / "quick.yaml"
@@ -34,6 +43,35 @@ SMALL = {
     "clients": {"total": 6, "local_steps": 3},
     "attack": {"malicious": {"count": 1}},
     "evaluate": {"every": 2, "rows": 60, "attack_rows": 40},
+}
+STAMP = [{"name": "pixel_trigger", "target": 0, "rate": 0.5, "size": 3}]
+LATE: dict[str, Any] = {
+    "base": {
+        "rounds": 6,
+        "task": "classify",
+        "model": {"name": "lenet"},
+        "data": {"name": "digits"},
+        "clients": {"total": 10, "local_epochs": 2, "batch_size": 16, "lr": 2e-3, "partition": {"name": "iid"}},
+        "attack": {"malicious": {"count": 3}, "start": 4, "data": STAMP, "update": []},
+        "compute": {"threads": 1},
+    },
+    "axes": {
+        "attack": {
+            "trigger": {},
+            "replacement": {"update": [{"name": "model_replacement", "gamma": 3.0}]},
+            "flip": {"data": [], "update": [{"name": "byzantine_flip", "scale": 3.0}]},
+            "random": {"data": [], "update": [{"name": "byzantine_random", "scale": 10.0}]},
+            "alie": {"data": [], "update": [{"name": "alie", "z": 1.5}], "knowledge": "cohort"},
+        },
+        "defense": {
+            "none": None,
+            "norm_clipping": {"before": [{"name": "norm_clipping"}], "rule": {"name": "mean"}},
+            "median": {"rule": {"name": "median"}},
+            "trimmed_mean": {"rule": {"name": "trimmed_mean", "f": 3}},
+            "multi_krum": {"rule": {"name": "multi_krum", "f": 3}},
+            "geometric_median": {"rule": {"name": "geometric_median"}},
+        },
+    },
 }
 AGAIN = 5  # cells run once more, warm and bare
 
@@ -54,7 +92,48 @@ def bare(cell: grid.Cell, machine: Any, loaded: Loaded) -> float:
     return sum(r.seconds["train"] + r.seconds.get("evaluate", 0.0) for r in run(federation, cell.recipe.rounds))
 
 
+def spent_on(command: list[str]) -> float:
+    """Seconds of processor time of a command and of what it starts."""
+
+    def now() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = now()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return now() - before
+
+
+def sharing(which: str, cells_run: int | None, changes: list[str]) -> None:
+    """Processor time with and without sharing, and what was shared."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, path = Path(place), QUICK
+        if which == "late":
+            path = folder / "late.yaml"
+            path.write_text(yaml.safe_dump(LATE, sort_keys=False))
+        order = list(grid.load(path, changes).run_order())[:cells_run]
+        some = [word for cell in order for word in ("--only", cell.slug)] if cells_run else []
+        command = [sys.executable, "-m", "fedllm_sec.benchmark", str(path), *changes, *some]
+        shared = spent_on([*command, f"output.folder={folder / 'shared'}"])
+        told = read_shared(folder / "shared")
+        print(f"{which}, {len(order)} cells: {shared:.1f} s of processor time; {told}", flush=True)
+        apart = spent_on([*command, f"output.folder={folder / 'apart'}", "--no-share"])
+    print(f"with --no-share: {apart:.1f} s; shared / not shared: {shared / apart:.3f}")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sharing", choices=("late", "quick"))
+    parser.add_argument("--cells", type=int)
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    if options.sharing is not None:
+        sharing(options.sharing, options.cells, options.changes)
+    else:
+        beyond_its_cells()
+
+
+def beyond_its_cells() -> None:
     quiet()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

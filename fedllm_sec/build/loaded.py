@@ -55,6 +55,13 @@ def training_key(recipe: Recipe) -> str | None:
     return recipe.model_dump_json(include={"task", "model", "data", "clients", "algorithm", "compute", "seed"})
 
 
+def measuring_key(recipe: Recipe) -> str | None:
+    """Settings on which a pass over held-out rows depends, besides the model's vector and the rows; None as above."""
+    if training_key(recipe) is None:
+        return None
+    return recipe.model_dump_json(include={"task", "model", "data", "compute", "seed"})
+
+
 def split_key(recipe: Recipe) -> str:
     """Settings on which the clients' clean shards depend."""
     root = recipe.defense.root_rows if recipe.enable_defense and recipe.defense is not None else None

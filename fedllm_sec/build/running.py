@@ -22,10 +22,13 @@ from fedllm_sec.records.history import read_history
 from fedllm_sec.records.summary import lost_since, round_line, scalars, summary
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedllm_sec.build.loaded import Loaded
     from fedllm_sec.build.plan import Plan
     from fedllm_sec.recipe.sections import Recipe
     from fedllm_sec.rounds.compute import Machine
+    from fedllm_sec.rounds.federation import Federation
     from fedllm_sec.rounds.source import Source
 
 
@@ -62,21 +65,22 @@ def run_one(
     say: Callable[[str], None] | None = None,
     beside: Path | None = None,
     source: Source | None = None,
+    measure: Callable[[Federation], Callable[..., Tensor]] | None = None,
 ) -> None:
     """One run from where its folder stands; of a finished one, what was lost is made again from its checkpoint.
 
     `loaded` is what the process keeps between runs; `say` gets a line a round instead of the terminal; `beside` is the
     folder in which runs that start alike find the rounds of `pretrain`, None: the run's own; `source` gives the rows
-    where they are not trained here.
+    where they are not trained here, `measure` makes the passes over held-out rows where the machine does not.
     """
     folder = Path(plan.recipe.output.folder)
     with RunFolder(folder).held() if machine.main else contextlib.nullcontext():
-        _run_held(plan, machine, command, loaded, say, beside or folder, source)
+        _run_held(plan, machine, command, loaded, say, beside or folder, source, measure)
 
 
 def _run_held(
     plan: Plan, machine: Machine, command: str, loaded: Loaded, say: Callable[[str], None] | None, beside: Path,
-    source: Source | None,
+    source: Source | None, measure: Callable[[Federation], Callable[..., Tensor]] | None,
 ) -> None:  # fmt: skip
     from fedllm_sec.build.federation import assemble, run, save
     from fedllm_sec.build.measuring import harnessed, known_from, settings_of
@@ -115,6 +119,7 @@ def _run_held(
     if source is not None:
         assert isinstance(federation, Federation)  # nor has it devices
         federation.source = source
+        federation.spread = measure(federation) if measure is not None else None
     if before is not None:
         assert isinstance(federation, Federation)  # fedgkt has no pretrain
         federation.begin_after(_to(before, machine.device))

@@ -219,7 +219,7 @@ def make_evaluation(
 
 
 def choices(task: CausalLM | ClassifyText, classes: Classes, order: Sequence[str], rows: Encoded) -> Choices:
-    """The answers that go with the classes, and `rows` answered with them."""
+    """The answers that go with the classes; `rows` are those that are asked."""
     answers = [(k, answer) for k, name in enumerate(order) for answer in classes.answers.get(name, {}).values()]
     ids = task.answer_ids([answer for _, answer in answers])
     said: dict[tuple[int, ...], int] = {}
@@ -235,6 +235,6 @@ def choices(task: CausalLM | ClassifyText, classes: Classes, order: Sequence[str
         classes=torch.tensor([k for k, _ in answers]),
         first=torch.tensor([answer[0] for answer in ids]),
         own=torch.tensor([numbers.get(tuple(answer), -1) for answer in rows.answers]),
-        answered=lambda which, said: Encoded([rows.prompts[i] for i in which], [ids[k] for k in said]),
+        answers=ids,
         single=all(len(answer) == 1 for answer in ids),
     )

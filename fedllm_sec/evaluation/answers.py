@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedllm_sec.evaluation.intervals import wilson
 from fedllm_sec.evaluation.judges import FAILED, SUCCESS, Judge, agreement, judged, verdict
 from fedllm_sec.evaluation.probes import Probe, Prompts, said_to_it, trigger_spans
+from fedllm_sec.evaluation.repeatable import Repeatable
 from fedllm_sec.seeds import generator_for, seed_for
 
 Spread = Callable[..., Tensor]
@@ -61,39 +63,52 @@ def ask(task: Any, spread: Spread, questions: Sequence[Question], how: Asking) -
     """The answers to all prompts: batches of every question are spread over the processes in one go.
 
     A sampled answer depends on its prompt, the draw and the seed: not on its batch, the round, or the process. What
-    travels between processes is numbers: two verdicts and the tokens of each draw, from 1, with 0 for none.
+    travels between processes is numbers: the tokens of each draw, from 1, with 0 for none, and then two verdicts. A
+    judge hears each answer anew, be it known from before or not.
     """
     batches = [
         [(number, i) for i in rows]
         for number, question in enumerate(questions)
         for rows in in_batches(question.prompts.encoded.prompts, how.batch_size)
     ]
-    width = 2 + how.max_new_tokens
+    places: dict[tuple[int, int], int] = {pair: at for at, pair in enumerate(p for batch in batches for p in batch)}
+    asked, width = [question.prompts.encoded for question in questions], how.max_new_tokens
 
     def answer(batch: Sequence[tuple[int, int]]) -> Tensor:
-        question, rows = questions[batch[0][0]], [i for _, i in batch]
-        found = torch.zeros(len(rows), how.draws, width, dtype=torch.float64)
+        found = torch.zeros(len(batch), how.draws, width, dtype=torch.float64)
         for draw in range(how.draws):
-            for place, ids in enumerate(_generated(task, question.prompts.encoded, rows, draw, how)):
-                text, row = task.decode(ids), question.prompts.rows[rows[place]]
-                for column, judge in enumerate((question.judge, question.second)):
-                    if judge is not None:
-                        found[place, draw, column] = verdict(judge, text, row)
-                found[place, draw, 2 : 2 + len(ids)] = torch.tensor(ids, dtype=torch.float64) + 1
+            given = _generated(task, asked[batch[0][0]], [i for _, i in batch], draw, how)
+            for place, ids in enumerate(given):
+                found[place, draw, : len(ids)] = torch.tensor(ids, dtype=torch.float64) + 1
         return found.flatten(1)
 
-    flat = spread(batches, how.draws * width, answer).view(-1, how.draws, width) if batches else None
-    places: dict[tuple[int, int], int] = {pair: at for at, pair in enumerate(p for batch in batches for p in batch)}
+    def judge(batch: Sequence[tuple[int, int]]) -> Tensor:
+        found = torch.zeros(len(batch), how.draws, 2, dtype=torch.float64)
+        for draw, (place, (number, i)) in itertools.product(range(how.draws), enumerate(batch)):
+            question = questions[number]
+            for column, asked_too in enumerate((question.judge, question.second)):
+                if asked_too is not None:
+                    text = texts[places[number, i]][draw]
+                    found[place, draw, column] = verdict(asked_too, text, question.prompts.rows[i])
+        return found.flatten(1)
+
+    texts: list[list[str]] = []
+    verdicts = torch.zeros(0, how.draws, 2, dtype=torch.float64)
+    if batches:
+        given = spread(batches, how.draws * width, Repeatable(answer, ("answers", how, *asked)))
+        texts = [[read(task, ids) for ids in row] for row in given.view(-1, how.draws, width).tolist()]
+        verdicts = spread(batches, how.draws * 2, judge).view(-1, how.draws, 2)
 
     def said(number: int, size: int) -> Said:
-        if flat is None or not size:
-            none = torch.zeros(0, how.draws, dtype=torch.float64)
-            return Said([], none, none)
-        own = flat[torch.tensor([places[number, i] for i in range(size)])]
-        texts = [[task.decode([int(t) - 1 for t in ids if t > 0]) for ids in row] for row in own[:, :, 2:].tolist()]
-        return Said(texts, own[:, :, 0], own[:, :, 1])
+        own = [places[number, i] for i in range(size)]
+        return Said([texts[at] for at in own], verdicts[own][:, :, 0], verdicts[own][:, :, 1])
 
     return [said(number, len(question.prompts)) for number, question in enumerate(questions)]
+
+
+def read(task: Any, tokens: Sequence[float]) -> str:
+    """What an answer reads as, of its tokens from 1, with 0 for none."""
+    return str(task.decode([int(token) - 1 for token in tokens if token > 0]))
 
 
 def _generated(task: Any, encoded: Any, rows: Sequence[int], draw: int, how: Asking) -> list[list[int]]:

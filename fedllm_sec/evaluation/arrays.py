@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.evaluation.intervals import wilson
+from fedllm_sec.evaluation.repeatable import Repeatable
 from fedllm_sec.evaluation.smoothed import Outcomes
 from fedllm_sec.protocols import Labelled
 
@@ -92,4 +93,4 @@ class ArrayEvaluation:
         batches = list(torch.split(torch.arange(len(rows.y)), self.batch_size))
         if getattr(task, "kept", None) == "batch" and len(batches) > 1 and len(batches[-1]) == 1:
             batches[-2:] = [torch.cat(batches[-2:])]  # over one row layers could not normalise
-        return spread(batches, 2, lambda at: task.score(rows, at))
+        return spread(batches, 2, Repeatable(lambda at: task.score(rows, at), ("score", rows)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedllm_sec.evaluation.intervals import wilson
+from fedllm_sec.evaluation.repeatable import Repeatable
 from fedllm_sec.protocols import Labelled
 
 
@@ -31,7 +32,8 @@ class CharEvaluation:
 
         The interval of the accuracy takes characters as independent, which makes it somewhat too narrow.
         """
-        sums = spread(self._batches(self.test), 2, lambda at: task.score(self.test, at)).sum(0)
+        score = Repeatable(lambda at: task.score(self.test, at), ("score", self.test))
+        sums = spread(self._batches(self.test), 2, score).sum(0)
         n = self.test.y.numel()
         loss = float(sums[0]) / n
         return {
@@ -52,7 +54,8 @@ class CharEvaluation:
         if self.attacked is None or self.wanted is None:
             return None
         rows, wanted = self.attacked, self.wanted
-        sums = spread(self._batches(rows), 4, lambda at: task.taken_for(rows, at, wanted)).sum(0)
+        taken = Repeatable(lambda at: task.taken_for(rows, at, wanted), ("taken for", rows, wanted))
+        sums = spread(self._batches(rows), 4, taken).sum(0)
         hits, places, false, others = (int(s) for s in sums)
         rates = {"asr": wilson(hits, places), "false_trigger": wilson(false, others)}
         why = {

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedllm_sec.evaluation.repeatable import Repeatable
+
 COMPONENTS = 32
 
 
@@ -66,7 +68,10 @@ class SampleEvaluation:
 
     def quality(self, task: Any, spread: Callable[..., Tensor]) -> dict[str, Any]:
         batches = torch.split(torch.arange(len(self.noise)), self.batch_size)
-        made = spread(batches, self.real.shape[1], lambda at: self.features(task.samples(self.noise[at])))
+        drawn = Repeatable(
+            lambda at: self.features(task.samples(self.noise[at])), ("samples", self.noise, self.features)
+        )
+        made = spread(batches, self.real.shape[1], drawn)
         finite = bool(made.isfinite().all())
         distance = frechet(made, self.real) / float(torch.cov(self.real.T).trace()) if finite else float("nan")
         nothing = dict.fromkeys(("perplexity", "accuracy", "per_class", "exact_match", "token_overlap"))

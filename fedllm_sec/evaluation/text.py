@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm_sec.evaluation.answers import Asking, Question, Said, ask, in_batches, rates, sample, transcript
+from fedllm_sec.evaluation.answers import Asking, Question, Said, ask, in_batches, rates, read, sample, transcript
 from fedllm_sec.evaluation.intervals import wilson
 from fedllm_sec.evaluation.probes import Probe, Prompts
+from fedllm_sec.evaluation.repeatable import Repeatable
 from fedllm_sec.evaluation.smoothed import Outcomes
 
 SLACK = 0.1  # nats by which two passes over a half-precision model may differ
@@ -35,8 +36,12 @@ class Choices:
     classes: Tensor  # (k,) the class of each answer
     first: Tensor  # (k,) its first token
     own: Tensor  # (rows,) which of them is the answer of a test row; -1: another text
-    answered: Callable[[Sequence[int], Sequence[int]], Any]  # test rows with these answers, encoded
+    answers: Sequence[list[int]]  # (k,) its tokens, with its end token
     single: bool = False  # whether the first token is all there is of an answer, as of a classifier's
+
+    def answered(self, test: Any, rows: Sequence[int], which: Sequence[int]) -> Any:
+        """Encoded test rows, each with this one of the answers as its own."""
+        return replace(test.select(rows), answers=[list(self.answers[k]) for k in which])
 
 
 @dataclass
@@ -90,8 +95,7 @@ class TextEvaluation:
 
     def _quality(self, task: Any, spread: Callable[..., Tensor]) -> tuple[dict[str, Any], Tensor | None]:
         """The measures, and what `_match` found of the first rows, in their order, where they were answered."""
-        batches = self._batches()
-        found = spread(batches, 3, lambda rows: self._judge(task, rows))
+        batches, found = self._judged(task, spread)
         loss = float(found[:, 0].sum() / found[:, 1].sum())
         measured: dict[str, Any] = {
             "loss": loss,
@@ -106,7 +110,7 @@ class TextEvaluation:
             measured.update(self._accuracy(batches, found[:, 2]))
         elif self.answer_rows:
             batches = self._batches(self.answer_rows)
-            match = spread(batches, 3 + self.max_new_tokens, lambda rows: self._match(task, rows))
+            match = self._match(task, spread, batches)
             measured["exact_match"] = wilson(int(match[:, 0].sum()), len(match))
             measured["token_overlap"] = float(match[:, 1].mean())
             if self.read is not None:
@@ -126,6 +130,12 @@ class TextEvaluation:
                 self.labels[k]: wilson(int(right[truth == k].sum()), count) for k, count in counts.items() if count
             },
         }
+
+    def _judged(self, task: Any, spread: Callable[..., Tensor]) -> tuple[list[list[int]], Tensor]:
+        """All test rows in batches, and what `_judge` finds of each: (rows, 3) in their order."""
+        batches = self._batches()
+        of = ("losses and choices", self.test, self.choices)
+        return batches, spread(batches, 3, Repeatable(lambda rows: self._judge(task, rows), of))
 
     def _judge(self, task: Any, rows: Sequence[int]) -> Tensor:
         """Sum of answer log-losses, number of answer tokens, chosen class or -1, of each row: (b, 3)."""
@@ -152,23 +162,31 @@ class TextEvaluation:
             open_ = (whole[each, column] == -torch.inf) & (begun[each, column] > whole.amax(1) - SLACK)
             at = open_.nonzero().flatten()
             if len(at):
-                tried = choices.answered([rows[i] for i in at.tolist()], column[at].tolist())
+                tried = choices.answered(self.test, [rows[i] for i in at.tolist()], column[at].tolist())
                 whole[at, column[at]] = -task.score(tried, range(len(at)))[:, 0]
         chosen = choices.classes[whole.argmax(1)]
         return torch.where(torch.isfinite(whole.amax(1)), chosen, -1)
 
-    def _match(self, task: Any, rows: Sequence[int]) -> Tensor:
+    def _match(self, task: Any, spread: Callable[..., Tensor], batches: Sequence[Sequence[int]]) -> Tensor:
         """Exact match, token overlap, class that is read in the greedy answer (-1: none), and the answer's tokens.
 
-        (b, 3 + max_new_tokens); tokens count from 1, 0 is none.
+        (rows, 3 + max_new_tokens) in the order of the batches; tokens count from 1, 0 is none.
         """
-        found = torch.zeros(len(rows), 3 + self.max_new_tokens, dtype=torch.float64)
-        for place, (i, ids) in enumerate(zip(rows, task.generate(self.test, rows, self.max_new_tokens), strict=True)):
-            answer, truth = task.decode(ids), self.truths[i].strip()
-            said = -1 if self.read is None else self.read(answer)
-            match = [float(answer.strip() == truth), token_overlap(answer.strip(), truth), said]
-            found[place, : 3 + len(ids)] = torch.tensor([*match, *(token + 1 for token in ids)], dtype=torch.float64)
-        return found
+
+        def answer(rows: Sequence[int]) -> Tensor:
+            found = torch.zeros(len(rows), self.max_new_tokens, dtype=torch.float64)
+            for place, ids in enumerate(task.generate(self.test, rows, self.max_new_tokens)):
+                found[place, : len(ids)] = torch.tensor(ids, dtype=torch.float64) + 1
+            return found
+
+        of = ("greedy answers", self.test, self.max_new_tokens)
+        tokens = spread(batches, self.max_new_tokens, Repeatable(answer, of))
+        compared = []
+        for i, ids in zip((i for rows in batches for i in rows), tokens.tolist(), strict=True):
+            said, truth = read(task, ids), self.truths[i].strip()
+            named = -1 if self.read is None else self.read(said)
+            compared.append([float(said.strip() == truth), token_overlap(said.strip(), truth), named])
+        return torch.cat([torch.tensor(compared, dtype=torch.float64).view(-1, 3), tokens], dim=1)
 
     # ------------------------------------------------------------ attacks
 
@@ -225,10 +243,10 @@ class TextEvaluation:
         if match is None:
             some = sample(len(self.test), self.transcripts, self.seed, "test")
             batches = [some[i : i + self.batch_size] for i in range(0, len(some), self.batch_size)]
-            match = spread(batches, 3 + self.max_new_tokens, lambda rows: self._match(task, rows))
+            match = self._match(task, spread, batches)
         else:
             some = list(range(len(match)))
-        answers = [[task.decode([int(t) - 1 for t in row if t > 0])] for row in match[:, 3:].tolist()]
+        answers = [[read(task, tokens)] for tokens in match[:, 3:].tolist()]
         return Prompts(None, [self.test_rows[i] for i in some]), Said(answers, match[:, :1], match[:, :1])
 
     # ------------------------------------------------------------ the smoothed test
@@ -238,10 +256,11 @@ class TextEvaluation:
         said = truth = None
         if self.classes is not None and (self.choices is not None or self.answer_rows):
             if self.choices is not None:
-                batches, width, judge = self._batches(), 3, self._judge
+                batches, found = self._judged(task, spread)
             else:
-                batches, width, judge = self._batches(self.answer_rows), 3 + self.max_new_tokens, self._match
-            said = spread(batches, width, lambda rows: judge(task, rows))[:, 2].long()
+                batches = self._batches(self.answer_rows)
+                found = self._match(task, spread, batches)
+            said = found[:, 2].long()
             truth = self.classes[torch.tensor([i for rows in batches for i in rows])]
         first = [replace(probe, moved={}) for probe in self.attacks[:1]]
         hits = [{part: own.any for part, own in given.items()} for given in self._answers(task, spread, first)]

@@ -7,6 +7,7 @@ killed process leaves nothing to clean up, and its cell goes on from its last wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 import traceback
@@ -17,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from fedllm_sec.build.loaded import Loaded, training_key
+from fedllm_sec.build.loaded import Loaded, measuring_key, training_key
 from fedllm_sec.build.plan import planned
 from fedllm_sec.build.running import make_machine, run_one
 from fedllm_sec.errors import FedError, ResumeError, reason
@@ -26,11 +27,12 @@ from fedllm_sec.recipe import reading as recipes
 from fedllm_sec.records import files, inventory
 from fedllm_sec.records.files import write_json
 from fedllm_sec.records.folder import as_words, differences, read_recipe
-from fedllm_sec.rounds.sharing import RowStore, shared
+from fedllm_sec.rounds.sharing import FOUND, MEASURED, TAKEN, TRAINED, measured_once, shared
+from fedllm_sec.rounds.store import Store
 
 FORMAT = 1  # of grid.json
-SHARED = ".rows"  # where rows lie while a grid runs
-TOLD = "shared.jsonl"  # of each cell that was run, how many rows were trained in it and how many taken
+SHARED = ".rows"  # where rows and measured numbers lie while a grid runs
+TOLD = "shared.jsonl"  # of each cell that was run, what was made in it and what was taken from others
 WAIT = 0.5  # seconds between looks at cells that other processes run
 
 
@@ -95,10 +97,10 @@ def walk(
 
     `tell` hears of each cell run here and its seconds; `between` is called after every round. A cell that is done and
     was damaged comes by once more: what was lost is made again, or it fails and says what cannot be. With `share` rows
-    that another cell has trained are taken from it.
+    that another cell has trained and numbers that it has measured are taken from it.
     """
     loaded, machine, configured = Loaded(), None, None
-    store = RowStore.at(grid / SHARED) if share else None
+    store = Store.at(grid / SHARED) if share else None
     damaged = {cell.slug for cell in cells if damage(cell)}
     while True:
         elsewhere = False
@@ -118,10 +120,9 @@ def walk(
                         _forget_accelerator()
                         machine, configured = make_machine(cell.recipe, grid, most_threads), wanted
                     (cell.folder / "error.json").unlink(missing_ok=True)
-                    plan, key = planned(cell.recipe), training_key(cell.recipe)
-                    source = shared(store, key) if store is not None and key is not None else None
-                    ours = f"{command} --only {cell.slug}"
-                    run_one(plan, machine, ours, loaded, lambda line: between(), grid, source)
+                    plan, ours = planned(cell.recipe), f"{command} --only {cell.slug}"
+                    source, measure = _among(store, cell)
+                    run_one(plan, machine, ours, loaded, lambda line: between(), grid, source, measure)
                     if store is not None:
                         tell_shared(grid, cell, store)
                 except KeyboardInterrupt:
@@ -145,10 +146,18 @@ def record_error(cell: Cell, error: BaseException) -> None:
     )
 
 
-def tell_shared(grid: Path, cell: Cell, store: RowStore) -> None:
-    """Write down how many rows of a cell were trained in it and how many were taken, and count anew."""
-    line = {"cell": cell.slug, "trained": store.trained, "taken": store.taken}
-    store.trained = store.taken = 0
+def _among(store: Store | None, cell: Cell) -> tuple[Any, Any]:
+    """Where a cell takes rows and measured numbers from; None for what is made in it."""
+    training, measuring = training_key(cell.recipe), measuring_key(cell.recipe)
+    if store is None or training is None or measuring is None:
+        return None, None
+    return shared(store, training), functools.partial(measured_once, store, measuring)
+
+
+def tell_shared(grid: Path, cell: Cell, store: Store) -> None:
+    """Write down how many rows and passes of a cell were made in it and how many were taken, and count anew."""
+    line = {"cell": cell.slug, **{what: store.counts[what] for what in (TRAINED, TAKEN, MEASURED, FOUND)}}
+    store.counts.clear()
     with contextlib.suppress(OSError):
         files.append(grid / TOLD, (json.dumps(line) + "\n").encode())
 

@@ -11,30 +11,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numba", "bitsandbytes")
+
 
 def environment(command: str, *, device: str, processes: int, placement: str, mixed_precision: str) -> dict[str, Any]:
     """Where and with what the run was made."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "numba", "bitsandbytes")
     return {
         "command": command,
-        "fedllm_sec": installed("fedllm_sec"),
+        "fedllm_sec": _installed("fedllm_sec"),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: installed(name) for name in packages},
+        "packages": versions(),
         "device": device,
         "processes": processes,
         "placement": placement,
         "mixed_precision": mixed_precision,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of the packages that results depend on; None of one that is not installed."""
+    return {name: _installed(name) for name in PACKAGES}
+
+
+def _installed(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def typed(command: str, words: Sequence[str]) -> str:

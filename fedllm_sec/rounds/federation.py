@@ -76,6 +76,7 @@ class Federation:
     round: int = 0  # rounds done
     before: int = 0  # attack-free rounds done before these: draws of round r are those of round before + r
     source: Source = trained_here  # where the rows of a round come from
+    spread: Callable[..., Tensor] | None = None  # how passes over held-out rows are made; None: by the machine
     progress: Callable[[Iterator[int], int], Iterator[int]] = lambda turns, n: turns  # places of a cohort of n
     triggered: Callable[[], Evaluation] | None = None  # the evaluation with the trigger as attackers have learnt it
 
@@ -298,15 +299,15 @@ def evaluate(federation: Federation, last: bool = False) -> tuple[dict[str, Any]
     That one is also smoothed, if it is to be, and measured with what each client keeps as its own.
     """
     assert federation.evaluation is not None
-    task, machine, known = federation.task, federation.machine, federation.evaluation
+    task, known, spread = federation.task, federation.evaluation, federation.spread or federation.machine.spread
     hold(federation)
     task.model.eval()
-    with machine.autocast():
-        read = known.transcribed(task, machine.spread, last) if hasattr(known, "transcribed") else None
-        quality, attack, answers = read or (known.quality(task, machine.spread), known.attack(task, machine.spread), [])
+    with federation.machine.autocast():
+        read = known.transcribed(task, spread, last) if hasattr(known, "transcribed") else None
+        quality, attack, answers = read or (known.quality(task, spread), known.attack(task, spread), [])
         if last and federation.smoothing is not None:
             rng = generator_for(federation.seed, federation.before + federation.round, "smoothing")
-            more = smoothed(known, task, measured(federation), machine.spread, federation.smoothing, rng)
+            more = smoothed(known, task, measured(federation), spread, federation.smoothing, rng)
             quality |= more[0]
             attack = {**attack, **more[1]} if attack is not None else None
         if last and kept_by_clients(federation):

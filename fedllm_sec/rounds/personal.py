@@ -50,7 +50,7 @@ def with_own(federation: Federation) -> tuple[dict[str, Any], dict[str, Any]]:
     Each holds `per_client`, rates by the id of every client that has taken part, and their means over these clients
     (client_accuracy, client_asr, client_false_trigger). The model in memory is the measured one afterwards.
     """
-    known, task, spread = federation.evaluation, federation.task, federation.machine.spread
+    known, task, spread = federation.evaluation, federation.task, federation.spread or federation.machine.spread
     assert known is not None
     found: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for client in federation.clients:

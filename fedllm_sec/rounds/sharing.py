@@ -1,143 +1,35 @@
-"""Rows that were trained before: a client that trains the same twice gives the same row, whatever runs around it.
+"""What was made before: the same training gives the same row, and the same pass over held-out rows the same numbers.
 
 The runs of a grid train many clients alike: honest ones from the same vector under every attack, all of them while an
-attack has not begun. A row is known by all that it depends on, so one that is taken from the store is, byte for byte,
-the one that would have been trained.
+attack has not begun; and there they measure the same model. A row, and a pass over held-out rows, is known by all that
+it depends on, so one that is taken from the store is, byte for byte, the one that would have been made.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
+from fedllm_sec.evaluation.repeatable import Repeatable
 from fedllm_sec.protocols import Client, LocalResult, LocalRule
-from fedllm_sec.records.files import write_atomic
 from fedllm_sec.rounds.source import Asked, Came, Source, trained_here
+from fedllm_sec.rounds.store import Digests, Store, Unlike, code, digest, place
 
 if TYPE_CHECKING:
     from fedllm_sec.rounds.federation import Federation
 
-LARGEST = 4 << 30  # bytes that a store holds at most
-OF_FREE = 0.2  # nor more than this share of what is free on its disk
-HASH = 64  # characters before a row's bytes
+TRAINED, TAKEN = "trained", "taken"  # of rows: by this process, and from the store
+MEASURED, FOUND = "measured", "found"  # the same of passes over held-out rows
 
 
-class Unlike(TypeError):
-    """A value of which it cannot be said whether another is equal to it."""
+# ---------------------------------------------------------------- rows
 
 
-def digest(value: Any) -> str:
-    """The same for equal values only: tensors, arrays, numbers, texts, and tuples, lists, mappings, records of them."""
-    hasher = hashlib.sha256()
-    _add(hasher.update, value)
-    return hasher.hexdigest()
-
-
-def _add(update: Callable[[Any], None], value: Any) -> None:
-    if isinstance(value, Tensor):
-        held = value.detach().cpu().contiguous()
-        update(f"tensor {held.dtype} {tuple(held.shape)}:".encode())
-        update(held.view(-1).view(torch.uint8).numpy() if held.numel() else b"")
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        update(f"array {value.dtype} {value.shape}:".encode() + value.tobytes())
-    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
-        update(f"{type(value).__name__} {value!r};".encode())
-    elif isinstance(value, Mapping):
-        update(f"mapping {len(value)}:".encode())
-        for key, at in value.items():
-            _add(update, key)
-            _add(update, at)
-    elif isinstance(value, (list, tuple, range)):
-        update(f"list {len(value)}:".encode())
-        if all(type(held) is int for held in value):
-            update(repr(list(value)).encode())
-        else:
-            for each in value:
-                _add(update, each)
-    elif is_dataclass(value) and not isinstance(value, type):
-        update(f"{type(value).__qualname__}:".encode())
-        for part in fields(value):
-            _add(update, getattr(value, part.name))
-    else:
-        raise Unlike(type(value).__qualname__)
-
-
-@dataclass
-class RowStore:
-    """Rows in a folder, one file each; when it is full the one that was used longest ago goes.
-
-    Several processes may use one folder. A file that is damaged, or that cannot be read or written, is as good as none:
-    the row is trained.
-    """
-
-    folder: Path
-    limit: int
-    trained: int = 0  # rows that this process has trained and kept
-    taken: int = 0  # rows that it has found
-
-    @classmethod
-    def at(cls, folder: Path) -> RowStore:
-        """An empty or a begun store, at most 4 GiB and a fifth of what is free."""
-        folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder, min(LARGEST, int(OF_FREE * shutil.disk_usage(folder).free)))
-
-    def get(self, key: str, id: str, device: torch.device) -> LocalResult | None:
-        """The row of a key, whole; None where there is none."""
-        path = self.folder / key
-        try:
-            data = path.read_bytes()
-            os.utime(path)
-        except OSError:
-            return None
-        told, held = data[:HASH], data[HASH:]
-        if hashlib.sha256(held).hexdigest().encode() != told:
-            return None
-        parts = load(held)
-        count, steps, loss = parts["numbers"].tolist()
-        self.taken += 1
-        return LocalResult(id, parts["delta"].to(device), count, int(steps), loss, parts.get("buffers"))
-
-    def put(self, key: str, result: LocalResult) -> None:
-        """Keep a row; others make room."""
-        self.trained += 1
-        numbers = torch.tensor([result.count, result.steps, result.loss], dtype=torch.float64)
-        parts = {"delta": result.delta.detach().cpu().contiguous(), "numbers": numbers}
-        if result.buffers is not None:
-            parts["buffers"] = result.buffers.cpu().contiguous()
-        held = save(parts)
-        with contextlib.suppress(OSError):
-            if self._room(HASH + len(held)):
-                write_atomic(self.folder / key, hashlib.sha256(held).hexdigest().encode(), held)
-
-    def _room(self, needed: int) -> bool:
-        """Whether so many bytes have room, after the oldest have gone."""
-        there = []
-        for entry in os.scandir(self.folder):
-            with contextlib.suppress(OSError):
-                stat = entry.stat()
-                there.append((stat.st_mtime_ns, stat.st_size, entry.path))
-        used = sum(size for _, size, _ in there)
-        for _, size, path in sorted(there):
-            if used + needed <= self.limit:
-                break
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            used -= size
-        return used + needed <= self.limit
-
-
-def shared(store: RowStore, settings: str) -> Source:
+def shared(store: Store, settings: str) -> Source:
     """Clients that train in this process, or have trained the same before; `settings` are those of their training.
 
     Never taken are rows beside which something else happens: where a client runs a defense of its own, an attacker
@@ -146,23 +38,44 @@ def shared(store: RowStore, settings: str) -> Source:
     shards: dict[str, tuple[Any, str]] = {}  # client id -> its shard and the digest of it
 
     def source(federation: Federation, cohort: Sequence[Client], asked: Asked) -> Came:
+        device = federation.machine.device
         if federation.machine.world > 1:
             return trained_here(federation, cohort, asked)
-        base = digest([settings, torch.get_num_threads(), federation.machine.device.type, _round(federation, asked)])
+        base = digest([settings, code(), place(device), _round(federation, asked)])
 
         def train(client: Client, guards: Sequence[LocalRule]) -> LocalResult:
             key = _key(federation, client, guards, asked.round, base, shards)
             if key is None:
                 return asked.train(client, guards)
-            found = store.get(key, client.id, asked.start.device)
-            if found is None:
-                found = asked.train(client, guards)
-                store.put(key, found)
-            return found
+            if (parts := store.get(key, _shapes(asked))) is not None:
+                store.counts[TAKEN] += 1
+                return unpacked(client.id, parts, device)
+            made = asked.train(client, guards)
+            store.counts[TRAINED] += 1
+            store.put(key, packed(made))
+            return made
 
         return trained_here(federation, cohort, replace(asked, train=train))
 
     return source
+
+
+def packed(row: LocalResult) -> dict[str, Tensor]:
+    """A row as tensors."""
+    numbers = torch.tensor([row.count, row.steps, row.loss], dtype=torch.float64)
+    beside = {} if row.buffers is None else {"buffers": row.buffers}
+    return {"delta": row.delta, "numbers": numbers, **beside}
+
+
+def unpacked(id: str, parts: dict[str, Tensor], device: torch.device) -> LocalResult:
+    """The row that they were of."""
+    count, steps, loss = parts["numbers"].tolist()
+    return LocalResult(id, parts["delta"].to(device), count, int(steps), loss, parts.get("buffers"))
+
+
+def _shapes(asked: Asked) -> dict[str, tuple[int, ...] | None]:
+    beside = (asked.beside,) if asked.beside else None
+    return {"delta": tuple(asked.start.shape), "numbers": (3,), "buffers": beside}
 
 
 def _round(federation: Federation, asked: Asked) -> list[Any]:
@@ -193,3 +106,51 @@ def _key(
         return digest([base, client.id, known, client.memory])
     except Unlike:
         return None
+
+
+# ---------------------------------------------------------------- passes over held-out rows
+
+
+def measured_once(store: Store, settings: str, federation: Federation) -> Callable[..., Tensor]:
+    """`Machine.spread` of a federation, whose numbers may have been found before; `settings` say which model and data.
+
+    A pass is known by the model in memory (its vector, its buffers, what base weights have gained), the batches and
+    what it is of. One that is not `Repeatable`, or that is of what cannot be compared, is made anew; one that drew from
+    torch's generator or changed the model's buffers is not kept, since the next one would miss that.
+    """
+    machine, digests = federation.machine, Digests()
+
+    def spread(batches: Sequence[Any], width: int, score: Any) -> Tensor:
+        if machine.world > 1 or not isinstance(score, Repeatable):
+            return machine.spread(batches, width, score)
+        model = _model(federation)
+        try:
+            of = [digests.of(part) for part in score.of]
+            base = [settings, code(), place(machine.device), model]
+            key = digest(["pass", base, federation.task.parameters, list(batches), width, of])
+        except Unlike:
+            return machine.spread(batches, width, score)
+        rows = sum(len(batch) for batch in batches)
+        if (parts := store.get(key, {"numbers": (rows, width)})) is not None:
+            store.counts[FOUND] += 1
+            return parts["numbers"]
+        drawn = _drawn(machine.device)
+        made = machine.spread(batches, width, score)
+        store.counts[MEASURED] += 1
+        if _drawn(machine.device) == drawn and _model(federation) == model:
+            store.put(key, {"numbers": made})
+        return made
+
+    return spread
+
+
+def _model(federation: Federation) -> str:
+    """The digest of what the model in memory holds beside its vector and the weights that its settings name."""
+    task, shifted = federation.task, federation.shifted
+    scale = [getattr(task, name, None) for name in ("mean", "std")]  # by which images are normalised
+    return digest([dict(task.model.named_buffers()), scale, shifted.state_dict() if shifted is not None else None])
+
+
+def _drawn(device: torch.device) -> str:
+    """Where torch's generators stand."""
+    return digest([torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None])

@@ -49,7 +49,7 @@ def evaluation(answers: list[list[int]], own: list[int], truth: list[int], of: l
             classes=torch.tensor(of),
             first=torch.tensor([answer[0] for answer in answers]),
             own=torch.tensor(own),
-            answered=lambda which, said: Encoded([rows.prompts[i] for i in which], [answers[k] for k in said]),
+            answers=answers,
         ),
     )
 

@@ -128,7 +128,7 @@ def test_the_choice_is_the_answer_with_the_largest_sum_as_scoring_all_of_them_fi
     shard = task.encode(made, "x")
     task.model.eval()
     found = choices(task, Classes.of(made), order, shard)
-    sums = [-task.score(found.answered(range(12), [k] * 12), range(12))[:, 0] for k in range(6)]
+    sums = [-task.score(found.answered(shard, range(12), [k] * 12), range(12))[:, 0] for k in range(6)]
     evaluation = TextEvaluation(shard, ["?"] * 12, 0, 12, 4, choices=found)
     chosen = evaluation._judge(task, range(12))[:, 2]
     assert torch.equal(chosen.long(), found.classes[torch.stack(sums, 1).argmax(1)])

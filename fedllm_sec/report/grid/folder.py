@@ -73,6 +73,23 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """How many clients' rows cells trained and took, and passes over held-out rows they made and took."""
+
+    trained: int
+    taken: int
+    measured: int = 0
+    found: int = 0
+
+    def in_words(self, others: str) -> dict[str, str]:
+        """What was taken from the `others`, where something was; a run may also repeat a pass of its own."""
+        rows = f"{self.trained:,} trained, {self.taken:,} taken from {others}" if self.taken else ""
+        passes = f"{self.measured:,} made, {self.found:,} not made again" if self.found else ""
+        said = {"clients' rows": rows, "passes over held-out rows": passes}
+        return {what: words for what, words in said.items() if words}
+
+
+@dataclass(frozen=True)
 class Grid:
     name: str
     folder: Path
@@ -81,7 +98,7 @@ class Grid:
     axes: Mapping[str, tuple[str, ...]]
     cells: tuple[Cell, ...]
     warnings: tuple[str, ...] = ()
-    shared: tuple[int, int] | None = None  # rows that cells trained, and took from one another
+    shared: Shared | None = None  # what cells took from one another
 
     def in_state(self, *states: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.state in states]
@@ -132,19 +149,20 @@ def read_grid(folder: Path) -> Grid:
         axes=_axes(content.get("axes"), cells, path),
         cells=tuple(cells),
         warnings=tuple(warnings),
-        shared=shared_rows(folder),
+        shared=read_shared(folder),
     )
 
 
-def shared_rows(folder: Path) -> tuple[int, int] | None:
-    """How many clients' rows the cells trained and took from one another, by shared.jsonl; None: it says nothing."""
-    counts = []
+def read_shared(folder: Path) -> Shared | None:
+    """What the cells made and took from one another, by shared.jsonl; None where it says nothing."""
+    found = []
     with contextlib.suppress(OSError, ValueError):
         for line in (folder / "shared.jsonl").read_text(encoding="utf-8")[:MOST_TOLD].splitlines():
-            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            with contextlib.suppress(ValueError, LookupError, TypeError, OverflowError, RecursionError):
                 told = json.loads(line)
-                counts.append((min(MOST_ROWS, int(told["trained"])), min(MOST_ROWS, int(told["taken"]))))
-    return (sum(c[0] for c in counts), sum(c[1] for c in counts)) if counts else None
+                rows, passes = (told["trained"], told["taken"]), (told.get("measured", 0), told.get("found", 0))
+                found.append([min(MOST_ROWS, max(0, int(count))) for count in (*rows, *passes)])
+    return Shared(*map(sum, zip(*found, strict=True))) if found else None
 
 
 def _command(given: Any) -> str:

@@ -73,8 +73,7 @@ def as_data(value: Any) -> Markup:
 def _facts(grid: Grid) -> list[tuple[str, str]]:
     done = len(grid.in_state(DONE))
     facts = [("runs", f"{done} of {len(grid.cells)} done" if done < len(grid.cells) else str(done))]
-    if grid.shared is not None and grid.shared[1] > 0:
-        facts.append(("clients' rows", f"{grid.shared[0]:,} trained, {grid.shared[1]:,} taken from other runs"))
+    facts += [] if grid.shared is None else grid.shared.in_words("other runs").items()
     facts += [
         (axis, ", ".join(labels) if len(labels) < 5 else plural(len(labels), "value"))
         for axis, labels in grid.axes.items()
