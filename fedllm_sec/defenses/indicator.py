@@ -30,12 +30,20 @@ def best_label(logits: Tensor, y: Tensor) -> float:
     return max(float(right[labels == label].double().mean()) for label in sorted(set(labels.tolist())))
 
 
+def logits_of(indicator: Indicator, vector: Tensor) -> Tensor:
+    """What the model of a vector (d,) says of the indicator's rows: (k, classes)."""
+    with torch.no_grad():
+        return torch.cat([indicator.classifier.logits(vector, x) for x in torch.split(indicator.x, AT_ONCE)])
+
+
 def kept_of(indicator: Indicator, vector: Tensor) -> float:
     """How much of the indicator task the model of a vector (d,) still does, under the planted model's statistics."""
-    with torch.no_grad():
-        firsts = range(0, len(indicator.y), AT_ONCE)
-        parts = [indicator.classifier.logits(vector, indicator.x[at : at + AT_ONCE]) for at in firsts]
-    return best_label(torch.cat(parts), indicator.y)
+    return best_label(logits_of(indicator, vector), indicator.y)
+
+
+def right_of(indicator: Indicator, vector: Tensor) -> float:
+    """The share of all rows that it tells right."""
+    return float((logits_of(indicator, vector).argmax(1) == indicator.y).double().mean())
 
 
 class Tether:
@@ -72,8 +80,9 @@ class BackdoorIndicator:
 
     Stated here: the learning rate stays (theirs falls to 0.8 at epochs 10, 20, 30 and 160), a short last batch is used,
     a model with logits that are not finite is refused, and where all are refused the round is skipped and the model is
-    the one from before planting. Notes: `indicator_planted`, the score of the planted model itself, and
-    `indicator_moved`, how far planting has moved it.
+    the one from before planting. Notes: `indicator_planted`, the score of the planted model itself,
+    `indicator_moved`, how far planting has moved it, and `indicator_left`, the share of all rows that the model told
+    right before planting: what honest training has not worn off, since nothing else takes the task out of the model.
     """
 
     def __init__(
@@ -114,4 +123,5 @@ class BackdoorIndicator:
             dtype=torch.float64,
         )
         decision = Decision.keep(updates, scores < self.threshold, scores=scores)
-        return replace(decision, notes={"indicator_planted": indicator.planted, "indicator_moved": indicator.moved})
+        notes = {"planted": indicator.planted, "moved": indicator.moved, "left": indicator.left}
+        return replace(decision, notes={f"indicator_{name}": value for name, value in notes.items()})

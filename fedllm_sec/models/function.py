@@ -82,3 +82,4 @@ class Indicator:
     classifier: Classifier  # with the running statistics that planting has left
     planted: float = 1.0  # how much of it the planted model does itself, as clients are judged
     moved: float = 0.0  # how far planting has moved the model
+    left: float = 0.0  # the share of all rows that the model told right before planting, under its own statistics

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedllm_sec.defenses.indicator import kept_of
+from fedllm_sec.defenses.indicator import kept_of, right_of
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.models.function import Indicator
 from fedllm_sec.protocols import Client, Labelled, LocalRule, LocalTraining
@@ -47,9 +47,10 @@ def plant(federation: Federation, r: int) -> None:
     federation.vector = start + moved
     if federation.last_update is not None:
         federation.last_update = federation.last_update + moved
-    x, y, function = known.rows.x, known.rows.y, task.function(left)  # type: ignore[attr-defined]
-    score = kept_of(Indicator(x, y, function), federation.vector)
-    federation.indicator = Indicator(x, y, function, score, float(moved.norm()))
+    x, y, function = known.rows.x, known.rows.y, task.function  # type: ignore[attr-defined]
+    before = right_of(Indicator(x, y, function(federation.buffers)), start)
+    score = kept_of(Indicator(x, y, function(left)), federation.vector)
+    federation.indicator = Indicator(x, y, function(left), score, float(moved.norm()), before)
     if r == 1 and not score >= known.threshold:
         raise DefenseError(
             f"backdoor_indicator: after planting the model itself scores {score:.2f}, below threshold="

@@ -39,7 +39,7 @@ def score(vector, statistics=STATISTICS) -> float:
 
 
 def context(made: Classify, start: torch.Tensor) -> RoundContext:
-    planted = Indicator(X, Y, made.function(STATISTICS), planted=1.0, moved=2.5)
+    planted = Indicator(X, Y, made.function(STATISTICS), planted=1.0, moved=2.5, left=0.125)
     return RoundContext(1, start, made.layout, generator_for(1, "rule"), indicator=planted)
 
 
@@ -66,7 +66,7 @@ def test_scores_are_the_definition_and_the_update_is_the_mean_of_those_below_the
     assert decision.kept.tolist() == [value < 0.75 for value in wanted]
     assert 0 < int(decision.kept.sum()) < 8
     torch.testing.assert_close(decision.update, rows[decision.kept].mean(0))
-    assert decision.notes == {"indicator_planted": 1.0, "indicator_moved": 2.5}
+    assert decision.notes == {"indicator_planted": 1.0, "indicator_moved": 2.5, "indicator_left": 0.125}
 
 
 def test_clients_are_judged_under_the_statistics_of_the_planted_model():

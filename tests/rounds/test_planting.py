@@ -59,6 +59,10 @@ def test_clients_get_the_planted_parameters_with_the_old_statistics_and_the_mode
     assert torch.equal(sent, statistics)
     assert float((start - begun).norm()) == pytest.approx(record.notes["indicator_moved"])
     assert record.notes["indicator_planted"] == pytest.approx(0.9)
+    task = made.planting.rows
+    with torch.no_grad():
+        before = made.task.function(statistics).logits(begun, task.x).argmax(1) == task.y
+    assert record.notes["indicator_left"] == float(before.double().mean())
     kept = [i for i, id in enumerate(record.scores) if record.scores[id] < 0.95]
     assert 0 < len(kept) < 4
     assert record.kept == [id for id in record.scores if record.scores[id] < 0.95]
