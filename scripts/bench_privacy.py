@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
+from fedllm_sec.attacks.privacy.exclusive import exclusive_neurons
 from fedllm_sec.attacks.privacy.inversion import invert_gradient
 from fedllm_sec.attacks.privacy.linear import linear_layer
 from fedllm_sec.attacks.privacy.matching import dlg, idlg
@@ -149,6 +150,14 @@ def of_invert(options: Any) -> Iterator[Line]:
         yield images("invert_gradient", data, "lenet", 1, options.tries or 6, invert_gradient, options)
 
 
+def of_exclusive(options: Any) -> Iterator[Line]:
+    for data, model, batch, tries in (
+        ("fashion", "cnn", 1, 10), ("fashion", "cnn", 4, 3), ("fashion", "cnn", 8, 3), ("fashion", "cnn", 32, 1),
+        ("cifar", "cnn", 1, 6), ("cifar", "cnn", 8, 3), ("fashion", "lenet", 1, 6), ("cifar", "lenet", 1, 6),
+    ):  # fmt: skip
+        yield images("exclusive_neurons", data, model, batch, options.tries or tries, exclusive_neurons, options)
+
+
 def of_delta(options: Any) -> Iterator[Line]:
     """invert_gradient on the delta of k SGD steps of 2 rows."""
     rows, _ = rows_of("fashion", options.data)
@@ -234,7 +243,8 @@ def _trained_once(number: int, folder: str) -> nn.Module:
 
 
 PARTS: dict[str, Callable[[Any], Iterator[Line]]] = {
-    "linear": of_linear, "reveal": of_reveal, "idlg": of_idlg, "dlg": of_dlg, "invert": of_invert, "delta": of_delta,
+    "linear": of_linear, "reveal": of_reveal, "idlg": of_idlg, "dlg": of_dlg, "invert": of_invert,
+    "exclusive": of_exclusive, "delta": of_delta,
 }  # fmt: skip
 
 
