@@ -170,7 +170,7 @@ def test_exclusive_neurons_keep_images_of_one_class_apart():
         [ramp.expand(16, 16), ramp.flip(0).expand(16, 16), ramp[:, None].expand(16, 16), 0 * ramp.expand(16, 16)]
     )
     given = seen(model, x[:, None], y)
-    made = exclusive_neurons(given, iterations=100)
+    made = exclusive_neurons(given, iterations=60)
     assert made.notes["rows_read"] == 4
     assert sorted(made.labels.tolist()) == y.tolist()
     assert min(matched(made.inputs, x[:, None]).psnr) > 25

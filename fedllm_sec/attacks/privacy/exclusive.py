@@ -62,7 +62,7 @@ def exclusive_neurons(
             made.clear()
             network(gradient.fed(x))
             apart = (made[0] - features).square().sum(1) / lengths
-            values = apart + smoothness * torch.vmap(total_variation)(x)  # (rows,)
+            values = apart + smoothness * torch.stack([total_variation(one) for one in x])  # (rows,)
             better = (values < least).nonzero()[:, 0]
             least[better], inputs[better] = values.detach()[better], x.detach()[better]
             x.grad = torch.autograd.grad(values.sum(), x)[0].sign()
