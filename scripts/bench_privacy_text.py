@@ -193,7 +193,6 @@ CANARIES: dict[str, dict[str, Any]] = {  # what differs from r = 16 and the mean
     "norm_clipping": _defended(before=[{"name": "norm_clipping"}], rule={"name": "mean"}),
     "dp_sgd, epsilon 8": _defended(client=[{"name": "dp_sgd", "epsilon": 8.0}]),
     "dp_sgd, epsilon 50": _defended(client=[{"name": "dp_sgd", "epsilon": 50.0}]),
-    "5 rounds": {"rounds": 5},
 }
 
 
