@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
+from fedllm_sec.attacks.privacy.exclusive import exclusive_neurons
 from fedllm_sec.attacks.privacy.inversion import invert_gradient
 from fedllm_sec.attacks.privacy.linear import linear_layer
 from fedllm_sec.attacks.privacy.matching import dlg, idlg
@@ -96,13 +97,16 @@ def drawn(rows: Labelled, n: int, number: int, skew: float | None = None) -> Ten
     return found[torch.randperm(len(found))]
 
 
-def images(name: str, data: str, model: str, batch: int, tries: int, attack: Callable[..., Any], options: Any) -> Line:
+def images(
+    name: str, data: str, model: str, batch: int, tries: int, attack: Callable[..., Any], options: Any,
+    made_by: Callable[[str, Labelled, int], nn.Module] = victim,
+) -> Line:  # fmt: skip
     """One line of the table: PSNR and SSIM of every image of every try."""
     rows, _ = rows_of(data, options.data)
     scores, alike, right, seconds = [], [], [], []
     for number in range(tries):
         at = drawn(rows, batch, number)
-        seen = gradient_seen(victim(model, rows, number), rows.x[at], rows.y[at])
+        seen = gradient_seen(made_by(model, rows, number), rows.x[at], rows.y[at])
         begun = time.process_time()
         made = attack(seen, seed=number) if "linear" not in name else attack(seen)
         seconds.append(time.process_time() - begun)
@@ -149,6 +153,16 @@ def of_invert(options: Any) -> Iterator[Line]:
         yield images("invert_gradient", data, "lenet", 1, options.tries or 6, invert_gradient, options)
 
 
+def of_exclusive(options: Any) -> Iterator[Line]:
+    for data, model, batch, tries in (
+        ("fashion", "cnn", 1, 10), ("fashion", "cnn", 4, 3), ("fashion", "cnn", 8, 3), ("fashion", "cnn", 32, 1),
+        ("cifar", "cnn", 1, 6), ("cifar", "cnn", 8, 3), ("fashion", "lenet", 1, 6), ("cifar", "lenet", 1, 6),
+    ):  # fmt: skip
+        yield images("exclusive_neurons", data, model, batch, options.tries or tries, exclusive_neurons, options)
+    name = "exclusive_neurons, trained model"
+    yield images(name, "fashion", "cnn", 8, options.tries or 3, exclusive_neurons, options, trained)
+
+
 def of_delta(options: Any) -> Iterator[Line]:
     """invert_gradient on the delta of k SGD steps of 2 rows."""
     rows, _ = rows_of("fashion", options.data)
@@ -174,11 +188,11 @@ def of_delta(options: Any) -> Iterator[Line]:
         }  # fmt: skip
 
 
-def trained(rows: Labelled, number: int) -> nn.Module:
-    """LeNet after 300 steps of 64 rows: 75 % of Fashion-MNIST's held-out images right."""
-    net = victim("lenet", rows, number)
+def trained(model: str, rows: Labelled, number: int) -> nn.Module:
+    """After steps of 64 rows, of Fashion-MNIST's held-out images right: LeNet's 300 get 75 %, cnn's 100 get 79 %."""
+    net = victim(model, rows, number)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for step in range(300):
+    for step in range(300 if model == "lenet" else 100):
         at = drawn(rows, 64, 10_000 * (number + 1) + step)
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(rows.x[at]), rows.y[at]).backward()
@@ -230,11 +244,12 @@ def _counts(what: str, data: str, batch: int, steps: int, skew: float | None, ow
 
 @functools.cache
 def _trained_once(number: int, folder: str) -> nn.Module:
-    return trained(rows_of("fashion", folder)[0], number % 2)
+    return trained("lenet", rows_of("fashion", folder)[0], number % 2)
 
 
 PARTS: dict[str, Callable[[Any], Iterator[Line]]] = {
-    "linear": of_linear, "reveal": of_reveal, "idlg": of_idlg, "dlg": of_dlg, "invert": of_invert, "delta": of_delta,
+    "linear": of_linear, "reveal": of_reveal, "idlg": of_idlg, "dlg": of_dlg, "invert": of_invert,
+    "exclusive": of_exclusive, "delta": of_delta,
 }  # fmt: skip
 
 

@@ -180,12 +180,19 @@ def of_guarded(options: Any) -> Iterator[Line]:
         }  # fmt: skip
 
 
-CANARIES: dict[str, dict[str, Any]] = {  # what differs from r = 16 and the mean of 10 clients
+def _defended(**block: Any) -> dict[str, Any]:
+    return {"enable_defense": True, "defense": block}
+
+
+CANARIES: dict[str, dict[str, Any]] = {  # what differs from r = 16 and the mean of 10 clients after 2 rounds
     "r = 16, mean": {},
-    "dp_sgd, epsilon 8": {"enable_defense": True, "defense": {"client": [{"name": "dp_sgd", "epsilon": 8.0}]}},
-    "median": {"enable_defense": True, "defense": {"rule": {"name": "median"}}},
     "r = 4": {"model": {"lora": {"r": 4, "alpha": 8}}},
     "r = 64": {"model": {"lora": {"r": 64, "alpha": 128}}},
+    "median": _defended(rule={"name": "median"}),
+    "multi_krum, f = 3": _defended(rule={"name": "multi_krum", "f": 3}),
+    "norm_clipping": _defended(before=[{"name": "norm_clipping"}], rule={"name": "mean"}),
+    "dp_sgd, epsilon 8": _defended(client=[{"name": "dp_sgd", "epsilon": 8.0}]),
+    "dp_sgd, epsilon 50": _defended(client=[{"name": "dp_sgd", "epsilon": 50.0}]),
 }
 
 

@@ -41,6 +41,9 @@ def _taken(recipe: Recipe, counted: Cost, method: Mapping[str, Any], place: str,
     made = make(method, PRIVACY_MENU, place)
     bound = getattr(made, "keywords", {})
     most = bound.get("iterations", 0) * bound.get("restarts", 1) * count
+    if most and method["name"] == "exclusive_neurons":
+        low, high = (f"{most * seconds:,.0f} s" for seconds in (0.001, 0.03))
+        return f"at most {most:,} gradients of the layers before the first linear one: {low} to {high}"
     if most:
         each = "each 4 ms (sigmoid_cnn, one image) to 50 ms (cnn, 8 images) on a core"
         low, high = (f"{most * seconds:,.0f} s" for seconds in (0.004, 0.05))

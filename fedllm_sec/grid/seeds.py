@@ -10,6 +10,7 @@ from typing import Any
 from fedllm_sec.evaluation.intervals import bootstrap, wilson
 
 COUNTS = ("rounds", "skipped_rounds", "quarantined", "defense_peak_mb")  # and seconds: averaged without an interval
+SCORES = "leak_"  # means of images and audits: their n counts what was scored, not tries with a rate
 SEED = "seed"
 
 
@@ -19,7 +20,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[st
     `seeds` of them exist and `done` are in the means. With two or more, X_low and X_high are a bootstrap interval of
     the mean over seeds; with one, they are the Wilson interval of that run's rate, and say nothing about other seeds.
     X_pooled_low and X_pooled_high are the Wilson interval of the rows of all seeds together: how well they were
-    counted, not how much seeds differ.
+    counted, not how much seeds differ; scores of privacy attacks are no rates and have none.
     """
     names = [axis for axis in axes if axis != SEED]
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -62,7 +63,8 @@ def _averaged(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[f"{key}_low"], found[f"{key}_high"] = bootstrap(values)
     elif f"{key}_n" in (rows[0] if rows else {}):
         found |= {f"{key}_{part}": known[0][f"{key}_{part}"] if known else None for part in ("low", "high")}
-    if len(values) > 1 and all(row.get(f"{key}_n") and math.isfinite(row[key]) for row in known):
+    counted = all(row.get(f"{key}_n") and math.isfinite(row[key]) for row in known)
+    if len(values) > 1 and counted and not key.startswith(SCORES):
         n = sum(int(row[f"{key}_n"]) for row in known)
         pooled = wilson(round(sum(row[key] * row[f"{key}_n"] for row in known)), n)
         found |= {f"{key}_pooled_{part}": (pooled or {}).get(part) for part in ("low", "high")} | {f"{key}_n": n}

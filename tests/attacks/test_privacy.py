@@ -11,6 +11,7 @@ from torch import nn
 
 import fedllm_sec
 from fedllm_sec.attacks import PRIVACY_MENU
+from fedllm_sec.attacks.privacy.exclusive import exclusive_neurons, fed_rows
 from fedllm_sec.attacks.privacy.gradients import gradient_of
 from fedllm_sec.attacks.privacy.inversion import invert_gradient
 from fedllm_sec.attacks.privacy.labels import rounded
@@ -149,6 +150,45 @@ def test_the_delta_of_two_steps_is_unrolled():
     assert found.inputs.shape == x.shape
 
 
+def test_rows_show_one_by_one_where_neurons_are_moved_by_one_row_alone():
+    """Pixels (1, 0) move neurons 0 and 1, (0, 0.5) neurons 2 and 3; neuron 4 is moved by both and shows neither."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, -1.0], [2.0, -1.0], [-1.0, 1.0], [-1.0, 2.0], [1.0, 1.0]]))
+        model[1].bias.zero_()
+    x, y = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.5]]]]), torch.tensor([2, 0])
+    fed = fed_rows(seen(model, x, y), 2)
+    order = fed.features[:, 0].argsort(descending=True)
+    assert torch.allclose(fed.features[order], torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=torch.float64), atol=1e-6)
+    assert fed.labels[order].tolist() == [2, 0]
+
+
+def test_exclusive_neurons_keep_images_of_one_class_apart():
+    """Features and labels of all four rows are read, and each image is found from its own; a delta gives the same."""
+    model, y, ramp = net("cnn", (1, 16, 16), 3), torch.tensor([1, 1, 1, 2]), torch.linspace(0.1, 0.9, 16)
+    x = torch.stack(
+        [ramp.expand(16, 16), ramp.flip(0).expand(16, 16), ramp[:, None].expand(16, 16), 0 * ramp.expand(16, 16)]
+    )
+    given = seen(model, x[:, None], y)
+    made = exclusive_neurons(given, iterations=60)
+    assert made.notes["rows_read"] == 4
+    assert sorted(made.labels.tolist()) == y.tolist()
+    assert min(matched(made.inputs, x[:, None]).psnr) > 25
+    delta = as_gradient(seen(model, x[:, None], y, replace(SGD, batch_size=4, steps=1)))[0]
+    both = [fed_rows(one, 4).features.norm(dim=1).sort().values for one in (given, delta)]
+    assert torch.allclose(*both, rtol=1e-3)
+
+
+def test_a_row_that_no_neuron_shows_stays_grey():
+    """Two equal rows move the same neurons alike; what is read of them are not two."""
+    model, x = net("cnn"), batch(2)[0]
+    x[1] = 1 - x[0]
+    model[7].weight.data[2:] = 0
+    model[7].bias.data[2:] = -1  # two neurons are left, which both rows may move
+    model[7].weight.data[:2].abs_()
+    refuse("was moved by one of the 2 rows alone", exclusive_neurons, seen(model, x, torch.tensor([0, 1])))
+
+
 def test_a_delta_of_one_sgd_step_is_the_gradient():
     model, (x, y) = net(), batch(2)
     there, whole = as_gradient(seen(model, x, y, replace(SGD, batch_size=2, steps=1)))
@@ -212,6 +252,13 @@ def test_what_cannot_be_attacked_says_why():
     refuse("adamw steps are not unrolled", make["invert_gradient"], replace(delta, training=adam))
     refuse("too many to unroll", make["invert_gradient"], replace(delta, steps=17))
     refuse("more than once through", make["invert_gradient"], replace(delta, size=3), y[:4])
+    cut = replace(SGD, max_grad_norm=1e-3)
+    refuse("labels are told by it", make["exclusive_neurons"], replace(one, training=cut))
+    refuse(
+        "no trained linear layer",
+        make["exclusive_neurons"],
+        seen(nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()), x, y),
+    )
     refuse("delta is zero", make["dlg"], replace(delta, steps=1, sent=torch.zeros_like(delta.sent)))
     normed = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 4))
     refuse("statistics that were not observed", make["idlg"], seen(normed, x[:1], y[:1]))

@@ -236,18 +236,20 @@ def test_what_an_observer_keeps_what_audits_take_and_what_dp_sgd_spends_is_told_
     plan = planned(
         checked({
             **DIGITS, "enable_attack": True, "enable_defense": True,
-            "attack": {"privacy": [{"name": "linear_layer"}, {"name": "idlg", "iterations": 100}], "observe": seen},
+            "attack": {"privacy": [{"name": "linear_layer"}, {"name": "idlg", "iterations": 100},
+                                   {"name": "exclusive_neurons"}], "observe": seen},
             "defense": {"client": [{"name": "dp_sgd", "epsilon": 8.0}]},
         })
     )  # fmt: skip
     counted = cost(plan)
-    kept, linear, searched = observer_in_words(plan.recipe, counted)
+    kept, linear, searched, exclusive = observer_in_words(plan.recipe, counted)
     assert kept == (  # 6 rows and 6 starts of 650 float32
         "keeps the gradient of 3 clients in 2 rounds: 6 rows of 650 float32, each with what it started from: 31.2 kB "
         "on disk; in memory 3 at a time (7.8 kB), and nothing of the frozen weights"
     )
     assert linear == "linear_layer: no search; seconds"
     assert "at most 1,800 gradients of gradients" in searched  # 100 iterations, 3 starts, 6 observations
+    assert "at most 1,800 gradients of the layers before" in exclusive  # 300 iterations of 6 observations
     assert counted.sizes is not None
     (spent,) = [line for line in defense(plan, counted) if "dp_sgd: noise" in line]
     assert "a client that takes part in all 3 rounds" in spent

@@ -302,6 +302,17 @@ def test_means_over_seeds_say_how_many_of_how_many_they_are_of():
     assert (single["accuracy_low"], single["accuracy_high"]) == (0.1, 0.9)  # the Wilson interval of that run
 
 
+def test_scores_of_privacy_attacks_are_means_over_seeds_and_no_rates():
+    """41 and 37 dB of 24 images each are 39 dB; no share of 48 images lies behind them."""
+    fixed = {"status": "done", "error": None, "is_twin": False, "attack": "observer", "defense": "none"}
+    leak = "leak_invert_gradient_psnr"
+    scored = {f"{leak}_low": 30.0, f"{leak}_high": 45.0, f"{leak}_n": 24}
+    rows = [{"cell": f"c{seed}", **fixed, "seed": seed, leak: db, **scored} for seed, db in ((1, 41.0), (2, 37.0))]
+    (mean,) = over_seeds(rows, {"attack": ["observer"], "defense": ["none"], "seed": ["1", "2"]})
+    assert [mean[leak], mean[f"{leak}_low"], mean[f"{leak}_high"]] == pytest.approx([39.0, 37.0, 41.0])
+    assert f"{leak}_pooled_low" not in mean
+
+
 def test_the_shipped_quick_grid_is_five_attacks_by_six_defenses():
     found = grid.load(ROOT / "recipes" / "grids" / "quick.yaml")
     assert len(found.cells) == 5 * 6 + 1

@@ -2,8 +2,8 @@
 
 `seen` has the types: an `Observation` goes in, a `Reconstruction`, `LabelCounts`, `Suspicion`,
 `Guessed` or `Recovered` comes out. Every method is a pure function of an observation; no truth reaches it. For images:
-`linear`, `matching`, `inversion`, `reveal`; for text: `membership`, `canary`, `tokens` and `sequences`, by `reading`
-(losses) and `spans`.
+`linear`, `exclusive`, `matching`, `inversion`, `reveal`; for text: `membership`, `canary`, `tokens` and `sequences`, by
+`reading` (losses) and `spans`.
 """
 
 from fedllm_sec.attacks.privacy.calls import reconstruct, reveal_labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedllm_sec.attacks.privacy.canary import canary
+from fedllm_sec.attacks.privacy.exclusive import exclusive_neurons
 from fedllm_sec.attacks.privacy.inversion import invert_gradient
 from fedllm_sec.attacks.privacy.linear import linear_layer
 from fedllm_sec.attacks.privacy.matching import dlg, idlg
@@ -19,6 +20,7 @@ PRIVACY_MENU: dict[str, Entry] = {
     "dlg": Entry(dlg, "Zhu et al. 2019", "images"),
     "idlg": Entry(idlg, "Zhao et al. 2020", "images"),
     "invert_gradient": Entry(invert_gradient, "Geiping et al. 2020", "images"),
+    "exclusive_neurons": Entry(exclusive_neurons, "Pan et al. 2022", "images"),
     "reveal_labels": Entry(reveal_labels, "Ma et al. 2023", "labels"),
     "membership": Entry(Membership, "Yeom et al. 2018; Carlini et al. 2022", "membership"),
     "canary": Entry(canary, "Carlini et al. 2019", "canary"),
