@@ -111,8 +111,8 @@ def fed_rows(seen: Observation, n: int) -> Fed:
                 break
     if not labels:
         raise AttackError(
-            f"exclusive_neurons: no neuron of layer {layer} was moved by one of the {n} rows alone. Use invert_gradient; "
-            "smaller batches and wider layers show more."
+            f"exclusive_neurons: no neuron of layer {layer} was moved by one of the {n} rows alone. Use "
+            "invert_gradient; smaller batches and wider layers show more."
         )
     return Fed(layer, torch.stack(features), torch.stack(labels))
 
