@@ -60,6 +60,7 @@ class LocalTraining:
     lr_in_round: str = "constant"  # over a client's steps
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    joins: bool = False  # a last batch of one row joins the one before it (BatchNorm)
 
     def lr_at(self, round: int, rounds: int, step: int = 0, steps: int = 1) -> float:
         """From `lr` in the first round down to a tenth of it in the last, unless constant; so too over steps from 0."""
@@ -70,7 +71,8 @@ class LocalTraining:
 
     def steps_of(self, size: int) -> int:
         """Local steps on a shard of `size` rows; an epoch ends with a short batch."""
-        return self.steps or (self.epochs or 1) * math.ceil(size / (self.batch_size or max(1, size)))
+        whole, left = divmod(size, self.batch_size or max(1, size))
+        return self.steps or (self.epochs or 1) * (whole + (left > (self.joins and whole > 0)))
 
 
 class Task(Protocol):
@@ -240,8 +242,7 @@ class Decision:
 class Before(Protocol):
     """Rows to rows: clipping, mixing. `UpdateMatrix.mix` tells by itself what is mixed.
 
-    Of rows that are put in place of others, those that bear a client's id must be that client's alone: what the rule
-    decides on them is told as decided on the client.
+    A row in place of others that bears a client's id must be that client's alone: what is decided on it is told as his.
     """
 
     def __call__(self, updates: UpdateMatrix, ctx: RoundContext) -> UpdateMatrix: ...

@@ -8,7 +8,7 @@ of images, the number of characters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +23,7 @@ from fedllm_sec.errors import FedError
 from fedllm_sec.matrix.factors import A_FACTOR, B_FACTOR
 from fedllm_sec.models.lora import add_adapter, place, source_of, told
 from fedllm_sec.models.text_classifier import lost_pooler, outputs, unweighted
+from fedllm_sec.protocols import LocalTraining
 from fedllm_sec.recipe.classifier import Classifier
 from fedllm_sec.recipe.language_model import Lora
 from fedllm_sec.recipe.places import TEXT_TASKS
@@ -43,6 +44,7 @@ class Weights:
     frozen_bytes: int = 0
     by_rank: Mapping[int, int] = field(default_factory=dict)  # what a client trains whose adapter has this rank
     kept: int = 0  # of the trained ones, those that never leave their client
+    normalises: bool = False  # by the batch at hand, which then has two rows at least
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,7 @@ def cost(plan: Plan) -> Cost:
             rows = rows_of(plan)
         except FedError as error:
             reasons.append(str(error))
-    steps, exact = None, True
-    if training.steps is not None:
-        steps = float(training.steps * n)
-    elif rows is not None:
-        each = [training.steps_of(size) for size in rows.sizes]
-        steps, exact = n * sum(each) / len(each), n == len(each) or len(set(each)) == 1
+    steps, exact = _steps(training, rows, n)
     sizes = rows.sizes if rows is not None else None
     if isinstance(method, KnowledgeTransfer):
         return _transfer_cost(recipe, method, n, rows, steps, exact, tuple(reasons))
@@ -109,11 +106,23 @@ def cost(plan: Plan) -> Cost:
         reasons.append(str(error))
     if weights is None:
         return Cost(n, None, None, None, steps, exact, sizes, reasons=tuple(reasons))
+    if weights.normalises:
+        steps, exact = _steps(replace(training, joins=True), rows, n)
     ranks = clients.ranks or {0: clients.total}
     trained = sum(weights.by_rank.get(rank, weights.trained) * count for rank, count in ranks.items())
     sent = FLOAT * (trained / clients.total - weights.kept)
     received = sent * (2 if method.control is not None else 1)
     return Cost(n, weights, received, sent, steps, exact, sizes, reasons=tuple(reasons))
+
+
+def _steps(training: LocalTraining, rows: Rows | None, n: int) -> tuple[float | None, bool]:
+    """Local steps of n clients in a round, on average, and whether all rounds have as many; None: it is not known."""
+    if training.steps is not None:
+        return float(training.steps * n), True
+    if rows is None:
+        return None, True
+    each = [training.steps_of(size) for size in rows.sizes]
+    return n * sum(each) / len(each), n == len(each) or len(set(each)) == 1
 
 
 def _transfer_cost(
@@ -171,7 +180,8 @@ def weights_of(recipe: Recipe, rows: Rows | None) -> Weights | None:
         return None
     with torch.device("meta"):
         made = make_model(recipe, rows.shape, rows.classes)
-    return Weights(sum(p.numel() for p in made.parameters()))
+    normalises = any(isinstance(part, torch.nn.modules.batchnorm._NormBase) for part in made.modules())
+    return Weights(sum(p.numel() for p in made.parameters()), normalises=normalises)
 
 
 def at_rank(adapted: torch.nn.Module, rank: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
                 )
     plan.rehearse(scaled_down(parts.task.layout))
     sizes = [parts.task.size(shard) for shard in shards.values()]
-    steps = [algorithm.prepare(plan.training, sizes).steps_of(size) for size in sizes]
+    training = replace(plan.training, joins=getattr(parts.task, "normalises", False))
+    steps = [algorithm.prepare(training, sizes).steps_of(size) for size in sizes]
     if recipe.clients.lr_in_round != "constant" and max(steps, default=1) == 1:
         raise RecipeError(
             f"clients.lr_in_round: {recipe.clients.lr_in_round}: clients take one step in a round, over which nothing "
@@ -84,7 +86,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         )
     if isinstance(parts.task, Classify):
         held = {**shards, **({} if parts.root is None else {"server": parts.root})}
-        need_batches(parts.task, held, algorithm.prepare(plan.training, sizes), machine, recipe.model["name"])
+        need_batches(parts.task, held, algorithm.prepare(training, sizes), machine, recipe.model["name"])
     if methods.defense.enter is not None:
         methods.defense.enter.scales = getattr(parts.task, "scales", None)
     averaging = make_averaging(recipe, parts.task)
@@ -101,11 +103,11 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
             guard.prepare(parts.task, steps)
         if isinstance(guard, DpSgd):
             need_whole_batches(machine)
-            guard.plan(sizes, algorithm.prepare(plan.training, sizes), recipe.rounds)
+            guard.plan(sizes, algorithm.prepare(training, sizes), recipe.rounds)
     return Federation(
         task=parts.task,
         clients=[Client(id, shard) for id, shard in shards.items()],
-        training=plan.training,
+        training=training,
         machine=machine,
         algorithm=algorithm,
         defense=methods.defense,
@@ -135,7 +137,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
             parts.evaluation,
             dict(zip(shards, sizes, strict=True)),
             parts.poisoned_share,
-            algorithm.prepare(plan.training, sizes),
+            algorithm.prepare(training, sizes),
         ),
     )
 

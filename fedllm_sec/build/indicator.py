@@ -75,4 +75,7 @@ def _drawn(rule: BackdoorIndicator, wanted: Wanted, seed: int) -> Tensor:
             drawn = drawn[:, :3].mean(1, keepdim=True)
         return brought(drawn, wanted)
     except (DataError, RecipeError) as error:
-        raise RecipeError(f"{PLACE}: source: {rule.source}: {error}") from error
+        why = str(error).replace(
+            f'data.name: "{rule.source}" is neither', "is neither noise, a folder of images by class,"
+        )
+        raise RecipeError(f"{PLACE}: source: {rule.source}: {why}") from error

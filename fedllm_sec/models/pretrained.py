@@ -65,7 +65,7 @@ def image_classifier(
     _need_weights(folder, pretrained)
     try:
         config = AutoConfig.from_pretrained(_place(folder), num_labels=classes, **where)
-        if pretrained:
+        if pretrained and torch.get_default_device().type != "meta":  # on which parameters are counted, not read
             model, found = AutoModelForImageClassification.from_pretrained(
                 _place(folder), config=config, use_safetensors=True, ignore_mismatched_sizes=True,
                 dtype=torch.float32, output_loading_info=True, **where,

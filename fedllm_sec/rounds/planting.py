@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedllm_sec.defenses.indicator import kept_of, right_of
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedllm_sec.rounds.federation import Federation
 
 SERVER = "indicator"  # whose draws they are: no client's
+LEARNT = 0.5  # of its rows that a planted model tells right
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ def plant(federation: Federation, r: int) -> None:
 
     Every rank trains the same steps and takes the first one's. What is planted follows from vector, seed and round
     alone, so a resumed run plants the same. `last_update` becomes the difference of two models that clients were sent.
-    A DefenseError where the first planted model is not refused itself: then hardly any client could be.
+    A DefenseError where the first planted model is not refused itself, or tells less than half of the rows right, as
+    one does that gives all of them one label: then nobody could be told by the task.
     """
     known, task, machine, start = federation.planting, federation.task, federation.machine, federation.vector
     assert known is not None
+    training = replace(known.training, joins=getattr(task, "normalises", False))
     done = train_locally(
-        task, Client(SERVER, known.rows), start, optimizer=make_optimizer(task, known.training), stepper=machine,
-        training=known.training, rules=known.rules, round=r, rounds=r, seed=federation.seed,
+        task, Client(SERVER, known.rows), start, optimizer=make_optimizer(task, training), stepper=machine,
+        training=training, rules=known.rules, round=r, rounds=r, seed=federation.seed,
         buffers=federation.buffers, before=federation.before,
     )  # fmt: skip
     moved = machine.share(done.delta)
@@ -49,11 +52,13 @@ def plant(federation: Federation, r: int) -> None:
         federation.last_update = federation.last_update + moved
     x, y, function = known.rows.x, known.rows.y, task.function  # type: ignore[attr-defined]
     before = right_of(Indicator(x, y, function(federation.buffers)), start)
-    score = kept_of(Indicator(x, y, function(left)), federation.vector)
-    federation.indicator = Indicator(x, y, function(left), score, float(moved.norm()), before)
-    if r == 1 and not score >= known.threshold:
+    planted = Indicator(x, y, function(left))
+    score, right = kept_of(planted, federation.vector), right_of(planted, federation.vector)
+    federation.indicator = replace(planted, planted=score, moved=float(moved.norm()), left=before)
+    if r == 1 and not (score >= known.threshold and right >= LEARNT):
         raise DefenseError(
-            f"backdoor_indicator: after planting the model itself scores {score:.2f}, below threshold="
-            f"{known.threshold:g}: the task was not learnt, so that nobody could be told by it. Raise epochs or lr, "
-            "lower mu, take fewer rows, or begin with a trained model (pretrain, model.start)."
+            f"backdoor_indicator: after planting the model itself scores {score:.2f} (threshold={known.threshold:g}) "
+            f"and tells {right:.2f} of the rows right (at least {LEARNT:g}): the task was not learnt, so that nobody "
+            "could be told by it. Raise epochs or lr, lower mu, take fewer rows, or begin with a trained model "
+            "(pretrain, model.start)."
         )

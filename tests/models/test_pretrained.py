@@ -42,6 +42,13 @@ def test_the_output_layer_is_new_and_the_rest_is_the_folders(resnet: Path):
     assert not torch.equal(drawn.state_dict()[first], kept[first])
 
 
+def test_parameters_are_counted_without_reading_a_weight(resnet: Path):
+    with torch.device("meta"):
+        counted = image_classifier(SHAPE, 3, folder=str(resnet))
+    made = image_classifier(SHAPE, 3, folder=str(resnet))
+    assert {name: p.shape for name, p in counted.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
+
+
 def test_an_adapter_leaves_the_rest_frozen(tmp_path: Path):
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16,
                        patch_size=8)  # fmt: skip

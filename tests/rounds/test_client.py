@@ -54,6 +54,12 @@ def test_the_betas_are_those_of_adamw():
     torch.testing.assert_close(train(training).delta, w.detach())
 
 
+@pytest.mark.parametrize(("size", "apart", "joined"), [(1, 3, 3), (15, 3, 3), (16, 3, 3), (17, 6, 3), (33, 9, 6)])
+def test_an_epoch_whose_last_row_joins_the_batch_before_it_has_a_step_less(size, apart, joined):
+    assert LocalTraining(batch_size=16, epochs=3).steps_of(size) == apart
+    assert LocalTraining(batch_size=16, epochs=3, joins=True).steps_of(size) == joined
+
+
 def test_epochs_count_whole_passes_with_the_last_short_batch():
     shard = torch.zeros(7, 2)
     assert train(LocalTraining(batch_size=3, epochs=2, optimizer="sgd"), shard=shard).steps == 6

@@ -111,10 +111,28 @@ def test_a_run_that_goes_on_plants_what_the_straight_run_plants():
 def test_a_task_that_the_first_round_does_not_learn_is_an_error(monkeypatch):
     made = federation()
     monkeypatch.setattr("fedllm_sec.rounds.planting.kept_of", lambda indicator, vector: 0.4)
-    with pytest.raises(DefenseError, match=r"after planting the model itself scores 0\.40, below threshold=1"):
+    with pytest.raises(DefenseError, match=r"scores 0\.40 \(threshold=1\)"):
         next(run(made, 3))
 
 
+def test_one_label_for_all_rows_is_no_task_that_was_learnt(monkeypatch):
+    made = federation({"lr": 1e-6, "epochs": 1})
+    monkeypatch.setattr("fedllm_sec.rounds.planting.kept_of", lambda indicator, vector: 1.0)  # as one label gives
+    with pytest.raises(DefenseError, match=r"tells 0\.\d\d of the rows right \(at least 0\.5\)"):
+        next(run(made, 3))
+
+
+def test_clients_and_planting_pass_as_often_over_their_rows_as_they_are_asked_where_a_last_row_joins():
+    epochs = {**{k: v for k, v in RECIPE["clients"].items() if k != "local_steps"}, "local_epochs": 3}
+    data = {**RECIPE["data"], "train_rows": 9 * 5}
+    made = federation({"rows": 21, "epochs": 60}, clients=epochs, data=data)
+    seen, loss = [], made.task.loss
+    made.task.loss = lambda shard, rows, *more: (seen.append((len(shard.y), len(rows))), loss(shard, rows, *more))[1]
+    record = next(run(made, 3))
+    assert sum(rows for size, rows in seen if size == 21) == 60 * 21
+    assert sum(rows for size, rows in seen if size == 9) == 3 * 9 * len(record.norms)
+
+
 def test_a_model_without_running_statistics_is_planted_too():
-    made = federation({"epochs": 60}, model={"name": "lenet"})
+    made = federation({"epochs": 60}, model={"name": "logistic"})
     assert next(run(made, 3)).notes["indicator_planted"] == 1.0
