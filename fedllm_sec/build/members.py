@@ -19,7 +19,7 @@ from fedllm_sec.rounds.federation import Federation
 from fedllm_sec.seeds import generator_for
 
 OTHERS = 300  # held-out rows beside the members, where the recipe says nothing
-FEW_ANSWERS = 20  # up to so many different answers name classes, whose shares tell members from others
+FEW_ANSWERS = 20  # up to so many different answers of all rows name classes, whose shares tell members from others
 
 T = TypeVar("T")
 
@@ -85,10 +85,9 @@ def _alike(left: Sequence[Row], members: Sequence[Row], count: int) -> list[Row]
     def answer(row: Row) -> tuple[int, ...]:
         return row.ids[row.first :]
 
-    shares = Counter(map(answer, members))
-    if not 1 < len(shares) <= FEW_ANSWERS or any(row.first == 1 for row in members):
+    shares, there = Counter(map(answer, members)), Counter(map(answer, left))
+    if not 1 < len(shares.keys() | there.keys()) <= FEW_ANSWERS or any(row.first == 1 for row in members):
         return list(left[:count])
-    there = Counter(map(answer, left))
     most = min([count, *(there[said] * len(members) // n for said, n in shares.items() if there[said])])
     quota = {said: round(most * n / len(members)) for said, n in shares.items()}
     found = []

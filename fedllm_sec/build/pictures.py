@@ -32,6 +32,7 @@ class Learnt:
     made: Tensor | None = None  # (n, ...), each the partner of a true one
     reason: str | None = None
     heard: Any = None  # of text: what `overheard` has made of it
+    read: int | None = None  # of the images, how many show; the others stayed grey. None: the attack does not say
 
     def in_words(self) -> str:
         if self.reason is not None:
@@ -39,7 +40,8 @@ class Learnt:
         if self.heard is not None:
             return f"{self.heard.in_words()}  {self.seconds:.1f} s"
         images = f"PSNR median {median(self.psnr):.1f} dB, best {max(self.psnr):.1f}; " if self.psnr else ""
-        return f"{images}labels right {self.right:.2f}  {self.seconds:.1f} s"
+        shown = "" if self.read is None else f"{self.read} of {len(self.psnr or ())} images read; "
+        return f"{shown}{images}labels right {self.right:.2f}  {self.seconds:.1f} s"
 
 
 def told(method: Mapping[str, Any], paper: str, learnt: Sequence[Learnt]) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def told(method: Mapping[str, Any], paper: str, learnt: Sequence[Learnt]) -> dic
                 "client": one.client, "round": one.round, "reason": one.reason, "labels": one.right,
                 "psnr": None if one.psnr is None else list(one.psnr),
                 "ssim": None if one.ssim is None else list(one.ssim), "seconds": one.seconds,
+                **({} if one.read is None else {"rows_read": one.read}),
             }
             for one in learnt
         ],

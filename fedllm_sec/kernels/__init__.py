@@ -120,7 +120,8 @@ def combine(updates: UpdateMatrix, weights: Tensor, extra: Tensor | None = None)
 
     With `extra` rows, `weights` has one entry more for each of them.
     """
-    updates = replace(updates, products=None)
+    if updates.products is not None:
+        updates = replace(updates, products=None)
     more = _extra_rows(updates, extra)
     w = weights.detach().to(device="cpu", dtype=torch.float64)
     count = updates.n + (0 if more is None else more.shape[0])

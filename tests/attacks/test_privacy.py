@@ -186,7 +186,24 @@ def test_a_row_that_no_neuron_shows_stays_grey():
     model[7].weight.data[2:] = 0
     model[7].bias.data[2:] = -1  # two neurons are left, which both rows may move
     model[7].weight.data[:2].abs_()
-    refuse("was moved by one of the 2 rows alone", exclusive_neurons, seen(model, x, torch.tensor([0, 1])))
+    refuse("shows one row of a batch of 2 alone", exclusive_neurons, seen(model, x, torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_no_models_gradient_of_one_row_shows_none(seed):
+    """Random numbers, of which a neuron fits some label by chance, and the gradient with noise."""
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)), *batch(1)
+    given, rng = seen(model, x, y), torch.Generator().manual_seed(seed)
+    noise = torch.randn(given.sent.shape, generator=rng)
+    for sent in (noise, given.sent + 1e-2 * given.sent.abs().max() * noise):
+        refuse("shows one row of a batch of 1 alone", exclusive_neurons, replace(given, sent=sent))
+    assert exclusive_neurons(given, iterations=1).labels.tolist() == y.tolist()
+
+
+@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"iterations": 1.5}, {"restarts": 0}, {"smoothness": -1.0}])
+def test_exclusive_neurons_refuses_settings_that_search_nothing(wrong):
+    with pytest.raises(AttackError, match=f"exclusive_neurons: .*{next(iter(wrong))}="):
+        exclusive_neurons(seen(net("logistic"), *batch(1)), **wrong)
 
 
 def test_a_delta_of_one_sgd_step_is_the_gradient():

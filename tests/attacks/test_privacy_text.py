@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -210,3 +211,13 @@ def test_others_have_the_members_mix_of_answers():
     assert len(_alike(rows({1: 4, 2: 30}), members, 20)) == 5  # as far as there are rows: 4 and 1
     with pytest.raises(AttackError, match="Lower it"):
         _alike(left, members, 91)
+
+
+def test_others_are_drawn_by_answer_only_where_all_rows_have_few_answers():
+    """Eight members have eight answers at most, also of free text: then others are drawn as they come."""
+    free = [Row((1, i, 100 + i), 2) for i in range(50)]
+    members = [*(Row((2, i, 500 + i), 2) for i in range(7)), Row((2, 7, 100), 2)]
+    assert _alike(free, members, 30) == free[:30]
+    classes = [Row((1, i, 7 + i % 2), 2) for i in range(50)]
+    mine = [Row((2, i, 7 if i < 6 else 8), 2) for i in range(8)]
+    assert Counter(row.ids[2] for row in _alike(classes, mine, 24)) == {7: 18, 8: 6}

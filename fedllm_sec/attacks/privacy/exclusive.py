@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,11 @@ def exclusive_neurons(
     those of `cnn` do, the 400 of `lenet` do not. A row that does not show stays grey; `notes` has how many were read.
     """
     need_finite(seen)
+    for name, given, least in (("iterations", iterations, 1), ("restarts", restarts, 1)):
+        if not isinstance(given, int) or given < least:
+            raise AttackError(f"exclusive_neurons: {name}={given!r}: must be a whole number from {least} on.")
+    if not (0 < lr < math.inf and 0 <= smoothness < math.inf):
+        raise AttackError(f"exclusive_neurons: lr={lr!r}, smoothness={smoothness!r}: must be above 0, and 0 or more.")
     gradient, whole = as_gradient(seen)
     n = known_rows(gradient)
     if not whole:
@@ -85,6 +91,8 @@ def fed_rows(seen: Observation, n: int) -> Fed:
     b_j is sum_i d_ij over the rows i. A neuron that ReLU stops for all rows but one has that row's f as its quotient,
     and two such neurons of one row have the same, which is how they are told here. The row's label is the class whose
     bias gradients, by the model behind the layer, are those sent; none fits a quotient of two rows, which is dropped.
+    The last row may show in one neuron alone, if the whole layer's are then those sent. A row that a batch holds twice
+    has the bias gradients of no label and does not show.
     Deviations: the paper tells neurons apart by ratios in the last layer, and once; here what the rows found have added
     is subtracted, and others then show.
     """
@@ -100,7 +108,8 @@ def fed_rows(seen: Observation, n: int) -> Fed:
             own = moved[own]
             fed = weight[own].mul(bias[own, None].sign()).sum(0) / bias[own].abs().sum()
             slopes = slopes_of(seen, network, layer, fed) / n  # (classes, out)
-            off = (slopes[:, own] - bias[own]).norm(dim=1) / bias[own].norm()
+            told = own if len(own) > 1 else slice(None)  # of the last row, which moved all that is left
+            off = (slopes[:, told] - bias[told]).norm(dim=1) / bias[told].norm()
             label = off.argmin()
             if not float(off[label]) <= RIGHT:  # nor where it is no number
                 continue
@@ -111,8 +120,9 @@ def fed_rows(seen: Observation, n: int) -> Fed:
                 break
     if not labels:
         raise AttackError(
-            f"exclusive_neurons: no neuron of layer {layer} was moved by one of the {n} rows alone. Use "
-            "invert_gradient; smaller batches and wider layers show more."
+            f"exclusive_neurons: no neuron of layer {layer} shows one row of a batch of {n} alone, as the model's own "
+            "gradient of it would be: rows overlap, one is there twice, or what was sent is changed (pruned, clipped, "
+            "noisy, zero). Use invert_gradient."
         )
     return Fed(layer, torch.stack(features), torch.stack(labels))
 
