@@ -77,7 +77,7 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("when", ["after the line", "in the middle of the line"])
+@pytest.mark.parametrize("when", [pytest.param("after the line", marks=pytest.mark.slow), "in the middle of the line"])
 def test_a_run_stopped_between_line_and_checkpoint_ends_as_the_straight_run(small, tmp_path, monkeypatch, when):
     small |= STATEFUL
     straight = run(small, tmp_path / "straight")

@@ -295,6 +295,7 @@ def test_ranks_are_taken_from_the_launcher_and_then_forgotten(monkeypatch):
     assert take_ranks() == (0, 1, 0, 1)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(finished: Path, tmp_path: Path):
     assert start(written(tmp_path), tmp_path / "out", "--jobs", "2") == 0
     assert histories(tmp_path / "out") == histories(finished)
