@@ -28,6 +28,7 @@ from fedllm_sec.recipe.classifier import Classifier
 from fedllm_sec.recipe.language_model import Lora
 from fedllm_sec.recipe.places import TEXT_TASKS
 from fedllm_sec.recipe.sections import Model, Recipe
+from fedllm_sec.tasks.buffers import normalises
 
 FLOAT = 4  # bytes of a float32: rows and trained vectors
 # NF4 with double quantisation: 4 bits a weight, 8 bits more for 64 weights, 32 bits more for 64 * 256
@@ -180,8 +181,7 @@ def weights_of(recipe: Recipe, rows: Rows | None) -> Weights | None:
         return None
     with torch.device("meta"):
         made = make_model(recipe, rows.shape, rows.classes)
-    normalises = any(isinstance(part, torch.nn.modules.batchnorm._NormBase) for part in made.modules())
-    return Weights(sum(p.numel() for p in made.parameters()), normalises=normalises)
+    return Weights(sum(p.numel() for p in made.parameters()), normalises=normalises(made))
 
 
 def at_rank(adapted: torch.nn.Module, rank: int) -> int:

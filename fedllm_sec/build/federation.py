@@ -78,7 +78,8 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
     plan.rehearse(scaled_down(parts.task.layout))
     sizes = [parts.task.size(shard) for shard in shards.values()]
     training = replace(plan.training, joins=getattr(parts.task, "normalises", False))
-    steps = [algorithm.prepare(training, sizes).steps_of(size) for size in sizes]
+    prepared = algorithm.prepare(training, sizes)
+    steps = [prepared.steps_of(size) for size in sizes]
     if recipe.clients.lr_in_round != "constant" and max(steps, default=1) == 1:
         raise RecipeError(
             f"clients.lr_in_round: {recipe.clients.lr_in_round}: clients take one step in a round, over which nothing "
@@ -86,7 +87,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
         )
     if isinstance(parts.task, Classify):
         held = {**shards, **({} if parts.root is None else {"server": parts.root})}
-        need_batches(parts.task, held, algorithm.prepare(training, sizes), machine, recipe.model["name"])
+        need_batches(parts.task, held, prepared, machine, recipe.model["name"])
     if methods.defense.enter is not None:
         methods.defense.enter.scales = getattr(parts.task, "scales", None)
     averaging = make_averaging(recipe, parts.task)
@@ -103,7 +104,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
             guard.prepare(parts.task, steps)
         if isinstance(guard, DpSgd):
             need_whole_batches(machine)
-            guard.plan(sizes, algorithm.prepare(training, sizes), recipe.rounds)
+            guard.plan(sizes, prepared, recipe.rounds)
     return Federation(
         task=parts.task,
         clients=[Client(id, shard) for id, shard in shards.items()],
@@ -137,7 +138,7 @@ def assemble(plan: Plan, machine: Machine, loaded: Loaded | None = None) -> Fede
             parts.evaluation,
             dict(zip(shards, sizes, strict=True)),
             parts.poisoned_share,
-            algorithm.prepare(training, sizes),
+            prepared,
         ),
     )
 

@@ -127,13 +127,6 @@ def twiddles(d: int, kind: torch.dtype) -> Tensor:
     return turn.to(kind.to_complex())
 
 
-def low_frequencies(row: Tensor, count: int, turn: Tensor | None = None) -> Tensor:
-    """The first `count` coefficients of the orthonormal DCT-II of a row / its largest value: (count,) float32."""
-    low = torch.empty(1, count)
-    LowFrequencies(1, len(row), twiddles(len(row), torch.float64) if turn is None else turn).put([row], low)
-    return low[0]
-
-
 class LowFrequencies:
     """Room for the transforms of up to `m` rows (d,): fresh memory for each would cost as much as they do.
 
@@ -169,15 +162,15 @@ class LowFrequencies:
             low[:, -tail:] = -found.imag[:, middle - tail : middle].flip(1)
 
 
-def _lie_in_memory(updates: UpdateMatrix) -> bool:
-    """Whether each row is one that is stored in this process' memory."""
-    return updates.picked is not None and updates.file is None and updates.owners is None
+def _stored(updates: UpdateMatrix) -> tuple[int, ...] | None:
+    """Which stored rows they are, where each is one that lies in this process' memory."""
+    return updates.picked if updates.file is None and updates.owners is None else None
 
 
 def _row(updates: UpdateMatrix, i: int) -> Tensor:
     """One row, without a copy where it lies in memory."""
-    if updates.picked is not None and _lie_in_memory(updates):
-        return updates.rows[updates.picked[i]]
+    if (stored := _stored(updates)) is not None:
+        return updates.rows[stored[i]]
     return kernels.combine(updates, torch.eye(updates.n, dtype=torch.float64)[i])
 
 
@@ -198,7 +191,6 @@ def freqfed(updates: UpdateMatrix, ctx: RoundContext, *, fraction: float = 0.5) 
     order = by_id(updates.ids)
     turn = twiddles(updates.d, torch.float64 if updates.n * updates.d < EXACT else torch.float32)
     low, together = new_rows(updates.n, count), max(1, min(TOGETHER, ROOM // updates.d))
-
     rooms = list[LowFrequencies]()  # one for each thread
 
     def transform(start: int) -> None:
@@ -208,7 +200,7 @@ def freqfed(updates: UpdateMatrix, ctx: RoundContext, *, fraction: float = 0.5) 
         rooms.append(room)
 
     jobs = (functools.partial(transform, start) for start in range(0, updates.n, together))
-    deque(team.results(jobs, team.size() if _lie_in_memory(updates) else 1), maxlen=0)
+    deque(team.results(jobs, 1 if _stored(updates) is None else team.size()), maxlen=0)
     distances = cosine_distances(kernels.gram(UpdateMatrix.of(low, chunk_mb=updates.chunk_mb)))
     core = majority_core(distances)
     kept = torch.ones(updates.n, dtype=torch.bool)

@@ -30,6 +30,11 @@ def best_label(logits: Tensor, y: Tensor) -> float:
     return max(float(right[labels == label].double().mean()) for label in sorted(set(labels.tolist())))
 
 
+def right_of(logits: Tensor, y: Tensor) -> float:
+    """The share of all rows (k, classes) that are told right."""
+    return float((logits.argmax(1) == y).double().mean())
+
+
 def logits_of(indicator: Indicator, vector: Tensor) -> Tensor:
     """What the model of a vector (d,) says of the indicator's rows: (k, classes)."""
     with torch.no_grad():
@@ -39,11 +44,6 @@ def logits_of(indicator: Indicator, vector: Tensor) -> Tensor:
 def kept_of(indicator: Indicator, vector: Tensor) -> float:
     """How much of the indicator task the model of a vector (d,) still does, under the planted model's statistics."""
     return best_label(logits_of(indicator, vector), indicator.y)
-
-
-def right_of(indicator: Indicator, vector: Tensor) -> float:
-    """The share of all rows that it tells right."""
-    return float((logits_of(indicator, vector).argmax(1) == indicator.y).double().mean())
 
 
 class Tether:

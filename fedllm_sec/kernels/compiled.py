@@ -30,6 +30,7 @@ FULL, BFLOAT16, FLOAT16 = 0, 1, 2  # what the stored rows are
 LINE = 64  # bytes that come from memory together
 
 
+@functools.cache  # whoever names `fedllm_sec.aggregate` asks for it again
 def ready() -> None:
     """Have numba look up what it knows of types and functions, as it else does in the first call of any of them."""
     context: Any = cpu_target.typing_context  # untyped

@@ -132,6 +132,7 @@ def forecast(full, half, kind, offsets, extra, start, stop, partners, sources, w
 
 @compiled
 def add_scaled(weight, x, out):
+    """Add a multiple of the float32 values x to `out`, in float64."""
     for c in range(x.size):
         out[c] += weight * np.float64(x[c])
 
@@ -174,18 +175,9 @@ def sampled_signs(full, half, kind, offsets, extra, start, stop, drawn, place, o
             for c in range(width):
                 up += np.int32(times[c]) * np.int32(x[c] > 0)
                 down += np.int32(times[c]) * np.int32(x[c] < 0)
-            out[i, 0] += square(x)
+            out[i, 0] += dot(x, x)
             out[i, 1] += up
             out[i, 2] += down
-
-
-@compiled_sums
-def square(x):
-    """|x|^2 in float64."""
-    total = 0.0
-    for c in range(x.size):
-        total += np.float64(x[c]) * np.float64(x[c])
-    return total
 
 
 @compiled
@@ -202,7 +194,7 @@ def between(full, half, kind, offsets, extra, start, stop, low, high, counts, sq
         for at in range(start, stop, TILE):
             width = min(TILE, stop - at)
             x = row_at(full, half, kind, offsets, i, extra, at, width, tile, bits)
-            squares[i] += square(x)
+            squares[i] += dot(x, x)
             below = level = top = np.int32(0)
             for c in range(width):
                 size_of = abs(x[c])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fedllm_sec.defenses.indicator import kept_of, right_of
+from fedllm_sec.defenses.indicator import best_label, logits_of, right_of
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.models.function import Indicator
 from fedllm_sec.protocols import Client, Labelled, LocalRule, LocalTraining
@@ -39,7 +39,7 @@ def plant(federation: Federation, r: int) -> None:
     """
     known, task, machine, start = federation.planting, federation.task, federation.machine, federation.vector
     assert known is not None
-    training = replace(known.training, joins=getattr(task, "normalises", False))
+    training = replace(known.training, joins=federation.training.joins)
     done = train_locally(
         task, Client(SERVER, known.rows), start, optimizer=make_optimizer(task, training), stepper=machine,
         training=training, rules=known.rules, round=r, rounds=r, seed=federation.seed,
@@ -51,10 +51,11 @@ def plant(federation: Federation, r: int) -> None:
     if federation.last_update is not None:
         federation.last_update = federation.last_update + moved
     x, y, function = known.rows.x, known.rows.y, task.function  # type: ignore[attr-defined]
-    before = right_of(Indicator(x, y, function(federation.buffers)), start)
-    planted = Indicator(x, y, function(left))
-    score, right = kept_of(planted, federation.vector), right_of(planted, federation.vector)
-    federation.indicator = replace(planted, planted=score, moved=float(moved.norm()), left=before)
+    before, planted = Indicator(x, y, function(federation.buffers)), Indicator(x, y, function(left))
+    said = logits_of(planted, federation.vector)
+    score, right = best_label(said, y), right_of(said, y)
+    held = right_of(logits_of(before, start), y)
+    federation.indicator = replace(planted, planted=score, moved=float(moved.norm()), left=held)
     if r == 1 and not (score >= known.threshold and right >= LEARNT):
         raise DefenseError(
             f"backdoor_indicator: after planting the model itself scores {score:.2f} (threshold={known.threshold:g}) "

@@ -75,14 +75,18 @@ def _views(places: Sequence[Place], dtype: torch.dtype) -> tuple[Layout, Tensor]
     return layout, flat
 
 
+def normalises(model: nn.Module) -> bool:
+    """Whether a layer of the model takes statistics over the rows of a batch, of which there must be two then."""
+    return any(isinstance(part, nn.modules.batchnorm._NormBase) for part in model.modules())
+
+
 def beside(model: nn.Module, mode: Mode | None) -> tuple[Buffers | None, Mode | None]:
     """What travels beside the model's vector, and how; by default buffers are averaged.
 
     With `batch` layers normalise by the statistics of the batch at hand, in evaluation too, and keep none.
     """
     layers = tracking(model)
-    normalises = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in model.modules())
-    if mode is not None and not layers and not (mode == "batch" and normalises):
+    if mode is not None and not layers and not (mode == "batch" and normalises(model)):
         raise DataError(f"model.buffers: {mode}: the model has no layer that keeps running statistics. Remove it.")
     if mode == "batch":
         for _, part in layers:

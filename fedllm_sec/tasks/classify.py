@@ -12,7 +12,7 @@ from fedllm_sec.errors import DataError
 from fedllm_sec.matrix import Layout
 from fedllm_sec.models.function import Classifier
 from fedllm_sec.protocols import Labelled
-from fedllm_sec.tasks.buffers import Mode, beside
+from fedllm_sec.tasks.buffers import Mode, beside, normalises
 from fedllm_sec.tasks.draws import Drawn
 from fedllm_sec.tasks.flat import flatten
 
@@ -61,7 +61,7 @@ class Classify:
     ) -> None:
         self.model, self.device = model.to(device), device
         self.buffers, self.kept = beside(self.model, buffers)
-        self.normalises = any(isinstance(part, torch.nn.modules.batchnorm._NormBase) for part in model.modules())
+        self.normalises = normalises(model)
         trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.layout = Layout.of(trainable)
         self.parameters = flatten([p for _, p in trainable])

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from fedllm_sec.defenses.cluster import (
+    LowFrequencies,
     cosine_distances,
     flame,
     freqfed,
     hdbscan_labels,
-    low_frequencies,
     majority_core,
     sign_majority,
     signguard,
     similarity_feature,
+    twiddles,
 )
 from fedllm_sec.errors import DefenseError
 from fedllm_sec.matrix import UpdateMatrix
@@ -142,6 +143,12 @@ def test_freqfed_equals_its_reference(kind, n):
     low = np.array([dct_reference(row, 21) for row in x])
     core = core_reference(cosine_reference(low)) if n > 1 else [0]
     assert_close(freqfed(updates, context()).update, x[core].mean(axis=0))
+
+
+def low_frequencies(row, count):
+    low = torch.empty(1, count)
+    LowFrequencies(1, len(row), twiddles(len(row), torch.float64)).put([row], low)
+    return low[0]
 
 
 def test_low_frequencies_by_hand():

@@ -110,14 +110,14 @@ def test_a_run_that_goes_on_plants_what_the_straight_run_plants():
 
 def test_a_task_that_the_first_round_does_not_learn_is_an_error(monkeypatch):
     made = federation()
-    monkeypatch.setattr("fedllm_sec.rounds.planting.kept_of", lambda indicator, vector: 0.4)
+    monkeypatch.setattr("fedllm_sec.rounds.planting.best_label", lambda logits, y: 0.4)
     with pytest.raises(DefenseError, match=r"scores 0\.40 \(threshold=1\)"):
         next(run(made, 3))
 
 
 def test_one_label_for_all_rows_is_no_task_that_was_learnt(monkeypatch):
     made = federation({"lr": 1e-6, "epochs": 1})
-    monkeypatch.setattr("fedllm_sec.rounds.planting.kept_of", lambda indicator, vector: 1.0)  # as one label gives
+    monkeypatch.setattr("fedllm_sec.rounds.planting.best_label", lambda logits, y: 1.0)  # as one label gives
     with pytest.raises(DefenseError, match=r"tells 0\.\d\d of the rows right \(at least 0\.5\)"):
         next(run(made, 3))
 

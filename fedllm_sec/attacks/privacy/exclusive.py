@@ -42,9 +42,9 @@ def exclusive_neurons(
     those of `cnn` do, the 400 of `lenet` do not. A row that does not show stays grey; `notes` has how many were read.
     """
     need_finite(seen)
-    for name, given, least in (("iterations", iterations, 1), ("restarts", restarts, 1)):
-        if not isinstance(given, int) or given < least:
-            raise AttackError(f"exclusive_neurons: {name}={given!r}: must be a whole number from {least} on.")
+    for name, given in (("iterations", iterations), ("restarts", restarts)):
+        if not isinstance(given, int) or given < 1:
+            raise AttackError(f"exclusive_neurons: {name}={given!r}: must be a whole number from 1 on.")
     if not (0 < lr < math.inf and 0 <= smoothness < math.inf):
         raise AttackError(f"exclusive_neurons: lr={lr!r}, smoothness={smoothness!r}: must be above 0, and 0 or more.")
     gradient, whole = as_gradient(seen)
